@@ -1,0 +1,325 @@
+// Token files in, batches out: the data of a training run, in OLMo's order, bit for bit.
+//
+// A data set is a list of files of uint16 tokens. A file of n tokens holds floor(n / T) instances: instance j is its tokens
+// [jT, (j+1)T). The tail is dropped and an instance never crosses files. Instances are numbered through the list. An epoch visits
+// them shuffled by NumPy's Generator(PCG64(seed + epoch)).shuffle, written out below, so that a run of OLMo's can be followed
+// instance by instance. Batch b of G instances is positions [bG, (b+1)G) of that order on any number of ranks.
+//
+// The state to save is (epoch, position), both counted over all ranks; nothing else moves.
+
+#pragma once
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <vector>
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+[[noreturn]] void die(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+// ------------------------------------------------------------------------------------------------
+// The shuffle: SeedSequence (O'Neill 2015), PCG64 XSL-RR (O'Neill 2014) and masked rejection, as NumPy combines them.
+
+struct Pcg64 {
+    unsigned __int128 state, increment;
+    uint32_t spare;         // NumPy hands out the low half of a draw, then the high half
+    bool has_spare;
+};
+
+inline uint64_t pcg64_next(Pcg64* g) {
+    const unsigned __int128 multiplier = ((unsigned __int128)2549297995355413924u << 64) + 4865540595714422341u;
+    g->state = g->state * multiplier + g->increment;
+    uint64_t word = (uint64_t)(g->state >> 64) ^ (uint64_t)g->state;
+    unsigned rotate = (unsigned)(g->state >> 122);
+    return word >> rotate | word << (-rotate & 63);
+}
+
+inline uint32_t pcg64_next32(Pcg64* g) {
+    g->has_spare = !g->has_spare;
+    if (!g->has_spare) return g->spare;
+    uint64_t word = pcg64_next(g);
+    g->spare = (uint32_t)(word >> 32);
+    return (uint32_t)word;
+}
+
+// SeedSequence(seed): the words of the seed are hashed into a pool of four, every word is mixed into every other, and eight
+// words are drawn from the pool: the generator's state and its increment.
+inline void pcg64_seed(Pcg64* g, uint64_t seed) {
+    uint32_t pool[4] = {(uint32_t)seed, (uint32_t)(seed >> 32), 0, 0}, hash = 0x43b0d7e5, out[8];
+    auto hashmix = [&hash](uint32_t v) {
+        v ^= hash;
+        hash *= 0x931e8875;
+        v *= hash;
+        return v ^ v >> 16;
+    };
+    for (uint32_t& word : pool) word = hashmix(word);
+    for (int from = 0; from < 4; from++)
+        for (int to = 0; to < 4; to++)
+            if (from != to) {
+                uint32_t v = 0xca01f9dd * pool[to] - 0x4973f715 * hashmix(pool[from]);
+                pool[to] = v ^ v >> 16;
+            }
+
+    hash = 0x8b51f9dd;
+    for (int i = 0; i < 8; i++) {
+        uint32_t v = pool[i % 4] ^ hash;
+        hash *= 0x58f38ded;
+        v *= hash;
+        out[i] = v ^ v >> 16;
+    }
+    auto word128 = [&out](int i) {      // four words, low half of each 64 first, high 64 first
+        uint64_t high = (uint64_t)out[i + 1] << 32 | out[i], low = (uint64_t)out[i + 3] << 32 | out[i + 2];
+        return (unsigned __int128)high << 64 | low;
+    };
+    g->increment = word128(4) << 1 | 1;
+    g->state = 0;
+    g->has_spare = false;
+    pcg64_next(g);
+    g->state += word128(0);
+    pcg64_next(g);
+}
+
+// Fisher-Yates from the top. A draw is masked to the bits of i and repeated until it is at most i: no division, no bias.
+inline void pcg64_shuffle(Pcg64* g, std::vector<uint32_t>* order) {
+    for (size_t i = order->size(); i-- > 1; ) {
+        uint32_t mask = (uint32_t)i, j;
+        for (int s = 1; s < 32; s *= 2) mask |= mask >> s;
+        do j = pcg64_next32(g) & mask; while (j > i);
+        std::swap((*order)[i], (*order)[j]);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------
+// The repetition filter of OLMoE's run: an instance trains nothing if some pattern of p = 1 .. 13 tokens stands in it about
+// 32 times in a row: a run of m >= 31 p positions with x[i] == x[i - p].
+inline bool repetition_filter_hits(const uint16_t* tokens, int T) {
+    for (int p = 1; p <= std::min(13, T / 3); p++) {
+        int run = 0;
+        for (int i = p; i < T; i++) {
+            run = tokens[i] == tokens[i - p] ? run + 1 : 0;
+            if (run >= 31 * p) return true;
+        }
+    }
+    return false;
+}
+
+// ------------------------------------------------------------------------------------------------
+// Files
+
+struct TokenFile {
+    std::string path;
+    const unsigned char* map = nullptr; // the whole file, memory-mapped: pages come in when touched, so it may be larger than RAM
+    size_t bytes = 0, header = 0;       // sizes of the file and of what precedes the tokens
+    size_t tokens = 0, instances = 0;
+    size_t first = 0;                   // number of its first instance in the data set
+};
+
+inline const uint16_t* token_file_tokens(const TokenFile& f) { return (const uint16_t*)(f.map + f.header); }
+
+// A real .npy file: magic, version, length of the header (2 bytes in version 1, 4 in 2 and 3), a Python dict as text:
+//     {'descr': '<u2', 'fortran_order': False, 'shape': (1000,), }
+inline void token_file_read_npy(TokenFile* f) {
+    const char* path = f->path.c_str();
+    size_t version = f->bytes > 6 ? f->map[6] : 0, prefix = version == 1 ? 10 : 12, length = 0;
+    if (version < 1 || version > 3 || f->bytes < prefix) die("%s: damaged .npy header; write the file again", path);
+    for (size_t i = prefix; i-- > 8; ) length = length << 8 | f->map[i];
+    if (length > f->bytes - prefix) die("%s: damaged .npy header: %zu bytes long in a file of %zu; write the file again", path, length, f->bytes);
+    f->header = prefix + length;
+
+    std::string text((const char*)f->map + prefix, length);
+    auto value = [&](const std::string& key, const char* open, const char* close) {
+        size_t at = text.find("'" + key + "':");
+        size_t begin = at == std::string::npos ? at : text.find(open, at + key.size() + 3);
+        size_t end = begin == std::string::npos ? begin : text.find(close, begin + 1);
+        if (end == std::string::npos) die("%s: no %s in its .npy header; write the file again", path, key.c_str());
+        return text.substr(begin + 1, end - begin - 1);
+    };
+    std::string descr = value("descr", "'", "'"), shape = value("shape", "(", ")");
+    if (descr != "<u2") die("%s: dtype %s, where tokens are uint16; save it with .astype('<u2')", path, descr.c_str());
+    char* end;
+    f->tokens = strtoull(shape.c_str(), &end, 10);
+    if (end == shape.c_str() || (*end && strcmp(end, ",") != 0))
+        die("%s: shape (%s), where one dimension is needed; save it with .reshape(-1)", path, shape.c_str());
+    if (f->header % 2 != 0) die("%s: its tokens start at an odd byte; write the file again", path);
+}
+
+// Finds out which of the three formats the file is, and where its tokens are:
+//   a real .npy file, known by its magic bytes;
+//   llm.c's .bin: 256 int32 (magic 20240520, version 1, number of tokens, zeros), then uint16;
+//   anything else: uint16 from the first byte on, as dolma writes it under the name .npy.
+inline void token_file_open(TokenFile* f, const std::string& name) {
+    f->path = name;
+    const char* path = f->path.c_str();
+    auto ends = [&](const char* suffix) {
+        size_t n = strlen(suffix);
+        return name.size() >= n && name.compare(name.size() - n, n, suffix) == 0;
+    };
+    if (ends(".txt") || ends(".jsonl") || ends(".json") || ends(".gz"))
+        die("%s: text where tokens are needed; first: olmoe tokenize --tokenizer bytes --out FILE.npy %s", path, path);
+
+    int file = open(path, O_RDONLY | O_CLOEXEC);
+    struct stat info;
+    if (file < 0 || fstat(file, &info) != 0) die("%s: cannot be read: %s", path, strerror(errno));
+    if (!S_ISREG(info.st_mode)) die("%s: not a regular file; name the token files themselves", path);
+    f->bytes = (size_t)info.st_size;
+    if (f->bytes > 0) {
+        void* map = mmap(nullptr, f->bytes, PROT_READ, MAP_SHARED, file, 0);
+        if (map == MAP_FAILED) die("%s: cannot be memory-mapped: %s", path, strerror(errno));
+        madvise(map, f->bytes, MADV_RANDOM);        // instances are visited in random order
+        f->map = (const unsigned char*)map;
+    }
+    close(file);
+
+    int32_t word[3] = {0, 0, 0};
+    if (f->map) memcpy(word, f->map, std::min(f->bytes, sizeof word));
+    if (f->bytes >= 6 && memcmp(f->map, "\x93NUMPY", 6) == 0) {
+        token_file_read_npy(f);
+    } else if (word[0] == 20240520) {
+        if (word[1] != 1) die("%s: version %d of llm.c's .bin; only version 1 (uint16 tokens) can be read", path, word[1]);
+        if (f->bytes < 1024 || word[2] < 0) die("%s: damaged .bin header; write the file again", path);
+        f->header = 1024;
+        f->tokens = (size_t)word[2];
+    } else {
+        if (ends(".bin")) die("%s: a .bin without llm.c's header (magic 20240520); if it holds plain uint16 tokens, rename it to .npy", path);
+        if (f->bytes % 2 != 0) die("%s: %zu bytes, an odd number, cannot be uint16 tokens; write the file again", path, f->bytes);
+        f->tokens = f->bytes / 2;
+    }
+    size_t data = f->bytes - f->header;
+    if (data % 2 != 0 || f->tokens != data / 2)
+        die("%s: its header says %zu tokens (2 bytes each), but %zu bytes follow it; write the file again", path, f->tokens, data);
+}
+
+// ------------------------------------------------------------------------------------------------
+// The loader
+
+enum class DataOrder { global, sequential };    // shuffled anew in every epoch, or as the files stand
+
+struct DataLoader {
+    std::vector<TokenFile> files;
+    int T = 0, V = 0;
+    DataOrder order = DataOrder::global;
+    uint64_t seed = 0;
+    bool repetition_filter = false;
+    size_t instances = 0;               // in an epoch, before the last partial batch is dropped
+    int64_t epoch = 0, position = 0;    // position: instances of this epoch already consumed, over all ranks
+    int64_t masked = 0;                 // instances that the filter masked on this rank since the loader was opened
+    std::vector<uint32_t> shuffled;     // (instances), of epoch shuffled_epoch; empty when sequential
+    int64_t shuffled_epoch = -1;
+};
+
+inline void dataloader_open(DataLoader* d, const std::vector<std::string>& files, int T, int V, DataOrder order, uint64_t seed, bool repetition_filter) {
+    if (T < 1 || V < 1) die("data: sequence length %d and vocabulary %d have to be positive", T, V);
+    *d = DataLoader();
+    d->T = T; d->V = V; d->order = order; d->seed = seed; d->repetition_filter = repetition_filter;
+    size_t longest = 0;
+    for (const std::string& path : files) {
+        TokenFile f;
+        token_file_open(&f, path);
+        f.instances = f.tokens / T;
+        f.first = d->instances;
+        d->instances += f.instances;
+        longest = std::max(longest, f.tokens);
+        d->files.push_back(f);
+    }
+    if (files.empty()) die("data: no token file given; name one or more");
+    if (d->instances == 0)
+        die("data: no sequence of %d tokens in %s%s (the longest file has %zu tokens); shorten --seq or give more data",
+            T, files[0].c_str(), files.size() > 1 ? " and the other files" : "", longest);
+    if (d->instances > UINT32_MAX) die("data: %zu sequences, and the order of an epoch counts to 2^32; lengthen --seq or give fewer files", d->instances);
+}
+
+inline void dataloader_close(DataLoader* d) {
+    for (TokenFile& f : d->files)
+        if (f.map) munmap((void*)f.map, f.bytes);
+    *d = DataLoader();
+}
+
+// Copies one instance into a row of inputs and one of targets, both (T): targets are the inputs shifted left, and the last, whose
+// target lies outside of the instance, is -100 (ignored), as is every target of an instance that the filter hits.
+inline void dataloader_row(DataLoader* d, size_t instance, int32_t* inputs, int32_t* targets) {
+    auto f = std::upper_bound(d->files.begin(), d->files.end(), instance, [](size_t i, const TokenFile& file) { return i < file.first; }) - 1;
+    size_t start = (instance - f->first) * d->T;
+    const uint16_t* tokens = token_file_tokens(*f) + start;
+    for (int t = 0; t < d->T; t++) {
+        if (tokens[t] >= d->V)
+            die("%s: token %zu has id %d, outside of the vocabulary of %d; was it written with another tokenizer?", f->path.c_str(), start + t, tokens[t], d->V);
+        inputs[t] = tokens[t];
+    }
+    bool hit = d->repetition_filter && repetition_filter_hits(tokens, d->T);
+    d->masked += hit;
+    for (int t = 0; t < d->T; t++) targets[t] = hit || t + 1 == d->T ? -100 : inputs[t + 1];
+}
+
+// The next global batch of G instances, of which this rank gets positions position + rank, + rank + world, ...: inputs and
+// targets (G / world, T). What is left of an epoch after its floor(instances / G) batches is dropped.
+inline void dataloader_next(DataLoader* d, int G, int rank, int world, int32_t* inputs, int32_t* targets) {
+    if (world < 1 || rank < 0 || rank >= world || G < 1 || G % world != 0) die("data: a global batch of %d sequences cannot be divided among %d ranks", G, world);
+    if ((size_t)G > d->instances) die("data: a global batch of %d sequences, but only %zu of %d tokens in the data; lower --global-batch or give more data", G, d->instances, d->T);
+    if ((size_t)d->position + G > d->instances) {
+        d->epoch++;
+        d->position = 0;
+    }
+    if (d->order == DataOrder::global && d->shuffled_epoch != d->epoch) {
+        d->shuffled.resize(d->instances);
+        for (size_t i = 0; i < d->instances; i++) d->shuffled[i] = (uint32_t)i;
+        Pcg64 g;
+        pcg64_seed(&g, d->seed + (uint64_t)d->epoch);
+        pcg64_shuffle(&g, &d->shuffled);
+        d->shuffled_epoch = d->epoch;
+    }
+    for (size_t row = 0; row < (size_t)(G / world); row++) {
+        size_t p = (size_t)d->position + rank + world * row;
+        dataloader_row(d, d->order == DataOrder::global ? d->shuffled[p] : p, inputs + row * d->T, targets + row * d->T);
+    }
+    d->position += G;
+}
+
+// Instances first, first + 1, ... as the files stand, for validation: fills inputs and targets (n, T) and returns how many of the
+// n rows hold an instance. The rest, at the end of the data, are rows of token 0 whose targets are all ignored.
+inline size_t dataloader_rows(DataLoader* d, size_t first, size_t n, int32_t* inputs, int32_t* targets) {
+    size_t filled = first < d->instances ? std::min(n, d->instances - first) : 0;
+    for (size_t row = 0; row < filled; row++) dataloader_row(d, first + row, inputs + row * d->T, targets + row * d->T);
+    std::fill(inputs + filled * d->T, inputs + n * d->T, 0);
+    std::fill(targets + filled * d->T, targets + n * d->T, -100);
+    return filled;
+}
+
+inline void dataloader_seek(DataLoader* d, int64_t epoch, int64_t position) {
+    if (epoch < 0 || position < 0 || (uint64_t)position > d->instances)
+        die("data: epoch %lld, sequence %lld does not exist in data of %zu sequences; resume with the data of the saved run", (long long)epoch, (long long)position, d->instances);
+    d->epoch = epoch;
+    d->position = position;
+}
+
+inline int64_t dataloader_masked(const DataLoader* d) { return d->masked; }
+
+inline size_t dataloader_tokens(const DataLoader* d) {
+    size_t tokens = 0;
+    for (const TokenFile& f : d->files) tokens += f.tokens;
+    return tokens;
+}
+
+// Tells data sets apart without reading them whole, so that a run is not resumed on other data: FNV-1a over every file's number
+// of tokens and about 4096 blocks of 4 KB spread evenly over the set (small sets are read whole). Paths do not matter.
+inline uint64_t dataloader_fingerprint(const DataLoader* d) {
+    uint64_t hash = 0xcbf29ce484222325;
+    auto add = [&hash](const unsigned char* bytes, size_t n) {
+        for (size_t i = 0; i < n; i++) hash = (hash ^ bytes[i]) * 0x100000001b3;
+    };
+    const size_t BLOCK_BYTES = 4096, blocks_per_file = std::max<size_t>(4, 4096 / d->files.size());
+    for (const TokenFile& f : d->files) {
+        uint64_t tokens = f.tokens;
+        add((const unsigned char*)&tokens, sizeof tokens);
+        size_t bytes = 2 * f.tokens, blocks = (bytes + BLOCK_BYTES - 1) / BLOCK_BYTES, sampled = std::min(blocks, blocks_per_file);
+        for (size_t i = 0; i < sampled; i++) {
+            size_t block = sampled == 1 ? 0 : i * (blocks - 1) / (sampled - 1);      // the first and the last are among them
+            add(f.map + f.header + block * BLOCK_BYTES, std::min(BLOCK_BYTES, bytes - block * BLOCK_BYTES));
+        }
+    }
+    return hash;
+}
