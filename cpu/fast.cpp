@@ -1,0 +1,270 @@
+// The fast machine's runtime: device memory is memory, a copy is done when it returns, streams and events have nothing to
+// order. Only matrix products wait: those that a program puts on several streams may run beside each other on the GPU, so
+// they are collected until anything else happens and then share the cores, one product a core.
+#include "cuda_profiler_api.h"
+#include "gemm.h"
+#include <algorithm>
+#include <chrono>
+#include <map>
+#include <mutex>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string>
+#include <sys/mman.h>
+#include <vector>
+
+struct CUstream_st { std::vector<Gemm> products; };
+struct CUevent_st {};
+static CUstream_st null_stream;
+static cudaError_t last_error = cudaSuccess;
+static cudaError_t fail(cudaError_t error) { return last_error = error; }
+
+static double now_ms() {
+    return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// ------------------------------------------------------------------------------------------------
+// Matrix products
+
+typedef std::vector<std::vector<Gemm>> Group;      // products that may run beside each other, by stream
+static std::vector<CUstream_st*> waiting;          // streams with products, in the order of their first one
+
+static bool overlap(const void* a, size_t bytes_a, const void* b, size_t bytes_b) {
+    return (const char*)a < (const char*)b + bytes_b && (const char*)b < (const char*)a + bytes_a;
+}
+static bool depends(const Gemm& later, const Gemm& earlier) {
+    size_t C = extent_C(earlier), C2 = extent_C(later);
+    return overlap(later.A, extent_A(later), earlier.C, C) || overlap(later.B, extent_B(later), earlier.C, C)
+        || overlap(later.C, C2, earlier.C, C) || overlap(later.C, C2, earlier.A, extent_A(earlier)) || overlap(later.C, C2, earlier.B, extent_B(earlier));
+}
+
+// The result's bits depend on which thread count a product runs with, so every decision here is by shapes alone.
+static void run_group(const Group& group) {
+    int threads = omp_get_max_threads();
+    if (group.size() == 1 || threads == 1) {
+        for (auto& stream : group) for (auto& g : stream) run_gemm(g);
+        return;
+    }
+    // A stream's products are one chain, or a chain each where none touches another's output.
+    std::vector<std::pair<double, std::vector<const Gemm*>>> chains;
+    double total = 0;
+    for (auto& stream : group) {
+        bool independent = true;
+        for (size_t i = 1; i < stream.size() && independent; i++)
+            for (size_t j = 0; j < i && independent; j++) independent = !depends(stream[i], stream[j]);
+        for (size_t i = 0; i < stream.size(); i++) {
+            if (i == 0 || independent) chains.push_back({0, {}});
+            chains.back().first += flops(stream[i]);
+            chains.back().second.push_back(&stream[i]);
+            total += flops(stream[i]);
+        }
+    }
+    std::stable_sort(chains.begin(), chains.end(), [](auto& a, auto& b) { return a.first > b.first; });
+    size_t first = 0;      // a chain that alone is longer than a fair share: all threads on each of its products
+    while (first < chains.size() && chains[first].first > total / threads * 1.5) {
+        for (const Gemm* g : chains[first].second) run_gemm(*g);
+        total -= chains[first++].first;
+    }
+#pragma omp parallel for schedule(dynamic, 1)
+    for (size_t i = first; i < chains.size(); i++)
+        for (const Gemm* g : chains[i].second) run_gemm(*g);
+}
+
+// ------------------------------------------------------------------------------------------------
+// Profile: calls and time of each kernel, and the list of matrix products, which is run again by itself at the end.
+
+struct Count { long calls; double ms; };
+static struct Profile {
+    bool on;
+    double start, gemm_ms, memory_ms, launch_start;
+    std::map<std::string, Count> kernels;
+    std::vector<Group> groups;
+    std::vector<double> group_ms;
+} profile;
+
+static void flush() {
+    if (waiting.empty()) return;
+    Group group;
+    for (CUstream_st* stream : waiting) {
+        group.push_back(std::move(stream->products));
+        stream->products.clear();
+    }
+    waiting.clear();
+    double start = profile.on ? now_ms() : 0;
+    run_group(group);
+    if (profile.on) {
+        double ms = now_ms() - start;
+        profile.gemm_ms += ms;
+        profile.group_ms.push_back(ms);
+        profile.groups.push_back(std::move(group));
+    }
+}
+
+void enqueue_gemm(const Gemm& g, cudaStream_t stream) {
+    if (!stream) stream = &null_stream;
+    if (g.batch > 1) flush();
+    if (stream->products.empty()) waiting.push_back(stream);
+    stream->products.push_back(g);
+    if (g.batch > 1) flush();
+}
+
+cudaError_t cudaProfilerStart() {
+    if (!getenv("CUDA_PROFILE")) return cudaSuccess;
+    flush();
+    profile = Profile();
+    profile.on = true;
+    profile.start = now_ms();
+    return cudaSuccess;
+}
+
+// The products run again on the same buffers, so what these hold afterwards has no meaning.
+cudaError_t cudaProfilerStop() {
+    if (!profile.on) return cudaSuccess;
+    flush();
+    double wall_ms = now_ms() - profile.start;
+    profile.on = false;
+    double alone_ms = 0;
+    for (int repeat = 0; repeat < 3; repeat++) {
+        double start = now_ms();
+        for (auto& group : profile.groups) run_group(group);
+        double ms = now_ms() - start;
+        if (repeat == 0 || ms < alone_ms) alone_ms = ms;
+    }
+
+    // Time inside a group of several streams goes to its products by their share of the work.
+    struct Sum { Gemm shape; long calls; double ms, gflop; };
+    std::map<std::string, Sum> gemms;
+    for (size_t i = 0; i < profile.groups.size(); i++) {
+        double total = 0;
+        for (auto& stream : profile.groups[i]) for (auto& g : stream) total += flops(g);
+        for (auto& stream : profile.groups[i])
+            for (auto& g : stream) {
+                char key[160];
+                snprintf(key, sizeof key, "%d %d %d %d %d %d %g %d %d", g.m, g.n, g.k, g.batch, g.transa, g.transb, g.beta, g.typeAB, g.typeC);
+                Sum& sum = gemms.emplace(key, Sum{g, 0, 0, 0}).first->second;
+                sum.calls++;
+                sum.ms += total > 0 ? profile.group_ms[i] * flops(g) / total : 0;
+                sum.gflop += flops(g) / 1e9;
+            }
+    }
+
+    const char* path = getenv("CUDA_PROFILE");
+    FILE* f = fopen(path, "w");
+    if (!f) { fprintf(stderr, "%s: cannot write the profile; set CUDA_PROFILE to a file in a folder that exists\n", path); exit(1); }
+    fprintf(f, "{\n  \"threads\": %d,\n  \"wall_ms\": %.6g,\n  \"gemm_ms_in_step\": %.6g,\n  \"gemm_ms_alone\": %.6g,\n  \"memcpy_memset_ms\": %.6g,\n  \"kernels\": {",
+            omp_get_max_threads(), wall_ms, profile.gemm_ms, alone_ms, profile.memory_ms);
+    const char* comma = "";
+    for (auto& [name, count] : profile.kernels) {
+        fprintf(f, "%s\n    \"%s\": {\"calls\": %ld, \"ms\": %.6g}", comma, name.c_str(), count.calls, count.ms);
+        comma = ",";
+    }
+    fprintf(f, "\n  },\n  \"gemms\": [");
+    comma = "";
+    for (auto& [key, sum] : gemms) {
+        const Gemm& g = sum.shape;
+        auto type = [](cudaDataType t) { return t == CUDA_R_32F ? "f32" : "bf16"; };
+        fprintf(f, "%s\n    {\"m\": %d, \"n\": %d, \"k\": %d, \"batch\": %d, \"transa\": %s, \"transb\": %s, \"beta\": %g, \"type\": \"%s\", \"type_c\": \"%s\", \"calls\": %ld, \"ms\": %.6g, \"gflop\": %.6g}",
+                comma, g.m, g.n, g.k, g.batch, g.transa ? "true" : "false", g.transb ? "true" : "false", g.beta, type(g.typeAB), type(g.typeC), sum.calls, sum.ms, sum.gflop);
+        comma = ",";
+    }
+    fprintf(f, "\n  ]\n}\n");
+    if (fclose(f) != 0) { fprintf(stderr, "%s: writing the profile failed; is the disk full?\n", path); exit(1); }
+    profile = Profile();
+    return cudaSuccess;
+}
+
+namespace cuda_on_cpu {
+void begin_launch() {
+    flush();
+    if (profile.on) profile.launch_start = now_ms();
+}
+void end_launch(const char* name) {
+    if (!profile.on) return;
+    Count& count = profile.kernels[name];
+    count.calls++;
+    count.ms += now_ms() - profile.launch_start;
+}
+void bad_launch() { fail(cudaErrorInvalidConfiguration); }
+}
+
+// ------------------------------------------------------------------------------------------------
+// Memory
+
+// Large allocations are their own mapping, in huge pages where the system has them: matrix products then miss the TLB less.
+constexpr size_t HUGE_PAGE = 2 << 20;
+static std::map<void*, size_t> mappings;
+static std::mutex memory_mutex;
+
+cudaError_t cudaMalloc(void** pointer, size_t bytes) {
+    *pointer = nullptr;
+    if (bytes == 0) return cudaSuccess;
+    if (bytes < HUGE_PAGE) {
+        *pointer = aligned_alloc(256, (bytes + 255) / 256 * 256);
+        return *pointer ? cudaSuccess : fail(cudaErrorMemoryAllocation);
+    }
+    size_t size = (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+    char* p = (char*)mmap(nullptr, size + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) return fail(cudaErrorMemoryAllocation);
+    size_t skip = (HUGE_PAGE - (uintptr_t)p % HUGE_PAGE) % HUGE_PAGE;
+    if (skip > 0) munmap(p, skip);
+    munmap(p + skip + size, HUGE_PAGE - skip);
+    p += skip;
+    madvise(p, size, MADV_HUGEPAGE);
+    std::lock_guard<std::mutex> lock(memory_mutex);
+    mappings[p] = size;
+    *pointer = p;
+    return cudaSuccess;
+}
+cudaError_t cudaFree(void* pointer) {
+    flush();
+    std::lock_guard<std::mutex> lock(memory_mutex);
+    auto found = mappings.find(pointer);
+    if (found == mappings.end()) {
+        free(pointer);
+    } else {
+        munmap(pointer, found->second);
+        mappings.erase(found);
+    }
+    return cudaSuccess;
+}
+cudaError_t cudaMallocHost(void** pointer, size_t bytes) { return cudaMalloc(pointer, bytes); }
+cudaError_t cudaFreeHost(void* pointer) { return cudaFree(pointer); }
+
+// A core reaches only part of the memory's bandwidth, so long ranges are shared.
+template <class Function> static void over_range(size_t bytes, Function function) {
+    flush();
+    double start = profile.on ? now_ms() : 0;
+    constexpr size_t PIECE = 1 << 18;
+    if (bytes < 4 * PIECE) {
+        function(0, bytes);
+    } else {
+#pragma omp parallel for schedule(static)
+        for (size_t i = 0; i < bytes; i += PIECE) function(i, std::min(PIECE, bytes - i));
+    }
+    if (profile.on) profile.memory_ms += now_ms() - start;
+}
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+    over_range(bytes, [=](size_t i, size_t n) { memcpy((char*)to + i, (const char*)from + i, n); });
+    return cudaSuccess;
+}
+cudaError_t cudaMemset(void* to, int byte, size_t bytes) {
+    over_range(bytes, [=](size_t i, size_t n) { memset((char*)to + i, byte, n); });
+    return cudaSuccess;
+}
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) { return cudaMemcpy(to, from, bytes, kind); }
+cudaError_t cudaMemsetAsync(void* to, int byte, size_t bytes, cudaStream_t) { return cudaMemset(to, byte, bytes); }
+
+// ------------------------------------------------------------------------------------------------
+// Streams, events, device
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) { *stream = new CUstream_st; return cudaSuccess; }
+cudaError_t cudaStreamDestroy(cudaStream_t stream) { flush(); delete stream; return cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t) { flush(); return cudaSuccess; }
+cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { flush(); return cudaSuccess; }
+cudaError_t cudaDeviceSynchronize() { flush(); return cudaSuccess; }
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { *event = new CUevent_st; return cudaSuccess; }
+cudaError_t cudaEventDestroy(cudaEvent_t event) { delete event; return cudaSuccess; }
+cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { flush(); return cudaSuccess; }
+cudaError_t cudaEventSynchronize(cudaEvent_t) { flush(); return cudaSuccess; }
+
+cudaError_t cudaGetLastError() { cudaError_t error = last_error; last_error = cudaSuccess; return error; }
