@@ -53,6 +53,9 @@ comma := ,
 lower = $(subst F,f,$(subst P,p,$(subst B,b,$(1))))
 BUILD := build/$(DEVICE)-$(call lower,$(PRECISION))$(if $(filter 1,$(STRICT)),-strict)$(if $(SANITIZE),-$(SANITIZE))
 DEFINES := $(if $(filter BF16,$(PRECISION)),-DPRECISION_BF16)
+ifeq ($(DEVICE),cpu)
+  DEFINES += -DCUBLAS_WORKSPACE_BYTES=0
+endif
 
 ifneq ($(if $(MAKECMDGOALS),$(filter olmoe test_olmoe train test bench,$(MAKECMDGOALS)),olmoe),)
   $(info Building for $(if $(filter cuda,$(DEVICE)),CUDA,the CPU) in $(PRECISION)$(if $(filter 1,$(STRICT)), (strict$(if $(SANITIZE),$(comma) $(SANITIZE) sanitizer))): $(WHY).)

@@ -76,7 +76,7 @@ static void run_group(const Group& group) {
 struct Count { long calls; double ms; };
 static struct Profile {
     bool on;
-    double start, gemm_ms, memory_ms, launch_start;
+    double start, gemm_ms, memory_ms;
     std::map<std::string, Count> kernels;
     std::vector<Group> groups;
     std::vector<double> group_ms;
@@ -174,15 +174,18 @@ cudaError_t cudaProfilerStop() {
 }
 
 namespace cuda_on_cpu {
-void begin_launch() {
+double begin_launch() {
     flush();
-    if (profile.on) profile.launch_start = now_ms();
+    return now_ms() * 1e6;
 }
-void end_launch(const char* name) {
-    if (!profile.on) return;
-    Count& count = profile.kernels[name];
-    count.calls++;
-    count.ms += now_ms() - profile.launch_start;
+double end_launch(const char* name, double start) {
+    double ns = now_ms() * 1e6 - start;
+    if (profile.on) {
+        Count& count = profile.kernels[name];
+        count.calls++;
+        count.ms += ns / 1e6;
+    }
+    return ns;
 }
 void bad_launch() { fail(cudaErrorInvalidConfiguration); }
 }

@@ -15,8 +15,8 @@ static inline void __syncwarp(unsigned = 0xffffffff) {}
 
 namespace cuda_on_cpu {
 
-void begin_launch();    // runs the matrix products that are still queued
-void end_launch(const char* name);
+double begin_launch();                              // runs the matrix products that are still queued; the time in ns
+double end_launch(const char* name, double start);  // ns since then
 void bad_launch();
 inline bool valid(dim3 grid, dim3 block) {
     size_t threads = (size_t)block.x * block.y * block.z;
@@ -24,26 +24,32 @@ inline bool valid(dim3 grid, dim3 block) {
         && grid.y > 0 && grid.y <= 65535 && grid.z > 0 && grid.z <= 65535;
 }
 
-// Blocks first .. last - 1. Everything comes by value: what a region of OpenMP captures by reference would be loaded again
-// in each iteration of the thread loop. Threads of a launch are independent, which is what ivdep says.
+// The launch's threads are dealt to cores in units of so many: with whole vectors in each unit, the bits of a result do
+// not depend on how many cores there are.
+constexpr unsigned UNIT = 16;
+
+// Units first .. last - 1 of a launch. Everything comes by value: what a region of OpenMP captures by reference would be
+// loaded again in each iteration of the thread loop. Threads of a launch are independent, which is what ivdep says.
 template <class Kernel, class... Args>
-__attribute__((noinline)) void run_blocks(Kernel kernel, dim3 grid, dim3 block, size_t first, size_t last, Args... args) {
+__attribute__((noinline)) void run_units(Kernel kernel, dim3 grid, dim3 block, size_t first, size_t last, Args... args) {
+    size_t units = (block.x + UNIT - 1) / UNIT, rows = (size_t)block.y * block.z;
     gridDim = grid;
     blockDim = block;
-    for (size_t b = first; b < last; b++) {
+    while (first < last) {
+        size_t b = first / units / rows, row = first / units % rows, unit = first % units;
+        size_t end = unit + (last - first) < units ? unit + (last - first) : units;
+        unsigned x0 = (unsigned)unit * UNIT, x1 = end == units ? block.x : (unsigned)end * UNIT;
+        first += end - unit;
         blockIdx.x = (unsigned)(b % grid.x);
         blockIdx.y = (unsigned)(b / grid.x % grid.y);
         blockIdx.z = (unsigned)(b / grid.x / grid.y);
-        for (unsigned z = 0; z < block.z; z++)
-            for (unsigned y = 0; y < block.y; y++) {
-                threadIdx.y = y;
-                threadIdx.z = z;
+        threadIdx.y = (unsigned)(row % block.y);
+        threadIdx.z = (unsigned)(row / block.y);
 #pragma GCC ivdep
-                for (unsigned x = 0; x < block.x; x++) {
-                    threadIdx.x = x;
-                    kernel(args...);
-                }
-            }
+        for (unsigned x = x0; x < x1; x++) {
+            threadIdx.x = x;
+            kernel(args...);
+        }
     }
 }
 
@@ -54,19 +60,22 @@ template <class Kernel> struct Launch {
 
     template <class... Args> void operator()(Args... args) const {
         if (!valid(grid, block)) { bad_launch(); return; }
-        begin_launch();
-        size_t blocks = (size_t)grid.x * grid.y * grid.z;
-        size_t threads = (size_t)omp_get_max_threads();
-        if (blocks == 1 || threads == 1) {
-            run_blocks(kernel, grid, block, 0, blocks, args...);
+        size_t units = (size_t)grid.x * grid.y * grid.z * ((block.x + UNIT - 1) / UNIT) * block.y * block.z;
+        int threads = omp_get_max_threads();
+        // A parallel region costs microseconds. Whether this kernel is worth one shows from its last launch.
+        static double ns_per_unit = 100;
+        double start = begin_launch();
+        bool parallel = threads > 1 && units > 1 && ns_per_unit * (double)units > 10000;
+        if (!parallel) {
+            run_units(kernel, grid, block, 0, units, args...);
         } else {
-            // Dealt out in turns: with one piece a thread, a triangle's rows would leave the first thread idle.
-            size_t pieces = blocks < 8 * threads ? blocks : 8 * threads;
+            // Dealt out in turns: with one piece a core, a triangle's rows would leave the first core idle.
+            size_t pieces = units < 8 * (size_t)threads ? units : 8 * (size_t)threads;
 #pragma omp parallel for schedule(static, 1)
             for (size_t p = 0; p < pieces; p++)
-                run_blocks(kernel, grid, block, blocks * p / pieces, blocks * (p + 1) / pieces, args...);
+                run_units(kernel, grid, block, units * p / pieces, units * (p + 1) / pieces, args...);
         }
-        end_launch(name);
+        ns_per_unit = end_launch(name, start) / (double)units * (parallel ? threads : 1);
     }
 };
 
