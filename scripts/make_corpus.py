@@ -1,0 +1,440 @@
+#!/usr/bin/env python3
+"""Writes the default corpus: about 4 MB of little stories, arithmetic, dialogues and programs, drawn from a grammar.
+
+    make_corpus.py --out DIR [--seed 0] [--train-bytes 4000000] [--val-bytes 200000]
+
+DIR/train.jsonl, val.jsonl   a document a line: {"id": "story-000123", "text": "..."}; the id starts with the domain
+DIR/train.txt, val.txt       the same texts, separated by an empty line, to read and to compress
+DIR/entropy.json             bits per byte of the grammar's own choices, by domain and over all
+
+Every random choice adds -log2 of its probability to the entropy. A perfect model that knew the grammar could not spend less,
+except where two ways through the grammar give the same text: so the figure is an upper bound of the text's entropy, and close
+to it. The same seed gives the same bytes. Needs nothing but Python 3.
+"""
+import argparse
+import json
+import math
+import os
+import random
+import sys
+
+
+class Source:
+    """Random choices that count their bits. Only Random.random() is used: its sequence is the same in every Python 3."""
+
+    def __init__(self, seed):
+        self.uniform = random.Random(seed).random
+        self.bits = 0.0
+
+    def one(self, items):
+        """One of the items; an item that is listed twice is twice as likely."""
+        item = items[int(self.uniform() * len(items))]
+        self.bits += math.log2(len(items) / items.count(item))
+        return item
+
+    def either(self, *ways):
+        """Calls one of the functions: only the choices of the way taken are made and counted."""
+        return self.one(ways)()
+
+    def number(self, low, high):
+        self.bits += math.log2(high - low + 1)
+        return low + int(self.uniform() * (high - low + 1))
+
+    def chance(self, p):
+        yes = self.uniform() < p
+        self.bits -= math.log2(p if yes else 1 - p)
+        return yes
+
+    def several(self, items, n):
+        """n different items, in random order."""
+        items = list(items)
+        chosen = []
+        for _ in range(n):
+            chosen.append(self.one(items))
+            items.remove(chosen[-1])
+        return chosen
+
+
+def capital(text):
+    return text[0].upper() + text[1:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words
+
+def words(text):
+    return [w.strip() for w in text.split(",")]
+
+
+SHE = words("Anna, Bella, Clara, Dora, Ella, Flora, Greta, Hanna, Ida, Julia, Kira, Lina, Mia, Nora, Olga, Rosa, Sara, Tilda, Vera, Wilma")
+HE = words("Adam, Ben, Carl, David, Emil, Felix, Hugo, Ivan, Jonas, Konrad, Leo, Max, Noah, Oscar, Paul, Ralf, Simon, Tom, Victor, Willi")
+KINDS = words("""fox, mouse, owl, hare, mole, otter, bear, frog, squirrel, badger, duck, goat, robin, beaver, hedgehog, donkey, wolf, deer, raven,
+    lizard, turtle, goose, pony, rabbit, sparrow, snail, cat, dog, camel, monkey, tiger, pigeon, lion, seal, whale, crab, eagle, falcon, parrot,
+    penguin, swan, stork, toad, weasel, spider, cricket, sheep, horse""")
+CAST = dict(zip(SHE + HE, KINDS))     # who is what is the same in every story
+TRAITS = words("""small, brave, shy, clever, old, young, lazy, gentle, quiet, merry, proud, curious, hungry, tired, grumpy, friendly, nervous,
+    polite, careful, clumsy, patient, sleepy, noisy, stubborn, lonely, famous, greedy, wise, happy, sad, angry, worried, rich, poor, tall, thin,
+    fat, strong, weak, fast, slow, kind, rude, silly, serious, jolly, timid, bold""")
+PLACES = words("""market, mill, lake, forest, harbour, meadow, village, castle, bridge, orchard, river, tower, garden, school, bakery, station,
+    library, theatre, museum, farm, island, valley, beach, cave, desert, swamp, temple, palace, park, quarry, vineyard, lighthouse, canyon,
+    chapel, cottage, factory, fortress, glacier, inn, jungle, kitchen, mountain, prison, square, stadium, tavern, tunnel, zoo""")
+LOOKS = words("""golden, silver, wooden, broken, rusty, tiny, heavy, shiny, dusty, painted, red, blue, green, yellow, black, white, brown, grey,
+    purple, orange, round, square, long, short, soft, hard, warm, cold, wet, dry, clean, dirty, cheap, precious, ancient, modern, bent, cracked,
+    empty, hollow, magic, plain, sharp, smooth, sticky, strange, striped, useful, dark, bright, thick, thin, large, narrow, wide, light, sweet,
+    bitter, fresh, rotten, frozen, burnt, hidden, famous""")
+THINGS = words("""key, bell, lantern, crown, drum, ring, clock, boat, mirror, spoon, flute, coin, map, kite, hammer, umbrella, book, hat, cup,
+    basket, coat, letter, ball, lamp, chair, bag, knob, table, rope, wheel, candle, ladder, bottle, button, pencil, blanket, bucket, shovel,
+    needle, violin, trumpet, puppet, statue, ticket, carpet, pillow, kettle, helmet, shield, anchor, compass, feather, pebble, ribbon, mask,
+    glove, boot, whistle, magnet, marble, telescope, wagon, barrel, bracelet, broom, cage, chain, curtain, diamond, door, engine, fork, guitar,
+    harp, jacket, jug, lid, medal, necklace, oar, pipe, plate, purse, quilt, rug, saddle, sail, shell, shirt, sock, sword, tent, towel, vase,
+    wallet, window""")
+SPOTS = words("""fence, well, oak, rock, gate, barn, stove, bench, hedge, wall, statue, fountain, haystack, chimney, window, door, roof, bush,
+    pond, stable, cupboard, tent, wagon, stage, ladder, altar, tomb, ditch, stump, counter, piano, sofa""")
+WHERE = words("under, behind, beside, near, above, below, inside, opposite")
+STUFF = words("""clay, straw, brick, leather, sand, paper, glass, wool, copper, snow, moss, cotton, rope, oak, stone, mud, iron, silk, bone, wax, ice,
+    cork, pine, linen, gold, silver, amber, chalk, salt, soap, sugar, steel""")
+FOODS = words("""apples, pears, eggs, plums, lemons, onions, cakes, tomatoes, cherries, nuts, beans, carrots, figs, grapes, melons, pies, rolls,
+    cookies, berries, olives, peaches, turnips, waffles, potatoes, dates, limes, peas, leeks, mushrooms, noodles, pancakes, sausages, shrimps,
+    snails, tarts, almonds, bananas, crabs, dumplings, radishes""")
+FEEL = words("""glad, sad, proud, angry, afraid, bored, calm, cheerful, confused, jealous, sleepy, surprised, thirsty, thankful, upset, worried,
+    amused, ashamed, curious, dizzy, eager, furious, guilty, hopeful, lonely, lucky, nervous, pleased, relaxed, restless, sick, tired""")
+MOVES = words("""walked, ran, crept, marched, hurried, wandered, rode, sailed, danced, climbed, limped, strolled, travelled, jumped, swam, drove,
+    raced, crawled, floated, flew, rolled, skated, sneaked, stumbled""")
+FINDS = words("""found, saw, hid, dropped, noticed, buried, picked up, bought, sold, lost, painted, cleaned, broke, mended, borrowed, stole,
+    burned, caught, drew, kicked, opened, polished, traded, washed""")
+HOW = words("""slowly, quickly, loudly, quietly, bravely, sadly, gladly, politely, carefully, suddenly, kindly, proudly, softly, angrily, calmly,
+    shyly, boldly, coldly, eagerly, firmly, gently, happily, lazily, nervously, patiently, rudely, sleepily, sternly, sweetly, warmly, weakly, wisely""")
+TIMES = words("""one morning, after lunch, at noon, the next day, before sunrise, late at night, on Monday, on Friday, on Sunday, in spring,
+    in summer, in autumn, in winter, a week later, at midnight, that evening, in May, at dawn, in June, one day, after work, long ago, at sunset, in March""")
+WHEN = words("""today, tomorrow, tonight, on Monday, on Tuesday, on Friday, on Sunday, next week, in May, at noon, after work, before lunch,
+    in June, soon, at dawn, next year""")
+STORMS = words("storm, breeze, cloud, fog, blizzard, shower, flood, whirlwind")
+JOBS = words("""baker, farmer, tailor, fisher, florist, potter, smith, printer, teacher, doctor, painter, singer, pilot, judge, carpenter, gardener,
+    miller, sailor, cook, dentist, nurse, writer, dancer, barber, king, queen, pirate, soldier, wizard, witch, knight, clown, banker, butcher,
+    captain, hunter, lawyer, mason, monk, porter""")
+TASKS = words("""mend, paint, sell, clean, buy, find, hide, fetch, carry, open, borrow, draw, drop, move, measure, wrap, burn, polish, weigh, wash,
+    lend, bury, count, trade""")
+NUMBERS = words("no, one, two, three, four, five, six, seven, eight, nine, ten")
+FAMILY = words("brother, sister, mother, father, uncle, aunt, cousin, friend")
+
+
+def a(text):
+    return ("an " if text[0] in "aeiou" and not text.startswith("useful") else "a ") + text
+
+
+class Phrases:
+    """Noun phrases that several domains use."""
+
+    def __init__(self, s):
+        self.s = s
+
+    def thing(self):
+        return self.s.one(LOOKS) + " " + self.s.one(THINGS)
+
+    def animal(self):
+        return self.s.one(TRAITS) + " " + self.s.one(KINDS)
+
+    def person(self):
+        return self.s.one(TRAITS) + " " + self.s.one(JOBS)
+
+    def place(self):
+        return self.s.one(LOOKS) + " " + self.s.one(PLACES)
+
+    def spot(self):
+        return self.s.one(WHERE) + " the " + self.s.one(SPOTS)
+
+    def foods(self):
+        return " and ".join(self.s.several(FOODS, 2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stories: two animals of a fixed cast, and what happens to them.
+
+def story(s):
+    p = Phrases(s)
+    names = s.several(SHE + HE, 2)
+    kinds = [CAST[name] for name in names]
+
+    def find(name, kind, she, other):
+        return f"{capital(s.one(TIMES))} {name} the {kind} {s.one(MOVES)} to the {p.place()} and {s.one(FINDS)} {a(p.thing())} {p.spot()}." + s.either(
+            lambda: f" It was made of {s.one(STUFF)} and {s.one(STUFF)}.",
+            lambda: f" {capital(she)} felt {s.one(FEEL)} and {s.one(FEEL)}.",
+            lambda: f" \"It is {s.one(LOOKS)}!\" said {name} {s.one(HOW)}.",
+            lambda: "")
+
+    def meet(name, kind, she, other):
+        stranger = p.animal()
+        return f"{capital(p.spot())} {name} met {a(stranger)} with {a(p.thing())}. " + s.either(
+            lambda: f"\"Do you want {p.foods()}?\" asked the {stranger} {s.one(HOW)}.",
+            lambda: f"\"I am {s.one(FEEL)},\" said the {stranger} {s.one(HOW)}.",
+            lambda: f"The {stranger} {s.one(FINDS)} {a(p.thing())} and {s.one(MOVES)} to the {s.one(PLACES)}.")
+
+    def share(name, kind, she, other):
+        return s.either(
+            lambda: f"{name} gave {other} {s.one(NUMBERS[2:])} {s.one(LOOKS)} {s.one(FOODS)} for {a(p.thing())}.",
+            lambda: f"They ate {s.one(FOODS)} with {p.foods()} {p.spot()}.",
+            lambda: f"{name} cooked {p.foods()}, but {other} wanted {s.one(LOOKS)} {s.one(FOODS)}.")
+
+    def build(name, kind, she, other):
+        return f"{name} the {kind} made {a(p.thing())} of {s.one(STUFF)} and {s.one(STUFF)} for {a(p.person())}" + s.either(
+            lambda: f", and {other} {s.one(FINDS)} it {s.one(HOW)}.",
+            lambda: f" from the {p.place()}.")
+
+    def weather(name, kind, she, other):
+        return (f"Then {a(s.one(LOOKS))} {s.one(STORMS)} came from the {p.place()}, and {name} {s.one(MOVES)} {s.one(HOW)} "
+                f"and hid {p.spot()}.")
+
+    def say(name, kind, she, other):
+        return s.either(
+            lambda: f"\"Never trust {a(p.animal())} {s.one(WHEN)},\" said {other} {s.one(HOW)}.",
+            lambda: f"\"I want to be {a(p.person())},\" said {name} {s.one(HOW)}.",
+            lambda: f"\"Are you {s.one(FEEL)}?\" asked {name}. \"No, I am {s.one(FEEL)},\" said {other} {s.one(HOW)}.",
+            lambda: f"\"We must {s.one(TASKS)} the {p.thing()} {s.one(WHEN)},\" said {name} {s.one(HOW)}.")
+
+    def dream(name, kind, she, other):
+        return f"{name} dreamed of {a(p.animal())} with {a(p.thing())} and {a(p.thing())}."
+
+    sentences = [s.either(
+        lambda: f"Once upon a time there was {a(s.one(TRAITS))} {kinds[0]} named {names[0]} who lived in {a(p.place())} with {names[1]} the {kinds[1]}.",
+        lambda: f"{names[0]} the {kinds[0]} and {names[1]} the {kinds[1]} lived {p.spot()} in {a(p.place())}.",
+        lambda: f"In {a(p.place())} lived {names[0]}, {a(s.one(TRAITS))} {kinds[0]}, and {names[1]}, {a(s.one(TRAITS))} {kinds[1]}.")]
+    for _ in range(s.number(3, 9)):
+        scene = s.one([find, find, meet, share, build, weather, say, dream])
+        me = s.number(0, 1)
+        sentences.append(scene(names[me], kinds[me], "she" if names[me] in SHE else "he", names[1 - me]))
+    sentences.append(s.either(
+        lambda: f"And {names[0]} was {s.one(FEEL)} ever after.",
+        lambda: f"So {names[0]} and {names[1]} {s.one(MOVES)} home {s.one(HOW)}.",
+        lambda: f"{names[0]} kept the {p.thing()} for ever."))
+    return "\n".join(sentences)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Dialogues: the speakers alternate, and an answer takes up its question.
+
+def dialogue(s):
+    p = Phrases(s)
+    speakers = s.several(SHE + HE, 2)
+
+    def search(you, me):
+        x = s.one(THINGS)
+        return [s.either(lambda: f"Where is the {s.one(LOOKS)} {x} of the {s.one(JOBS)}?", lambda: f"Who took the {s.one(LOOKS)} {x} {s.one(WHEN)}?")] + s.either(
+            lambda: [f"It is {p.spot()} in the {p.place()}."],
+            lambda: [f"The {p.person()} has it.", f"No, the {s.one(JOBS)} has {a(p.thing())}."],
+            lambda: [f"I {s.one(FINDS)} the {x} {p.spot()}."])
+
+    def shop(you, me):
+        x, price = s.one(FOODS), s.number(2, 10)
+        return [f"How much are the {s.one(LOOKS)} {x}?", f"{capital(NUMBERS[price])} coins, with {s.one(LOOKS)} {p.foods()}.",
+                f"Only {NUMBERS[price]}? I take {s.number(2, 40)} {s.one(WHEN)}." if price <= 5 else f"{capital(NUMBERS[price])} is too much, I want {s.one(LOOKS)} {s.one(FOODS)}."]
+
+    def plan(you, me):
+        return [f"Will you {s.one(TASKS)} the {p.thing()} {s.one(WHEN)}, {you}?"] + s.either(
+            lambda: [f"Yes, and then I {s.one(TASKS)} the {p.thing()}."],
+            lambda: [f"No, I must {s.one(TASKS)} {a(p.thing())} for the {p.person()}."],
+            lambda: [f"Only if you {s.one(TASKS)} my {p.thing()} {s.one(WHEN)}."])
+
+    def trip(you, me):
+        place = s.one(PLACES)
+        return [f"Shall we go to the {place} {s.one(WHEN)}?"] + s.either(
+            lambda: [f"No, the {place} is {s.one(LOOKS)} and {s.one(LOOKS)}."],
+            lambda: [f"I would rather go to the {p.place()} {s.one(WHEN)}."],
+            lambda: [f"Yes, with {p.foods()}, {s.one(FOODS)} and {a(p.thing())}."])
+
+    def family(you, me):
+        job = s.one(JOBS)
+        return [f"Is your {s.one(FAMILY)} {a(s.one(TRAITS))} {job}?"] + s.either(
+            lambda: [f"Yes, {a(job)} from the {p.place()}."],
+            lambda: [f"No, {a(p.person())} with {a(p.animal())}."],
+            lambda: [f"Yes, a {job} who sells {p.foods()}."])
+
+    def taste(you, me):
+        x, y = s.several(FOODS, 2)
+        return [f"Do you like {x} with {y}?"] + s.either(
+            lambda: [f"I like {x}, {p.foods()}, but not {s.one(LOOKS)} {y}."],
+            lambda: [f"No, I like {p.foods()}.", f"Then I bring {s.one(NUMBERS[2:])} {s.one(LOOKS)} {s.one(FOODS)} {s.one(WHEN)}."])
+
+    def feel(you, me):
+        feeling = s.one(FEEL)
+        return [f"Why are you {feeling}, {you}?"] + s.either(
+            lambda: [f"I lost my {p.thing()} {p.spot()}."],
+            lambda: [f"The {p.animal()} ate my {p.foods()}."],
+            lambda: [f"I am not {feeling}, but {s.one(FEEL)} and {s.one(FEEL)}."],
+            lambda: [f"There was {a(p.animal())} {p.spot()}."],
+            lambda: [f"{capital(a(p.person()))} {s.one(FINDS)} my {p.thing()}."])
+
+    turns = []
+
+    def say(topic):
+        n = len(turns) % 2
+        turns.extend(topic(speakers[1 - n], speakers[n]))
+
+    say(lambda you, me: s.either(
+        lambda: [f"Good morning, {you}.", f"Hello, {me}, I am {s.one(FEEL)}."],
+        lambda: [f"Hello, {you}, you look {s.one(FEEL)}."]))
+    for _ in range(s.number(5, 12)):
+        say(s.one([search, shop, plan, trip, family, taste, feel]))
+    say(lambda you, me: [f"Goodbye, {you}.", f"See you {s.one(WHEN)}."])
+    return "\n".join(f"{speakers[i % 2]}: {turn}" for i, turn in enumerate(turns))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arithmetic: small numbers, and every step of a longer sum written out.
+
+def arithmetic(s):
+    p = Phrases(s)
+
+    def fact():
+        x, y = s.number(1, 9), s.number(1, 9)
+        return s.one([f"{x} + {y} = {x + y}", f"{x + y} - {x} = {y}", f"{x} x {y} = {x * y}", f"{x * y} / {x} = {y}"])
+
+    def facts():
+        return ", ".join(fact() for _ in range(s.number(2, 5))) + "."
+
+    def columns():
+        x, y = s.number(11, 49), s.number(11, 49)
+        ones, carry = x % 10 + y % 10, (x % 10 + y % 10) // 10
+        return f"{x} + {y}: {x % 10} + {y % 10} = {ones}, {x // 10} + {y // 10}{' + 1' if carry else ''} = {x // 10 + y // 10 + carry}, sum {x + y}."
+
+    def count():
+        step, start = s.number(1, 9), s.number(0, 20)
+        return f"By {step}: " + ", ".join(str(start + i * step) for i in range(s.number(3, 5))) + "."
+
+    def compare():
+        x, d = s.number(10, 89), s.number(1, 9)
+        return s.one([f"{x + d} is {d} more than {x}.", f"{x} is {d} less than {x + d}.", f"{x} < {x + d}.", f"{x + d} > {x}."])
+
+    def parity():
+        h = s.number(1, 40)
+        return s.one([f"{2 * h} is even.", f"{2 * h + 1} is odd."])
+
+    def problem():
+        who, what, x, y = s.one(SHE + HE), p.thing(), s.number(2, 20), s.number(1, 9)
+        return s.either(
+            lambda: f"{who} has {x} {what}s and {s.one(['buys', 'finds', 'gets', 'makes'])} {y}: {x} + {y} = {x + y}.",
+            lambda: f"{who} has {x + y} {what}s and {s.one(['sells', 'loses', 'breaks', 'hides'])} {y}: {x + y} - {y} = {x}.")
+
+    def chain():
+        x = s.number(1, 20)
+        text = f"Take {x}"
+        for _ in range(s.number(2, 4)):
+            y = s.number(1, 9)
+            if x > y and s.chance(0.5):
+                x -= y
+                text += f", minus {y} is {x}"
+            else:
+                x += y
+                text += f", plus {y} is {x}"
+        return text + "."
+
+    return "\n".join(s.one([facts, facts, columns, count, compare, parity, problem, problem, chain])() for _ in range(s.number(10, 35)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Code: a small language, and after > what it prints.
+
+def code(s):
+    p = Phrases(s)
+
+    def output(lines, printed):
+        return "\n".join(lines + [f"> {x}" for x in printed])
+
+    def variables():
+        name, other = s.several(THINGS, 2)
+        x, y = s.number(10, 80), s.number(1, 9)
+        sign = s.one("+-")
+        return output([f"{name} = {x}", f"{other} = {name} {sign} {y}", f"print {other}"], [x + y if sign == "+" else x - y])
+
+    def branch():
+        name, x, limit = s.one(THINGS), s.number(1, 99), s.one([10, 50, 90])
+        yes, no = s.several(LOOKS, 2)
+        return output([f"{name} = {x}", f'if {name} > {limit}: print "{yes}"', f'else: print "{no}"'], [yes if x > limit else no])
+
+    def loop():
+        low, n, k = s.number(1, 9), s.number(2, 4), s.number(1, 9)
+        sign = s.one("+*")
+        return output([f"for i in {low}..{low + n - 1}: print i {sign} {k}"], [i + k if sign == "+" else i * k for i in range(low, low + n)])
+
+    def repeat():
+        n, text = s.number(2, 3), p.animal()
+        return output([f'repeat {n}: print "{text}"'], [text] * n)
+
+    def function():
+        name, k = s.one(TASKS), s.number(1, 9)
+        sign = s.one("+-*")
+        lines = [f"def {name}(x): return x {sign} {k}"]
+        for _ in range(s.number(1, 3)):
+            x = s.number(1, 9) if sign == "*" else s.number(10, 80)
+            lines += [f"print {name}({x})", f"> {x * k if sign == '*' else x + k if sign == '+' else x - k}"]
+        return "\n".join(lines)
+
+    def array():
+        items = s.several(s.one([KINDS, LOOKS, THINGS, FOODS, PLACES, JOBS]), s.number(3, 7))
+        what, printed = s.one([("first", items[0]), ("last", items[-1]), ("count", len(items)), ("second", items[1])])
+        return output([f"list = [{', '.join(items)}]", f"print {what}(list)"], [printed])
+
+    def numbers():
+        items = [s.number(1, 99) for _ in range(s.number(3, 6))]
+        i = s.number(0, 2)
+        return output([f"row = {items}", f"print row[{i}]"], [items[i]])
+
+    def comment():
+        return f"# {s.one(TASKS)} the {p.thing()} of the {p.person()}"
+
+    return "\n".join(s.one([variables, branch, loop, repeat, function, array, array, numbers, comment, comment])() for _ in range(s.number(8, 26)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+DOMAINS = {"story": story, "arithmetic": arithmetic, "dialogue": dialogue, "code": code}
+
+
+def split(s, size):
+    """Documents until they hold size bytes: (domain, text, bits). The domain is a choice like any other."""
+    documents, total = [], 0
+    while total < size:
+        before = s.bits
+        domain = s.one(list(DOMAINS))
+        text = DOMAINS[domain](s)
+        documents.append((domain, text, s.bits - before))
+        total += len(text)
+    return documents
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", required=True, help="directory to write to")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train-bytes", type=int, default=4000000)
+    parser.add_argument("--val-bytes", type=int, default=200000)
+    options = parser.parse_args()
+    if options.train_bytes < 1 or options.val_bytes < 1:
+        sys.exit("make_corpus.py: --train-bytes and --val-bytes have to be positive")
+
+    source = Source(options.seed)
+    try:
+        os.makedirs(options.out, exist_ok=True)
+        for name, size in (("train", options.train_bytes), ("val", options.val_bytes)):
+            documents = split(source, size)
+            with open(os.path.join(options.out, name + ".jsonl"), "w", encoding="ascii", newline="\n") as f:
+                for i, (domain, text, _) in enumerate(documents):
+                    f.write(json.dumps({"id": f"{domain}-{i:06d}", "text": text}) + "\n")
+            with open(os.path.join(options.out, name + ".txt"), "w", encoding="ascii", newline="\n") as f:
+                f.write("\n\n".join(text for _, text, _ in documents) + "\n")
+            print(f"{name}: {len(documents)} documents, {sum(len(text) for _, text, _ in documents)} bytes")
+        entropy, size = {}, {}
+        for domain in list(DOMAINS) + ["all"]:
+            mine = [d for d in documents if domain in (d[0], "all")]
+            size[domain] = sum(len(text) for _, text, _ in mine)
+            entropy[domain] = sum(bits for _, _, bits in mine) / size[domain] if mine else None
+        with open(os.path.join(options.out, "entropy.json"), "w", encoding="ascii", newline="\n") as f:
+            json.dump({"bits_per_byte": entropy, "bytes": size, "seed": options.seed}, f, indent=2)
+            f.write("\n")
+    except OSError as error:
+        sys.exit(f"make_corpus.py: {error.filename or options.out}: {error.strerror}")
+    print("entropy of the grammar's choices on the validation text, bits per byte:",
+          ", ".join(f"{domain} {value:.3f}" for domain, value in entropy.items() if value is not None))
+
+
+if __name__ == "__main__":
+    main()
