@@ -81,7 +81,7 @@ CXX := g++
 CXXFLAGS := -std=c++17 -g -fopenmp -fno-math-errno -Wall -Wextra
 ifeq ($(STRICT),1)
   DEFINES += -DCUDA_STRICT -DWARP=32 -DSEPARATE_ALLOCATIONS=1
-  CXXFLAGS += -O1 -ffp-contract=off
+  CXXFLAGS += -O2
   MACHINE := strict
 else
   # Not -ffast-math: it may delete isnan, and turn !(error <= tolerance) into error > tolerance.
@@ -90,8 +90,12 @@ else
   CXXFLAGS += -O3 -march=native -fassociative-math -fno-signed-zeros -fno-trapping-math --param max-completely-peel-times=4
   MACHINE := fast
 endif
+MACHINE_FLAGS := $(CXXFLAGS)
 ifneq ($(SANITIZE),)
-  CXXFLAGS += -fsanitize=$(SANITIZE) -fno-omit-frame-pointer $(if $(filter undefined,$(SANITIZE)),-fno-sanitize-recover=all)
+  SANITIZE_FLAGS := -fsanitize=$(SANITIZE) -fno-omit-frame-pointer $(if $(filter undefined,$(SANITIZE)),-fno-sanitize-recover=all)
+  CXXFLAGS += $(SANITIZE_FLAGS)
+  # TSan must not see the scheduler of the fibers, only what they do.
+  MACHINE_FLAGS += $(if $(filter thread,$(SANITIZE)),-DCUDA_TSAN,$(SANITIZE_FLAGS))
 endif
 LDLIBS := -ldnnl -lz -lmvec -lm
 MACHINE_OBJECTS := $(addprefix $(BUILD)/cpu/,$(MACHINE).o gemm.o device.o)
@@ -104,7 +108,7 @@ $(BUILD)/%.o: %.cu cpu/rewrite Makefile
 
 $(BUILD)/cpu/%.o: cpu/%.cpp Makefile
 	@mkdir -p $(@D)
-	$(CXX) $(CXXFLAGS) $(DEFINES) -Icpu -MMD -MP -c $< -o $@
+	$(CXX) $(MACHINE_FLAGS) $(DEFINES) -Icpu -MMD -MP -c $< -o $@
 
 $(BUILD)/%: $(BUILD)/%.o $(MACHINE_OBJECTS)
 	$(CXX) $(CXXFLAGS) $^ $(LDLIBS) -o $@
