@@ -381,7 +381,7 @@ def code(s):
     def comment():
         return f"# {s.one(TASKS)} the {p.thing()} of the {p.person()}"
 
-    return "\n".join(s.one([variables, branch, loop, repeat, function, array, array, numbers, comment, comment])() for _ in range(s.number(8, 26)))
+    return "\n".join(s.one([variables, branch, loop, repeat, function, array, array, numbers, comment, comment])() for _ in range(s.number(8, 22)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,98 @@
+#!/usr/bin/env python3
+"""Draws the course of one or several training runs: loss, validation, learning rate and expert load over the steps.
+
+    plot.py OUT... [--out FILE.png]
+
+OUT is the directory that `olmoe train --out` wrote to, or its log.jsonl. The picture goes to plot.png in the first OUT.
+Needs matplotlib (Debian: python3-matplotlib).
+"""
+import argparse
+import json
+import math
+import os
+import sys
+
+try:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+except ImportError:
+    sys.exit("plot.py: matplotlib is missing; install python3-matplotlib (make setup does) and run it with that python3")
+
+
+def read(out):
+    """The steps of a run, in order. A resumed run logs some steps twice: the last one counts."""
+    path = os.path.join(out, "log.jsonl") if os.path.isdir(out) else out
+    steps = {}
+    try:
+        with open(path, encoding="utf-8") as f:
+            lines = f.read().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"plot.py: {path}: {getattr(error, 'strerror', None) or 'not a text file'}; name the --out directory of a training run")
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line) if line.strip() else {}
+        except ValueError:
+            if number == len(lines):        # a line without its line break: the run was killed, or is still writing
+                continue
+            sys.exit(f"plot.py: {path}:{number}: not JSON; is this the log of a training run?")
+        if isinstance(record, dict) and "step" in record:
+            steps[record["step"]] = record
+    if not steps:
+        sys.exit(f"plot.py: {path}: no training step in it yet")
+    return [steps[step] for step in sorted(steps)]
+
+
+def curve(run, value):
+    """Steps and values, where the run has the value."""
+    points = [(record["step"], value(record)) for record in run]
+    points = [(step, y) for step, y in points if isinstance(y, (int, float)) and math.isfinite(y)]
+    return [step for step, _ in points], [y for _, y in points]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", metavar="OUT", help="directory of a training run")
+    parser.add_argument("--out", metavar="FILE.png", help="default: plot.png in the first OUT")
+    options = parser.parse_args()
+    runs = [read(out) for out in options.runs]
+    first = options.runs[0]
+    picture = options.out or os.path.join(first if os.path.isdir(first) else os.path.dirname(first) or ".", "plot.png")
+
+    figure, ((loss, validation), (rate, load)) = plt.subplots(2, 2, figsize=(11, 7), sharex=True)
+    for i, (out, run) in enumerate(zip(options.runs, runs)):
+        name, colour = os.path.basename(os.path.abspath(out)), f"C{i}"
+        loss.plot(*curve(run, lambda r: r.get("ce_loss")), color=colour, label=name, linewidth=1)
+        validation.plot(*curve(run, lambda r: r.get("val_bpb", r.get("val_loss"))), color=colour, marker="o", markersize=3, label=name)
+        rate.plot(*curve(run, lambda r: r.get("lr")), color=colour, label=name)
+        layers = max(len(r.get("balance") or []) for r in run)
+        for l in range(layers):
+            def max_over_mean(r, l=l):
+                balance = r.get("balance") or []
+                return balance[l].get("max_over_mean") if l < len(balance) else None
+            # One run: a colour a layer. Several: a colour a run, and fainter for deeper layers.
+            style = {"color": f"C{l % 10}", "label": f"layer {l}"} if len(runs) == 1 else {"color": colour, "alpha": 1 - 0.7 * l / layers, "label": name if l == 0 else None}
+            load.plot(*curve(run, max_over_mean), linewidth=1, **style)
+
+    loss.set_title("training loss (cross entropy, nats a token)")
+    in_bits = any("val_bpb" in record for run in runs for record in run)
+    validation.set_title("validation (bits a byte)" if in_bits else "validation loss (nats a token)")
+    rate.set_title("learning rate")
+    load.set_title("expert load, largest over mean" + (", by layer" if len(runs) == 1 else ""))
+    load.axhline(1, color="grey", linewidth=0.5)
+    for axis in (loss, validation, rate, load):
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0] and (len(runs) > 1 or axis is load):
+            axis.legend(fontsize=8, ncol=2 if axis is load else 1)
+    for axis in (rate, load):
+        axis.set_xlabel("step")
+    figure.tight_layout()
+    try:
+        figure.savefig(picture, dpi=110)
+    except (OSError, ValueError) as error:
+        sys.exit(f"plot.py: {picture}: {getattr(error, 'strerror', None) or error}")
+    print(picture)
+
+
+if __name__ == "__main__":
+    main()

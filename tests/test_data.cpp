@@ -1,0 +1,101 @@
+// Lets test_data.py drive dataloader.h and tokenizer.h: reads commands from standard input, a line each, and prints what they give.
+
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <iostream>
+#include <sstream>
+
+[[noreturn]] void die(const char* format, ...) __attribute__((format(printf, 1, 2)));
+void die(const char* format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    vfprintf(stderr, format, arguments);
+    va_end(arguments);
+    fputc('\n', stderr);
+    exit(1);
+}
+
+#include "../tokenizer.h"
+#include "../dataloader.h"
+
+static void print_rows(const std::vector<int32_t>& values, size_t rows, int T) {
+    for (size_t row = 0; row < rows; row++)
+        for (int t = 0; t < T; t++) printf("%d%c", values[row * T + t], t + 1 == T ? '\n' : ' ');
+}
+
+int main() {
+    DataLoader d;
+    std::string line, word;
+    while (std::getline(std::cin, line)) {
+        std::istringstream in(line);
+        in >> word;
+        std::vector<int32_t> inputs, targets;
+        if (word == "pcg") {                    // pcg SEED N: raw outputs
+            uint64_t seed; int n; in >> seed >> n;
+            Pcg64 g;
+            pcg64_seed(&g, seed);
+            for (int i = 0; i < n; i++) printf("0x%016llx\n", (unsigned long long)pcg64_next(&g));
+        } else if (word == "shuffle") {         // shuffle SEED N
+            uint64_t seed; size_t n; in >> seed >> n;
+            Pcg64 g;
+            std::vector<uint32_t> order(n);
+            for (size_t i = 0; i < n; i++) order[i] = (uint32_t)i;
+            pcg64_seed(&g, seed);
+            pcg64_shuffle(&g, &order);
+            for (uint32_t i : order) printf("%u ", i);
+            printf("\n");
+        } else if (word == "open") {            // open T V global|sequential SEED FILTER FILE...
+            int T, V, filter; std::string order, file; uint64_t seed; std::vector<std::string> files;
+            in >> T >> V >> order >> seed >> filter;
+            while (in >> file) files.push_back(file);
+            dataloader_open(&d, files, T, V, order == "global" ? DataOrder::global : DataOrder::sequential, seed, filter);
+        } else if (word == "next") {            // next G RANK WORLD
+            int G, rank, world; in >> G >> rank >> world;
+            size_t rows = world > 0 && G > 0 ? G / world : 0;
+            inputs.assign(rows * d.T, -1);
+            targets.assign(rows * d.T, -1);
+            dataloader_next(&d, G, rank, world, inputs.data(), targets.data());
+            print_rows(inputs, rows, d.T);
+            print_rows(targets, rows, d.T);
+        } else if (word == "rows") {            // rows FIRST N
+            size_t first, n; in >> first >> n;
+            inputs.assign(n * d.T, -1);
+            targets.assign(n * d.T, -1);
+            printf("%zu\n", dataloader_rows(&d, first, n, inputs.data(), targets.data()));
+            print_rows(inputs, n, d.T);
+            print_rows(targets, n, d.T);
+        } else if (word == "seek") {            // seek EPOCH POSITION
+            int64_t epoch, position; in >> epoch >> position;
+            dataloader_seek(&d, epoch, position);
+        } else if (word == "state") {
+            printf("%lld %lld %lld %zu %zu %016llx\n", (long long)d.epoch, (long long)d.position, (long long)dataloader_masked(&d),
+                   d.instances, dataloader_tokens(&d), (unsigned long long)dataloader_fingerprint(&d));
+        } else if (word == "close") {
+            dataloader_close(&d);
+        } else if (word == "resident") {        // peak resident memory so far, KB
+            std::ifstream status("/proc/self/status");
+            while (std::getline(status, line))
+                if (line.compare(0, 6, "VmHWM:") == 0) printf("%ld\n", atol(line.c_str() + 6));
+        } else if (word == "tokenize") {        // tokenize TOKENIZER OUT FILE...
+            Tokenizer t; std::string name, out, file; std::vector<std::string> files;
+            in >> name >> out;
+            while (in >> file) files.push_back(file);
+            tokenizer_open(&t, name);
+            TokenizeCounts counts = tokenize_files(t, files, out);
+            printf("%zu %zu\n", counts.documents, counts.tokens);
+        } else if (word == "documents") {       // documents NPY
+            std::string npy; in >> npy;
+            for (const Document& x : documents_read(npy)) printf("%zu\t%zu\t%s\t%s\n", x.start, x.end, x.id.c_str(), document_domain(x).c_str());
+        } else if (word == "decode") {          // decode ID...: the bytes, in hexadecimal
+            Tokenizer t; tokenizer_open(&t, "bytes");
+            int id;
+            while (in >> id) for (char c : tokenizer_decode(t, id)) printf("%02x", (unsigned char)c);
+            printf("\n");
+        } else {
+            die("test_data: unknown command %s", word.c_str());
+        }
+        fflush(stdout);
+    }
+}

@@ -1,0 +1,578 @@
+"""Data: token files, their order, the filter, the byte tokenizer, the corpus, the plot. C++ runs under address and undefined sanitizers."""
+import gzip
+import json
+import lzma
+import os
+import random
+import resource
+import struct
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("build") / "test_data")
+    subprocess.run(["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
+                    "-o", path, os.path.join(ROOT, "tests", "test_data.cpp"), "-lz"], check=True)
+    return path
+
+
+@pytest.fixture
+def drive(program):
+    """Runs commands; the lines printed. With fails, the one line on standard error."""
+    def run(*commands, fails=False, limit=None):
+        r = subprocess.run([program], input="\n".join(commands) + "\n", capture_output=True, text=True, preexec_fn=limit)
+        if fails:
+            assert r.returncode == 1, (r.returncode, r.stderr)
+            assert r.stderr.count("\n") == 1 and r.stderr.endswith("\n"), r.stderr
+            return r.stderr.strip()
+        assert r.returncode == 0 and r.stderr == "", r.stderr
+        return r.stdout.splitlines()
+    return run
+
+
+def tokens(path, values):
+    path.write_bytes(struct.pack(f"<{len(values)}H", *values))
+    return str(path)
+
+
+def npy(path, values, descr="<u2", shape=None, version=1, length=None):
+    text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape or f'({len(values)},)'}, }}"
+    text += " " * (-(len(text) + (11 if version == 1 else 13)) % 64) + "\n"
+    size = struct.pack("<H" if version == 1 else "<I", len(text) if length is None else length)
+    path.write_bytes(b"\x93NUMPY" + bytes([version, 0]) + size + text.encode() + struct.pack(f"<{len(values)}H", *values))
+    return str(path)
+
+
+def llmc(path, values, magic=20240520, version=1, count=None):
+    header = struct.pack("<256i", magic, version, len(values) if count is None else count, *[0] * 253)
+    path.write_bytes(header + struct.pack(f"<{len(values)}H", *values))
+    return str(path)
+
+
+def rows(lines):
+    return [[int(x) for x in line.split()] for line in lines]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Order: the vectors are NumPy's
+
+ORDER = {6198: [4, 14, 6, 15, 3, 2, 13, 0, 10, 11, 9, 7, 8, 1, 12, 5], 6199: [5, 6, 15, 8, 4, 9, 11, 12, 2, 1, 14, 3, 10, 13, 0, 7],
+         42: [6, 15, 11, 10, 9, 3, 0, 7, 12, 5, 2, 4, 14, 1, 13, 8]}
+
+
+def test_pcg64_outputs(drive):
+    assert drive("pcg 6198 3") == ["0xb4539f5cff6dcdf5", "0x4943c97e3b66ef81", "0x72b1c0d75cf4db48"]
+
+
+@pytest.mark.parametrize("seed", ORDER)
+def test_shuffle(drive, seed):
+    assert rows(drive(f"shuffle {seed} 16")) == [ORDER[seed]]
+
+
+def test_shuffle_100000(drive):
+    order, = rows(drive("shuffle 6198 100000"))
+    assert order[:4] == [27125, 8068, 8648, 93142] and order[-4:] == [20871, 42781, 56136, 61313]
+    assert sorted(order) == list(range(100000))
+
+
+def test_shuffle_of_one_and_two(drive):
+    assert drive("shuffle 5 1") == ["0 "]
+    assert sorted(rows(drive("shuffle 5 2"))[0]) == [0, 1]
+
+
+def sixteen(tmp_path, T=3):
+    """16 instances in two files with tails; instance i is i, 100 + i, 100 + i."""
+    data = [x for i in range(16) for x in [i] + [100 + i] * (T - 1)]
+    return tokens(tmp_path / "a.npy", data[:5 * T] + [99]) + " " + tokens(tmp_path / "b.npy", data[5 * T:] + [99] * (T - 1))
+
+
+def firsts(lines, count):
+    """The instances of a batch: the first token of each row of inputs."""
+    return [row[0] for row in rows(lines)[:count]]
+
+
+def test_epochs_follow_numpy(drive, tmp_path):
+    lines = drive(f"open 3 200 global 6198 0 {sixteen(tmp_path)}", *["next 4 0 1"] * 8)
+    batches = [firsts(lines[8 * i:8 * i + 8], 4) for i in range(8)]
+    assert sum(batches, []) == ORDER[6198] + ORDER[6199]
+
+
+def test_partial_batch_of_an_epoch_is_dropped(drive, tmp_path):
+    lines = drive(f"open 3 200 global 6198 0 {sixteen(tmp_path)}", *["next 5 0 1"] * 4, "state")
+    assert [firsts(lines[10 * i:10 * i + 10], 5) for i in range(4)] == [ORDER[6198][:5], ORDER[6198][5:10], ORDER[6198][10:15], ORDER[6199][:5]]
+    assert lines[-1].split()[:2] == ["1", "5"]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_ranks_share_the_global_batch(drive, tmp_path, world):
+    files = sixteen(tmp_path)
+    for batch in range(4):
+        merged = [None] * 4
+        for rank in range(world):
+            lines = drive(f"open 3 200 global 6198 0 {files}", *[f"next 4 {rank} {world}"] * (batch + 1))
+            count = 4 // world
+            merged[rank::world] = firsts(lines[-2 * count:], count)
+        assert merged == ORDER[6198][4 * batch:4 * batch + 4]
+
+
+def test_resume(drive, tmp_path):
+    files = sixteen(tmp_path)
+    whole = drive(f"open 3 200 global 6198 0 {files}", *["next 3 0 1", "state"] * 13)
+    for step in range(13):      # 5 batches an epoch; step 5 resumes at an epoch's end
+        epoch, position = whole[7 * step + 6].split()[:2]
+        rest = drive(f"open 3 200 global 6198 0 {files}", f"seek {epoch} {position}", *["next 3 0 1", "state"] * (12 - step))
+        assert rest == whole[7 * step + 7:]
+
+
+def test_seek_out_of_range(drive, tmp_path):
+    files = sixteen(tmp_path)
+    for where in ("0 17", "-1 0", "0 -1"):
+        assert "16 sequences" in drive(f"open 3 200 global 6198 0 {files}", f"seek {where}", fails=True)
+    drive(f"open 3 200 global 6198 0 {files}", "seek 3 16")
+
+
+def test_sequential(drive, tmp_path):
+    lines = drive(f"open 3 200 sequential 6198 0 {sixteen(tmp_path)}", *["next 6 0 1"] * 3)
+    assert [firsts(lines[12 * i:12 * i + 12], 6) for i in range(3)] == [list(range(6)), list(range(6, 12)), list(range(6))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Instances and targets
+
+def test_instances_of_two_files(drive, tmp_path):
+    a, b = tokens(tmp_path / "a.npy", range(16)), tokens(tmp_path / "b.npy", range(16, 32))
+    lines = drive(f"open 4 64 sequential 0 0 {a} {b}", "rows 7 1", "rows 3 2", "state")
+    assert rows(lines[1:3]) == [[28, 29, 30, 31], [29, 30, 31, -100]]
+    assert rows(lines[4:8]) == [[12, 13, 14, 15], [16, 17, 18, 19], [13, 14, 15, -100], [17, 18, 19, -100]]
+    assert lines[-1].split()[3:5] == ["8", "32"]
+
+
+def test_instances_never_cross_files(drive, tmp_path):
+    files = [tokens(tmp_path / "a.npy", range(7)), tokens(tmp_path / "short.npy", [50]), tokens(tmp_path / "empty.npy", []), tokens(tmp_path / "b.npy", range(20, 31))]
+    lines = drive(f"open 4 64 sequential 0 0 {' '.join(files)}", "rows 0 3", "state")
+    assert lines[0] == "3" and rows(lines[1:4]) == [[0, 1, 2, 3], [20, 21, 22, 23], [24, 25, 26, 27]]
+    assert lines[-1].split()[3:5] == ["3", "19"]
+
+
+def test_rows_past_the_end_are_ignored(drive, tmp_path):
+    lines = drive(f"open 2 64 sequential 0 0 {tokens(tmp_path / 'a.npy', range(1, 7))}", "rows 2 3", "rows 3 1")
+    assert lines[0] == "1" and rows(lines[1:7]) == [[5, 6], [0, 0], [0, 0], [6, -100], [-100, -100], [-100, -100]]
+    assert lines[7] == "0" and rows(lines[8:]) == [[0, 0], [-100, -100]]
+
+
+def test_one_token_sequences(drive, tmp_path):
+    lines = drive(f"open 1 64 sequential 0 0 {tokens(tmp_path / 'a.npy', [5, 6])}", "next 2 0 1")
+    assert rows(lines) == [[5], [6], [-100], [-100]]
+
+
+def test_repetition_filter(drive, tmp_path):
+    """Against its definition: some pattern of p <= 13 tokens stands 32 times in a row."""
+    draw, T = random.Random(1), 450
+    instances = []
+    for n in range(1500):
+        x = [draw.randrange(3 if n % 3 == 0 else 3000) for _ in range(T)]
+        if n % 5 != 0:      # plant a run about as long as the threshold, sometimes at an end
+            p = draw.randrange(1, 16)
+            length = max(p, min(T, 32 * p + draw.choice([-p, -2, -1, -1, 0, 0, 1, p])))
+            at = draw.choice([0, T - length, draw.randrange(T - length + 1)])
+            pattern = [draw.randrange(3000) for _ in range(p)]
+            x[at:at + length] = [pattern[i % p] for i in range(length)]
+        instances.append(x)
+
+    def hits(x):
+        raw = struct.pack(f"<{T}H", *x)
+        return any(raw[2 * i:2 * (i + 31 * p)] == raw[2 * (i + p):2 * (i + 32 * p)] for p in range(1, 14) for i in range(T - 32 * p + 1))
+
+    expected = [hits(x) for x in instances]
+    assert 200 < sum(expected) < 1300
+    data = tokens(tmp_path / "a.npy", sum(instances, []))
+    lines = drive(f"open {T} 3000 sequential 0 1 {data}", "next 1500 0 1", "state")
+    masked = [all(t == -100 for t in row) for row in rows(lines[1500:3000])]
+    assert rows(lines[:1500]) == instances      # the inputs stay
+    assert masked == expected
+    assert lines[-1].split()[2] == str(sum(expected))
+    lines = drive(f"open {T} 3000 sequential 0 0 {data}", "next 1500 0 1", "state")
+    assert not any(all(t == -100 for t in row) for row in rows(lines[1500:3000])) and lines[-1].split()[2] == "0"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+def test_formats_hold_the_same_tokens(drive, tmp_path):
+    values = [random.Random(2).randrange(50000) for _ in range(1000)]
+    files = [tokens(tmp_path / "raw.npy", values), tokens(tmp_path / "raw.tokens", values), npy(tmp_path / "v1.npy", values),
+             npy(tmp_path / "v2.npy", values, version=2), npy(tmp_path / "v3.npy", values, version=3), llmc(tmp_path / "shard.bin", values)]
+    seen = {tuple(drive(f"open 50 50000 global 1 0 {f}", "next 20 0 1", "state")) for f in files}
+    assert len(seen) == 1
+
+
+def test_fingerprint(drive, tmp_path):
+    values = [random.Random(3).randrange(300) for _ in range(30000)]
+
+    def of(*files):
+        return drive(f"open 50 300 global 1 0 {' '.join(files)}", "state")[0].split()[5]
+
+    one = of(tokens(tmp_path / "a.npy", values))
+    (tmp_path / "elsewhere").mkdir()
+    assert of(tokens(tmp_path / "elsewhere" / "b.npy", values)) == one
+    seen = {one, of(tokens(tmp_path / "c.npy", values[:-1])), of(tokens(tmp_path / "d.npy", values[:15000]), tokens(tmp_path / "e.npy", values[15000:]))}
+    for i in (0, 12345, 29999):
+        changed = values[:]
+        changed[i] ^= 1
+        seen.add(of(tokens(tmp_path / f"f{i}.npy", changed)))
+    assert len(seen) == 6
+
+
+def test_file_larger_than_memory(drive, tmp_path):
+    """40 GB with holes: tokens 1 .. 8 at the ends, zeros between. Under 1 % of it may become resident."""
+    path, size = tmp_path / "big.npy", 40 * 10**9 // 8192 * 8192
+    with open(path, "wb") as f:
+        f.write(struct.pack("<4H", 1, 2, 3, 4))
+        f.seek(size - 8)
+        f.write(struct.pack("<4H", 5, 6, 7, 8))
+    last = size // 8192 - 1
+    lines = drive(f"open 4096 50304 global 6198 1 {path}", "rows 0 1", f"rows {last} 1", "state", "next 8 0 1", "resident")
+    first, end = rows(lines[1:2])[0], rows(lines[4:5])[0]
+    assert first[:5] == [1, 2, 3, 4, 0] and end[-5:] == [0, 5, 6, 7, 8]
+    state = lines[6].split()
+    assert state[2:5] == ["2", str(last + 1), str(size // 2)]
+    assert int(lines[-1]) * 1024 < size / 100
+
+
+BAD_FILES = {
+    "missing": (lambda p: str(p / "nothing.npy"), "No such file"),
+    "directory": (lambda p: str(p), "not a regular file"),
+    "odd size": (lambda p: (p / "x.npy").write_bytes(b"abc") and str(p / "x.npy"), "odd number"),
+    "empty": (lambda p: tokens(p / "x.npy", []), "no sequence of 4 tokens"),
+    "too short": (lambda p: tokens(p / "x.npy", [1, 2, 3]), "has 3 tokens"),
+    "text": (lambda p: (p / "x.txt").write_text("hello world") and str(p / "x.txt"), "olmoe tokenize"),
+    "npy cut short": (lambda p: npy(p / "x.npy", range(50), shape="(51,)"), "51 tokens"),
+    "npy too long": (lambda p: npy(p / "x.npy", range(50), shape="(49,)"), "49 tokens"),
+    "npy int32": (lambda p: npy(p / "x.npy", range(50), descr="<i4", shape="(25,)"), "dtype <i4"),
+    "npy uint32": (lambda p: npy(p / "x.npy", range(50), descr="<u4", shape="(25,)"), "dtype <u4"),
+    "npy big endian": (lambda p: npy(p / "x.npy", range(50), descr=">u2"), "dtype >u2"),
+    "npy matrix": (lambda p: npy(p / "x.npy", range(50), shape="(5, 10)"), "shape (5, 10)"),
+    "npy scalar": (lambda p: npy(p / "x.npy", [1], shape="()"), "shape ()"),
+    "npy header past the end": (lambda p: npy(p / "x.npy", range(50), length=60000), "header"),
+    "npy huge header": (lambda p: npy(p / "x.npy", range(50), version=2, length=2**32 - 1), "header"),
+    "npy header cut off": (lambda p: npy(p / "x.npy", range(50), length=20), "header"),
+    "npy version": (lambda p: npy(p / "x.npy", range(50), version=4), "header"),
+    "npy magic only": (lambda p: (p / "x.npy").write_bytes(b"\x93NUMPY") and str(p / "x.npy"), "header"),
+    "npy odd offset": (lambda p: (p / "x.npy").write_bytes(b"\x93NUMPY\x01\x00\x37\x00" + b"{'descr': '<u2', 'fortran_order': False, 'shape': (5,)}" + bytes(10)) and str(p / "x.npy"), "odd byte"),
+    "bin cut short": (lambda p: llmc(p / "x.bin", range(50), count=51), "51 tokens"),
+    "bin too long": (lambda p: llmc(p / "x.bin", range(50), count=49), "49 tokens"),
+    "bin negative": (lambda p: llmc(p / "x.bin", range(50), count=-1), "header"),
+    "bin version": (lambda p: llmc(p / "x.bin", range(50), version=2), "version 2"),
+    "bin of another program": (lambda p: llmc(p / "x.bin", range(50), magic=20240801), "magic"),
+    "bin header only in part": (lambda p: (p / "x.bin").write_bytes(struct.pack("<4i", 20240520, 1, 4, 0)) and str(p / "x.bin"), "header"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_file(drive, tmp_path, case):
+    make, reason = BAD_FILES[case]
+    path = make(tmp_path)
+    message = drive(f"open 4 64 global 0 0 {path}", "next 1 0 1", fails=True)
+    assert reason in message and path in message
+
+
+def test_no_files(drive):
+    assert "no token file" in drive("open 4 64 global 0 0", fails=True)
+
+
+def test_token_outside_of_the_vocabulary(drive, tmp_path):
+    good, bad = tokens(tmp_path / "good.npy", [63] * 8), tokens(tmp_path / "bad.npy", [0, 1, 2, 3, 4, 5, 64, 7])
+    message = drive(f"open 4 64 sequential 0 0 {good} {bad}", "next 4 0 1", fails=True)
+    assert bad in message and "token 6 has id 64" in message and "vocabulary of 64" in message
+    drive(f"open 4 65 sequential 0 0 {good} {bad}", "next 4 0 1")
+
+
+def test_impossible_batches(drive, tmp_path):
+    files = sixteen(tmp_path)
+    assert "only 16" in drive(f"open 3 200 global 0 0 {files}", "next 17 0 1", fails=True)
+    for batch in ("3 0 2", "4 4 4", "4 -1 4", "0 0 1", "4 0 0"):
+        assert "cannot be divided" in drive(f"open 3 200 global 0 0 {files}", f"next {batch}", fails=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+def read_tokens(path):
+    raw = path.read_bytes()
+    return list(struct.unpack(f"<{len(raw) // 2}H", raw))
+
+
+def test_tokenize_round_trip(drive, tmp_path):
+    texts = ["Hello, world.", "  two lines\nand a \"quote\" \u00a0\n", "naïve 日本語 😀\u3000", "   ", ""]
+    with open(tmp_path / "a.jsonl", "w", encoding="utf-8") as f:
+        for i, text in enumerate(texts):
+            f.write(json.dumps({"id": f"story,\"x\"-{i}", "text": text}, ensure_ascii=i % 2 == 0) + "\n")
+        f.write("\n" + json.dumps({"text": "no id", "other": 1}))      # an empty line, and a last line without its end
+    (tmp_path / "all.txt").write_bytes(bytes(range(256)))
+    with gzip.open(tmp_path / "z.jsonl.gz", "wt") as f:
+        f.write('{"id": "z-1", "text": "zipped"}\n')
+    out = tmp_path / "out.npy"
+    command = f"tokenize bytes {out} {tmp_path}/a.jsonl {tmp_path}/all.txt {tmp_path}/z.jsonl.gz"
+    kept = [t.strip().encode() for t in texts[:3]] + [b"no id", bytes(range(256)), b"zipped"]
+    kept[4] = bytes(range(256))     # its first and last bytes are no white space
+    lines = drive(command, f"documents {out}")
+    expected = [x for text in kept for x in list(text) + [256]]
+    assert read_tokens(out) == expected and lines[0] == f"6 {len(expected)}"
+
+    starts = [0]
+    for text in kept:
+        starts.append(starts[-1] + len(text) + 1)
+    ids = ['story,"x"-0', 'story,"x"-1', 'story,"x"-2', "a.jsonl-7", "all.txt", "z-1"]
+    assert lines[1:] == [f"{starts[i]}\t{starts[i + 1]}\t{ids[i]}\t{ids[i].split('-')[0]}" for i in range(6)]
+    with gzip.open(tmp_path / "out.csv.gz", "rt") as f:
+        table = f.read().splitlines()
+    assert table[0] == f'0,{starts[1]},"story,""x""-0",a.jsonl,1' and table[3] == f"{starts[3]},{starts[4]},a.jsonl-7,a.jsonl,7"
+    assert table[5] == f"{starts[5]},{starts[6]},z-1,z.jsonl.gz,1" and len(table) == 6
+
+    decoded = drive("decode " + " ".join(map(str, expected)), "decode 256 257 319 -1 65")
+    assert bytes.fromhex(decoded[0]) == b"".join(kept) and decoded[1] == "41"
+
+    before = [(tmp_path / name).read_bytes() for name in ("out.npy", "out.csv.gz")]
+    drive(command)
+    assert before == [(tmp_path / name).read_bytes() for name in ("out.npy", "out.csv.gz")]
+
+
+def test_strip_is_pythons(drive, tmp_path):
+    spaces = [chr(c) for c in range(0x3001) if chr(c).isspace()]
+    assert len(spaces) > 20
+    text = "".join(spaces) + "a" + "".join(spaces) + "b" + "".join(reversed(spaces))
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    drive(f"tokenize bytes {tmp_path}/a.npy {tmp_path}/a.txt")
+    assert bytes(read_tokens(tmp_path / "a.npy")[:-1]) == text.strip().encode()
+    (tmp_path / "b.txt").write_bytes("\u2800é\u00e0".encode())      # share bytes with white space, but are none
+    drive(f"tokenize bytes {tmp_path}/b.npy {tmp_path}/b.txt")
+    assert bytes(read_tokens(tmp_path / "b.npy")[:-1]) == "\u2800é\u00e0".encode()
+
+
+def test_long_lines_and_many_documents(drive, tmp_path):
+    """Lines longer than the read buffer, and line breaks on its edge."""
+    texts = ["x" * n for n in (70000, 65535, 65536, 1, 200000)] + ["y"] * 3000
+    with open(tmp_path / "a.jsonl", "w") as f:
+        f.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    lines = drive(f"tokenize bytes {tmp_path}/a.npy {tmp_path}/a.jsonl", f"documents {tmp_path}/a.npy")
+    assert [int(x.split()[1]) - int(x.split()[0]) - 1 for x in lines[1:]] == [len(t) for t in texts]
+
+
+BAD_TEXT = {
+    "not json": ("a.jsonl", b'{"text": "good"}\n{"text": "bad\n', "a.jsonl:2:"),
+    "not an object": ("a.jsonl", b'{"text": "good"}\n\n["text"]\n', "a.jsonl:3:"),
+    "no text": ("a.jsonl", b'{"id": "x"}\n', "a.jsonl:1:"),
+    "text is a number": ("a.jsonl", b'{"text": 5}\n', "a.jsonl:1:"),
+    "not utf-8": ("a.jsonl", b'{"text": "\xff\xfe"}\n', "a.jsonl:1:"),
+    "nothing": ("a.jsonl", b"\n\n", "no text"),
+    "empty file": ("a.txt", b"", "no text"),
+    "other name": ("a.csv", b"a,b\n", "neither .txt"),
+    "gzip cut short": ("a.jsonl.gz", gzip.compress(b'{"text": "good"}\n' * 100, mtime=0)[:-20], "damaged"),
+    "gzip damaged": ("a.txt.gz", gzip.compress(random.Random(4).randbytes(5000))[:2000] + bytes(100), "damaged"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TEXT)
+def test_bad_text_writes_nothing(drive, tmp_path, case):
+    name, content, reason = BAD_TEXT[case]
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "good.txt").write_text("good")
+    (tmp_path / "out").mkdir()
+    out = tmp_path / "out" / "x.npy"
+    first = f"{tmp_path}/good.txt " if reason != "no text" else ""
+    message = drive(f"tokenize bytes {out} {first}{tmp_path}/{name}", fails=True)
+    assert reason in message and name in message
+    assert os.listdir(tmp_path / "out") == []
+    out.write_bytes(b"ab")
+    drive(f"tokenize bytes {out} {first}{tmp_path}/{name}", fails=True)
+    assert os.listdir(tmp_path / "out") == ["x.npy"] and out.read_bytes() == b"ab"
+
+
+def test_tokenize_refusals(drive, tmp_path):
+    (tmp_path / "a.txt").write_text("good")
+    assert "missing.txt" in drive(f"tokenize bytes {tmp_path}/a.npy {tmp_path}/missing.txt", fails=True)
+    assert "only the byte tokenizer" in drive(f"tokenize tokenizer.json {tmp_path}/a.npy {tmp_path}/a.txt", fails=True)
+    assert "no/such/a.npy" in drive(f"tokenize bytes {tmp_path}/no/such/a.npy {tmp_path}/a.txt", fails=True)
+    assert "no input file" in drive(f"tokenize bytes {tmp_path}/a.npy", fails=True)
+    assert sorted(os.listdir(tmp_path)) == ["a.txt"]
+
+
+def test_full_disk(drive, tmp_path):
+    """A file size limit stands in for the disk: the write fails in the middle."""
+    (tmp_path / "a.txt").write_text("x" * 300000)
+    (tmp_path / "out").mkdir()
+
+    def limit():
+        import signal
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))
+
+    assert "File too large" in drive(f"tokenize bytes {tmp_path}/out/x.npy {tmp_path}/a.txt", fails=True, limit=limit)
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_documents_of_other_files(drive, tmp_path):
+    assert drive(f"documents {tmp_path}/none.npy") == []
+    for content in (b"0,5,a\n3,9,b\n", b"5,3,a\n", b"x,3,a\n", b"0,3\n", b"\n", b"0,1x,a,b,1\n"):
+        (tmp_path / "a.csv.gz").write_bytes(gzip.compress(content))
+        assert "a.csv.gz:" in drive(f"documents {tmp_path}/a.npy", fails=True)
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"0,5,a,b,1\n" * 1)[:-6])
+    assert "damaged" in drive(f"documents {tmp_path}/a.npy", fails=True)
+
+
+def test_real_text(drive, tmp_path):
+    data = os.environ.get("OLMOE_DATA")
+    folder = os.path.join(data, "text") if data else None
+    if not folder or not os.path.isdir(folder):
+        pytest.skip("test_real_text: needs text/*.txt in the folder OLMOE_DATA")
+    files = sorted(os.path.join(folder, f) for f in os.listdir(folder) if f.endswith(".txt"))
+    out = tmp_path / "real.npy"
+    lines = drive(f"tokenize bytes {out} {' '.join(files)}", f"documents {out}", f"open 256 320 global 6198 1 {out}", "next 64 0 1", "state")
+    assert lines[0].split()[0] == str(len(files)) and [x.split("\t")[2] for x in lines[1:1 + len(files)]] == [os.path.basename(f) for f in files]
+    expected = [x for f in files for x in list(open(f, "rb").read().decode("utf-8", "surrogateescape").strip().encode("utf-8", "surrogateescape")) + [256]]
+    assert read_tokens(out) == expected
+    assert lines[-1].split()[3] == str(len(expected) // 256)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Corpus
+
+def make_corpus(out, *options):
+    r = subprocess.run([sys.executable, os.path.join(ROOT, "scripts", "make_corpus.py"), "--out", str(out), *options], capture_output=True, text=True)
+    return r
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    out = tmp_path_factory.mktemp("corpus")
+    start = time.time()
+    r = make_corpus(out)
+    assert r.returncode == 0 and time.time() - start < 10, r.stderr
+    assert "bits per byte" in r.stdout
+    return out
+
+
+def documents(path):
+    with open(path) as f:
+        return [json.loads(line) for line in f]
+
+
+def test_corpus_documents(corpus):
+    train, val = documents(corpus / "train.jsonl"), documents(corpus / "val.jsonl")
+    assert 3.9e6 < sum(len(d["text"]) for d in train) < 4.1e6 and 1.9e5 < sum(len(d["text"]) for d in val) < 2.1e5
+    by_domain = {}
+    for d in train:
+        by_domain.setdefault(d["id"].split("-")[0], []).append(len(d["text"]))
+        assert 150 < len(d["text"]) < 1700 and d["text"] == d["text"].strip() and d["text"].isascii()
+    assert set(by_domain) == {"story", "arithmetic", "dialogue", "code"}
+    assert all(sum(sizes) > 0.15 * 4e6 and 600 < sum(sizes) / len(sizes) < 1100 for sizes in by_domain.values())
+    assert len({d["id"] for d in train}) == len(train)
+    assert not {d["text"] for d in train} & {d["text"] for d in val}
+    words = {w for d in train for w in d["text"].split() if w.isalpha()}
+    assert 400 < len(words) < 2000
+    assert (corpus / "val.txt").read_text() == "\n\n".join(d["text"] for d in val) + "\n"
+
+
+def test_corpus_is_right_about_numbers(corpus):
+    """Every equation of the arithmetic documents holds."""
+    checked = 0
+    for d in documents(corpus / "val.jsonl"):
+        if not d["id"].startswith("arithmetic"):
+            continue
+        for clause in d["text"].replace(".", ",").replace(":", ",").replace("\n", ",").split(","):
+            if clause.count("=") == 1 and not any(c.isalpha() for c in clause.replace(" x ", "")):
+                left, right = clause.replace(" x ", " * ").split("=")
+                assert eval(left) == int(right), clause
+                checked += 1
+    assert checked > 1000
+
+
+def test_corpus_is_deterministic(corpus, tmp_path):
+    names = ["train.jsonl", "train.txt", "val.jsonl", "val.txt", "entropy.json"]
+    assert make_corpus(tmp_path / "again").returncode == 0
+    assert all((corpus / n).read_bytes() == (tmp_path / "again" / n).read_bytes() for n in names)
+    assert make_corpus(tmp_path / "other", "--seed", "1", "--train-bytes", "20000", "--val-bytes", "20000").returncode == 0
+    assert (tmp_path / "other" / "train.txt").read_bytes()[:2000] != (corpus / "train.txt").read_bytes()[:2000]
+
+
+def test_corpus_entropy(corpus):
+    """The grammar's entropy is a bound that leaves room below what a compressor spends, so that a model has something to learn."""
+    entropy = json.load(open(corpus / "entropy.json"))
+    bits, size = entropy["bits_per_byte"], entropy["bytes"]
+    domains = [d for d in bits if d != "all"]
+    assert sum(size[d] for d in domains) == size["all"]
+    assert abs(sum(bits[d] * size[d] for d in domains) / size["all"] - bits["all"]) < 1e-9
+    assert all(0.25 < b < 0.9 for b in bits.values())
+    train, val = (corpus / "train.txt").read_bytes(), (corpus / "val.txt").read_bytes()
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
+    xz = [len(lzma.compress(text, lzma.FORMAT_XZ, filters=filters)) for text in (train + val, train)]
+    assert bits["all"] < 0.5 * (xz[0] - xz[1]) * 8 / len(val)
+
+
+def test_corpus_bad_options(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out, options in ((tmp_path / "file" / "x", []), (tmp_path, ["--train-bytes", "0"])):
+        r = make_corpus(out, *options)
+        assert r.returncode == 1 and r.stderr.count("\n") == 1 and r.stderr.startswith("make_corpus.py: ")
+    if os.path.exists("/dev/full"):
+        (tmp_path / "full").mkdir()
+        (tmp_path / "full" / "train.jsonl").symlink_to("/dev/full")
+        r = make_corpus(tmp_path / "full", "--train-bytes", "1000")
+        assert r.returncode == 1 and r.stderr.count("\n") == 1 and "No space left" in r.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plot
+
+def plot(*arguments):
+    return subprocess.run([sys.executable, os.path.join(ROOT, "scripts", "plot.py"), *map(str, arguments)], capture_output=True, text=True)
+
+
+def write_log(out, steps, tail=""):
+    out.mkdir()
+    with open(out / "log.jsonl", "w") as f:
+        f.write(json.dumps({"config": {"L": 2}}) + "\n")
+        for step in steps:
+            record = {"step": step, "loss": 3 / step, "ce_loss": 3 / step, "lr": 1e-3, "ms": 5}
+            if step % 5 == 0:
+                record.update(val_loss=2 / step, val_bpb=3 / step, balance=[{"max_over_mean": 1.5, "entropy": 2, "dead": 0}] * 2)
+            f.write(json.dumps(record) + "\n")
+        f.write(tail)
+
+
+def test_plot(tmp_path):
+    pytest.importorskip("matplotlib", reason="test_plot: needs python3-matplotlib")
+    write_log(tmp_path / "a", list(range(1, 21)) + list(range(15, 31)), tail='{"step": 31, "lo')      # resumed, and killed in a line
+    write_log(tmp_path / "b", range(1, 4))
+    for arguments, picture in (([tmp_path / "a"], tmp_path / "a" / "plot.png"), ([tmp_path / "a", tmp_path / "b", "--out", tmp_path / "two.png"], tmp_path / "two.png")):
+        r = plot(*arguments)
+        assert r.returncode == 0, r.stderr
+        assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and picture.stat().st_size > 10000
+        assert r.stdout.strip() == str(picture)
+
+
+def test_plot_resumed_steps():
+    pytest.importorskip("matplotlib", reason="test_plot_resumed_steps: needs python3-matplotlib")
+    code = ("import sys, tempfile; sys.path.insert(0, sys.argv[1]); import plot\n"
+            "f = tempfile.NamedTemporaryFile('w', suffix='.jsonl'); f.write('{\"config\": {}}\\n{\"step\": 1, \"lr\": 1}\\n{\"step\": 2, \"lr\": 2}\\n{\"step\": 1, \"lr\": 3}\\n'); f.flush()\n"
+            "print(plot.read(f.name))")
+    r = subprocess.run([sys.executable, "-c", code, os.path.join(ROOT, "scripts")], capture_output=True, text=True)
+    assert r.stdout.strip() == str([{"step": 1, "lr": 3}, {"step": 2, "lr": 2}]), r.stderr
+
+
+def test_plot_errors(tmp_path):
+    pytest.importorskip("matplotlib", reason="test_plot_errors: needs python3-matplotlib")
+    write_log(tmp_path / "empty", [])
+    write_log(tmp_path / "bad", [1], tail="not json\n")
+    write_log(tmp_path / "good", [1])
+    for arguments, reason in (([tmp_path / "none"], "No such file"), ([tmp_path / "empty"], "no training step"), ([tmp_path / "bad"], "log.jsonl:3:"),
+                              ([tmp_path / "good", "--out", tmp_path / "no" / "x.png"], "No such file")):
+        r = plot(*arguments)
+        assert r.returncode == 1 and r.stderr.count("\n") == 1 and reason in r.stderr and r.stdout == "", r.stderr
