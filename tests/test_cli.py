@@ -1,0 +1,484 @@
+"""The command line, as a user meets it: training, stopping, resuming, and every input that is wrong.
+
+The program is ./olmoe, or what the variable OLMOE names.
+"""
+import json
+import os
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+OLMOE = os.environ.get("OLMOE", str(ROOT / "olmoe"))
+FIXTURES = ROOT / "tests" / "fixtures"
+
+CONFIG = {"architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 3,
+          "num_key_value_heads": 3, "num_experts": 5, "num_experts_per_tok": 2, "vocab_size": 320, "max_position_embeddings": 48, "eos_token_id": 256,
+          "pad_token_id": None, "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False, "norm_topk_prob": False}
+
+
+def run(*args, **kwargs):
+    return subprocess.run([OLMOE, *map(str, args)], capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def ok(*args, **kwargs):
+    result = run(*args, **kwargs)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    return result.stdout
+
+
+def refused(*args, words=(), **kwargs):
+    """Exit code 1 and one line on standard error that says these words."""
+    result = run(*args, **kwargs)
+    assert result.returncode == 1, (result.returncode, result.stdout, result.stderr)
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("olmoe: "), result.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder with a config, and training and validation tokens of a text with two kinds of documents."""
+    d = tmp_path_factory.mktemp("data")
+    (d / "config.json").write_text(json.dumps(CONFIG))
+    with open(d / "text.jsonl", "w") as f:
+        for i in range(60):
+            f.write(json.dumps({"id": f"count-{i}", "text": " ".join(str(i + j) for j in range(30))}) + "\n")
+            f.write(json.dumps({"id": f"word-{i}", "text": "the cat sat on the mat and the dog ran after it " * (1 + i % 3)}) + "\n")
+    ok("tokenize", "--tokenizer", "bytes", "--out", d / "train.npy", d / "text.jsonl")
+    ok("tokenize", "--tokenizer", "bytes", "--out", d / "val.npy", d / "text.jsonl")
+    return d
+
+
+def train_args(data, out, *more):
+    return ["train", "--config", data / "config.json", "--data", data / "train.npy", "--out", out, "--batch", 2, "--warmup", 2, "--lr", "1e-3", "--peak-tflops", 1, *more]
+
+
+def files(directory):
+    return {p.name: p.read_bytes() for p in Path(directory).iterdir()}
+
+
+def log(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+# What a step computes, without what depends on the clock
+def steps(out):
+    return [{k: v for k, v in line.items() if k not in ("ms", "tokens_per_s")} for line in log(out) if "step" in line]
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory):
+    """20 steps without a stop."""
+    out = tmp_path_factory.mktemp("straight")
+    ok(*train_args(data, out, "--steps", 20, "--skip-spikes", 3))
+    return out
+
+
+# ------------------------------------------------------------------------------------------------
+# Training
+
+def test_log(data, tmp_path):
+    out = ok(*train_args(data, tmp_path, "--steps", 4, "--val", data / "val.npy", "--val-every", 2, "--tokenizer", "bytes", "--sample-every", 2, "--sample-tokens", 20))
+    assert "\x1b" not in out
+    lines = log(tmp_path)
+    assert list(lines[0]) == ["config"] and lines[0]["config"]["num_experts"] == 5 and lines[0]["config"]["adamw"]["beta2"] == 0.95
+    assert [line["step"] for line in lines[1:]] == [1, 2, 3, 4]
+    for line in lines[1:]:
+        assert {"step", "loss", "ce_loss", "lb_loss", "z_loss", "grad_norm", "lr", "ms", "tokens_per_s"} <= set(line)
+        assert ("val_loss" in line) == (line["step"] % 2 == 0) == ("balance" in line)
+        # loss counts the cross entropy over all 48 positions, ce_loss is the mean over the 47 that have a target
+        assert abs(line["loss"] - (line["ce_loss"] * 47 / 48 + line["lb_loss"] + line["z_loss"])) < 1e-6 * line["loss"]
+    assert abs(lines[1]["ce_loss"] - 5.768) < 0.05      # ln 320
+    for layer in lines[2]["balance"]:
+        assert 1 <= layer["max_over_mean"] <= 5 and 0 <= layer["entropy"] <= 1
+    assert out.count("sample:") == 2 and "bits per byte" in out
+    assert "count" in out and "word" in out             # experts by domain
+
+
+def test_learns(data, tmp_path):
+    ok(*train_args(data, tmp_path, "--steps", 60, "--lr", "1e-2", "--batch", 4))
+    lines = steps(tmp_path)
+    assert lines[-1]["ce_loss"] < 0.6 * lines[0]["ce_loss"]
+
+
+def test_same_bits_twice(data, straight, tmp_path):
+    ok(*train_args(data, tmp_path, "--steps", 20, "--skip-spikes", 3))
+    assert files(straight / "step-00000020") == files(tmp_path / "step-00000020")
+    assert steps(straight) == steps(tmp_path)
+
+
+def test_resume_same_bits(data, straight, tmp_path):
+    more = ["--skip-spikes", 3, "--decay-steps", 20]
+    ok(*train_args(data, tmp_path, "--steps", 10, *more))
+    ok(*train_args(data, tmp_path, "--steps", 20, *more, "--resume", "--save-every", 5))
+    assert files(straight / "step-00000020") == files(tmp_path / "step-00000020")
+    assert steps(straight)[10:19] == steps(tmp_path)[10:19]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["log.jsonl"] + [f"step-{s:08}" for s in (10, 15, 20)]
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_recompute_same_bits(data, straight, tmp_path, level):
+    ok(*train_args(data, tmp_path, "--steps", 20, "--skip-spikes", 3, "--recompute", level))
+    assert files(straight / "step-00000020") == files(tmp_path / "step-00000020")
+
+
+def test_micro_batches(data, tmp_path):
+    """Two micro-batches of 2 are one of 4, but for the load-balancing loss, which each computes on its own."""
+    args = ["--steps", 5, "--lb-coef", 0, "--eps", "1e-5"]
+    ok(*train_args(data, tmp_path / "a", *args, "--global-batch", 4))
+    ok(*train_args(data, tmp_path / "b", *args, "--global-batch", 4, "--batch", 4))
+    for a, b in zip(steps(tmp_path / "a"), steps(tmp_path / "b")):
+        assert abs(a["loss"] - b["loss"]) <= 1e-5 * b["loss"]
+        assert abs(a["grad_norm"] - b["grad_norm"]) <= 1e-4 * b["grad_norm"]
+
+
+def test_schedules(data, tmp_path):
+    """Spec: warm-up from a tenth; cosine and linear to a tenth; anneal to nothing, without warm-up."""
+    expected = {"cosine": lambda s: 1e-4 + 9e-4 * (1 + __import__("math").cos(__import__("math").pi * (s - 2) / 6)) / 2, "linear": lambda s: 1e-3 - 9e-4 * (s - 2) / 6,
+                "constant": lambda s: 1e-3, "anneal": lambda s: 1e-3 * (1 - s / 8)}
+    for kind, lr in expected.items():
+        ok(*train_args(data, tmp_path / kind, "--steps", 8, "--schedule", kind))
+        for line in steps(tmp_path / kind):
+            s = line["step"]
+            want = 1e-3 * (0.1 + 0.9 * s / 2) if s < 2 and kind != "anneal" else lr(s)
+            assert abs(line["lr"] - want) <= 1e-8 * 1e-3 + 1e-8 * want, (kind, s)
+
+
+def test_steps_in_tokens(data, tmp_path):
+    ok(*train_args(data, tmp_path, "--steps", f"{3 * 2 * 48}T"))
+    assert len(steps(tmp_path)) == 3
+
+
+def test_keep(data, tmp_path):
+    ok(*train_args(data, tmp_path, "--steps", 10, "--save-every", 1, "--keep-last", 2, "--keep-every", 4))
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == [f"step-{s:08}" for s in (4, 8, 9, 10)]
+
+
+def test_existing_output_is_not_overwritten(data, straight):
+    refused(*train_args(data, straight, "--steps", 20), words=["--resume"])
+
+
+def test_resume_without_checkpoint_starts_anew(data, tmp_path):
+    ok(*train_args(data, tmp_path, "--steps", 1, "--resume"))
+
+
+def test_resume_of_another_run(data, straight):
+    refused(*train_args(data, straight, "--steps", 30, "--resume", "--seed", 1), words=["seed", "6198"])
+    refused(*train_args(data, straight, "--steps", 30, "--resume", "--seq", 16), words=["seq", "48"])
+    refused(*train_args(data, straight, "--steps", 30, "--resume", "--order", "sequential"), words=["order"])
+
+
+def test_resume_on_other_data(data, straight, tmp_path):
+    tokens = bytearray((data / "train.npy").read_bytes())
+    (tmp_path / "other.npy").write_bytes(tokens[: len(tokens) // 2 * 1 // 2 * 2])
+    args = train_args(data, straight, "--steps", 30, "--resume")
+    args[args.index("--data") + 1] = tmp_path / "other.npy"
+    refused(*args, words=["data_fingerprint"])
+
+
+def test_fine_tune_from_directory(data, straight, tmp_path):
+    args = train_args(data, tmp_path, "--steps", 2)
+    args[1:3] = ["--model", straight / "step-00000020"]
+    ok(*args)
+    assert steps(tmp_path)[0]["ce_loss"] < 0.9 * steps(straight)[0]["ce_loss"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Stops and faults
+
+def start(*args):
+    return subprocess.Popen([OLMOE, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(out, step):
+    deadline = time.time() + 60
+    while time.time() < deadline:
+        path = Path(out) / "log.jsonl"
+        if path.exists() and path.read_text().count('{"step"') >= step:
+            return
+        time.sleep(0.005)
+    raise AssertionError("no step was logged")
+
+
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt(data, tmp_path, which):
+    more = ["--steps", 4000, "--schedule", "constant"]
+    process = start(*train_args(data, tmp_path / "a", *more))
+    wait_for_step(tmp_path / "a", 3)
+    process.send_signal(which)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0 and stderr == "" and "go on with --resume" in stdout
+    stopped = steps(tmp_path / "a")[-1]["step"]
+    assert (tmp_path / "a" / f"step-{stopped:08}").is_dir()
+    # what it saved is what a run that ends there saves
+    ok(*train_args(data, tmp_path / "b", "--steps", stopped, "--schedule", "constant"))
+    a, b = files(tmp_path / "a" / f"step-{stopped:08}"), files(tmp_path / "b" / f"step-{stopped:08}")
+    assert a["model.safetensors"] == b["model.safetensors"] and a["optimizer.safetensors"] == b["optimizer.safetensors"]
+
+
+def test_kill(data, tmp_path):
+    """SIGKILL while it trains and saves: the newest complete checkpoint resumes, and ends where an undisturbed run ends."""
+    more = ["--schedule", "constant", "--save-every", 1]
+    process = start(*train_args(data, tmp_path / "a", "--steps", 100000, *more))
+    wait_for_step(tmp_path / "a", 5)
+    process.kill()
+    process.communicate()
+    newest = max(int(p.name[5:]) for p in (tmp_path / "a").glob("step-*"))
+    end = newest + 3
+    ok(*train_args(data, tmp_path / "a", "--steps", end, *more, "--resume"))
+    ok(*train_args(data, tmp_path / "b", "--steps", end, "--schedule", "constant"))
+    assert files(tmp_path / "a" / f"step-{end:08}")["model.safetensors"] == files(tmp_path / "b" / f"step-{end:08}")["model.safetensors"]
+    assert not [p for p in (tmp_path / "a").iterdir() if p.name.startswith(".")]
+    assert [line["step"] for line in steps(tmp_path / "a")] == list(range(1, end + 1))
+
+
+def test_full_disk(data, tmp_path):
+    def small_files():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000))
+    refused(*train_args(data, tmp_path, "--steps", 2), preexec_fn=small_files, words=["write"])
+    assert not list(tmp_path.glob("*step-*"))
+
+
+def test_unwritable_output(data):
+    refused(*train_args(data, "/proc/nothing", "--steps", 2), words=["/proc/nothing"])
+
+
+def test_damaged_checkpoints(data, straight, tmp_path):
+    """Each kind of damage is refused with its reason, and --resume falls back to the one before."""
+    shutil.copytree(straight, tmp_path / "run")
+    run_dir = tmp_path / "run"
+    ok(*train_args(data, run_dir, "--steps", 21, "--skip-spikes", 3, "--resume"))
+    good = tmp_path / "good"
+    shutil.copytree(run_dir / "step-00000021", good)
+    damages = {
+        "model.safetensors": [lambda b: b[:-1], lambda b: b[:100], lambda b: b"", lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:]],
+        "optimizer.safetensors": [lambda b: b[: len(b) // 2], None],
+        "trainer_state.json": [lambda b: b[:-20], None],
+        "config.json": [lambda b: b[:10]],
+    }
+    for name, changes in damages.items():
+        for change in changes:
+            shutil.rmtree(run_dir / "step-00000021")
+            shutil.copytree(good, run_dir / "step-00000021")
+            if change:
+                (run_dir / "step-00000021" / name).write_bytes(change((good / name).read_bytes()))
+            else:
+                (run_dir / "step-00000021" / name).unlink()
+            refused(*train_args(data, run_dir, "--steps", 22, "--resume", run_dir / "step-00000021"))
+            result = run(*train_args(data, run_dir, "--steps", 20, "--resume"))
+            assert result.returncode == 0 and "step 20 of 20" in result.stdout, (name, result)
+            assert "step-00000021" in result.stderr and len(result.stderr.splitlines()) == 1, (name, result.stderr)
+
+
+def set_value(path, name, index, value):
+    """Overwrites one F32 element of a tensor in a safetensors file."""
+    data = bytearray(Path(path).read_bytes())
+    length = struct.unpack("<Q", data[:8])[0]
+    begin = json.loads(data[8:8 + length])[name]["data_offsets"][0]
+    struct.pack_into("<f", data, 8 + length + begin + 4 * index, value)
+    Path(path).write_bytes(data)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_not_finite_parameter(data, straight, tmp_path, value):
+    shutil.copytree(straight / "step-00000020", tmp_path / "model")
+    set_value(tmp_path / "model" / "model.safetensors", "model.layers.1.self_attn.v_proj.weight", 7, value)
+    args = train_args(data, tmp_path / "out", "--steps", 2)
+    args[1:3] = ["--model", tmp_path / "model"]
+    refused(*args, words=["step 1", "model.layers.1.self_attn.v_proj.weight", "not finite"])
+
+
+def test_overflow_names_the_layer(data, straight, tmp_path):
+    """Finite weights whose products are not."""
+    shutil.copytree(straight / "step-00000020", tmp_path / "model")
+    for i in range(24):
+        set_value(tmp_path / "model" / "model.safetensors", "model.layers.1.self_attn.v_proj.weight", i, 3e38)
+    args = train_args(data, tmp_path / "out", "--steps", 2)
+    args[1:3] = ["--model", tmp_path / "model"]
+    refused(*args, words=["step 1", "qkv projection of layer 1", "not finite"])
+
+
+def test_diverging_run_stops(data, tmp_path):
+    refused(*train_args(data, tmp_path, "--steps", 200, "--lr", "1e3", "--grad-clip", 0, "--warmup", 0, "--schedule", "constant"), words=["step", "not finite"])
+
+
+def test_skip_spikes(data, tmp_path):
+    """With a limit of no deviation about half of the steps behind the first 64 are skipped, and a resumed run skips the same ones."""
+    more = ["--skip-spikes", "1e-9", "--schedule", "constant", "--lr", "1e-5"]
+    ok(*train_args(data, tmp_path / "a", "--steps", 80, *more))
+    skipped = [line["step"] for line in steps(tmp_path / "a") if line.get("skipped")]
+    assert skipped and min(skipped) > 64
+    state = json.loads((tmp_path / "a" / "step-00000080" / "trainer_state.json").read_text())
+    assert state["updates"] == 80 - len(skipped)
+    ok(*train_args(data, tmp_path / "b", "--steps", 70, *more))
+    ok(*train_args(data, tmp_path / "b", "--steps", 80, *more, "--resume"))
+    assert files(tmp_path / "a" / "step-00000080") == files(tmp_path / "b" / "step-00000080")
+
+
+# ------------------------------------------------------------------------------------------------
+# Wrong options and files
+
+@pytest.mark.parametrize("args, words", [
+    (["nonsense"], ["nonsense"]),
+    (["train"], ["--config", "--model"]),
+    (["train", "--config", "x.json"], ["--data"]),
+    (["train", "--config", "x.json", "--data", "d.npy"], ["--out"]),
+    (["train", "--config", "x.json", "--data", "d.npy", "--out", "o"], ["x.json"]),
+    (["train", "--bogus", "1"], ["--bogus"]),
+    (["train", "--batch"], ["--batch"]),
+    (["train", "--batch", "--seq"], ["--batch"]),
+    (["train", "--batch", "two"], ["--batch", "two"]),
+    (["train", "--batch", "2.5"], ["--batch", "2.5"]),
+    (["train", "--batch", "0"], ["--batch", "0"]),
+    (["train", "--batch", "-3"], ["--batch"]),
+    (["train", "--lr", "nan"], ["--lr", "nan"]),
+    (["train", "--lr", "1e-3x"], ["--lr"]),
+    (["train", "--schedule", "triangle"], ["triangle", "cosine|linear|constant|anneal"]),
+    (["train", "--recompute", "3"], ["--recompute"]),
+    (["train", "extra"], ["extra"]),
+    (["verify"], ["--model", "--reference"]),
+    (["info"], ["--config"]),
+    (["info", "--config", "/nonexistent/config.json"], ["/nonexistent/config.json"]),
+    (["tokenize"], ["--tokenizer"]),
+    (["tokenize", "--tokenizer", "martian", "--out", "x.npy", "y.txt"], ["martian"]),
+    (["tokenize", "--tokenizer", "bytes", "--out", "/tmp/x.npy", "/nonexistent.txt"], ["/nonexistent.txt"]),
+])
+def test_bad_options(args, words, tmp_path):
+    refused(*args, words=words, cwd=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_combinations(data, tmp_path):
+    out = tmp_path / "out"
+    refused(*train_args(data, out, "--seq", 49), words=["49", "48"])
+    refused(*train_args(data, out, "--global-batch", 3), words=["3", "2"])
+    refused(*train_args(data, out, "--steps", "many"), words=["--steps", "many"])
+    refused(*train_args(data, out, "--global-batch", 100000), words=["100000"])
+    refused(*train_args(data, out, "--model", "x"), words=["--config", "--model"])
+
+
+def test_bad_data(data, tmp_path):
+    def with_data(content, name="bad.npy"):
+        (tmp_path / name).write_bytes(content)
+        args = train_args(data, tmp_path / "out", "--steps", 2)
+        args[args.index("--data") + 1] = tmp_path / name
+        return args
+    refused(*with_data(b""), words=["bad.npy"])
+    refused(*with_data(b"\x01" * 101), words=["bad.npy"])                       # half a token
+    refused(*with_data(b"\x01\x00" * 20), words=["bad.npy"])                    # shorter than a sequence
+    refused(*with_data(b"\xff\xff" * 480), words=["bad.npy", "65535", "320"])   # no such id
+    refused(*with_data(struct.pack("<256i", 20240520, 1, 1000, *[0] * 253) + b"\0\0" * 10, "bad.bin"), words=["bad.bin"])
+
+
+def test_bad_configs(data, tmp_path):
+    for key, value, word in [("clip_qkv", 8.0, "clip_qkv"), ("num_key_value_heads", 1, "num_key_value_heads"), ("tie_word_embeddings", True, "tie_word_embeddings"),
+                             ("attention_bias", True, "attention_bias"), ("rope_scaling", {"type": "linear", "factor": 2.0}, "rope_scaling"), ("hidden_act", "gelu", "hidden_act"),
+                             ("model_type", "llama", "model_type"), ("num_experts_per_tok", 6, "num_experts_per_tok"), ("hidden_size", 25, "hidden_size"),
+                             ("hidden_size", "24", "hidden_size"), ("num_hidden_layers", 0, "num_hidden_layers"), ("rms_norm_eps", -1, "rms_norm_eps")]:
+        (tmp_path / "config.json").write_text(json.dumps({**CONFIG, key: value}))
+        refused("info", "--config", tmp_path / "config.json", words=[word])
+    (tmp_path / "config.json").write_text("{not json")
+    refused("info", "--config", tmp_path / "config.json", words=["config.json"])
+
+
+# ------------------------------------------------------------------------------------------------
+# verify, info, tokenize
+
+FIXTURE = FIXTURES / "normalized"
+
+
+def edited_reference(tmp_path, edit):
+    """The fixture's reference file with its header and tensors changed by `edit(header, tensors)`."""
+    raw = (FIXTURE / "reference.safetensors").read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8:8 + length])
+    metadata = header.pop("__metadata__")
+    tensors = {n: raw[8 + length + t["data_offsets"][0]: 8 + length + t["data_offsets"][1]] for n, t in header.items()}
+    edit(header, tensors)
+    at = 0
+    for name, t in header.items():
+        t["data_offsets"] = [at, at + len(tensors[name])]
+        at += len(tensors[name])
+    text = json.dumps({"__metadata__": metadata, **header}).encode()
+    text += b" " * (-len(text) % 8)
+    path = tmp_path / "reference.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(tensors[n] for n in header))
+    return path
+
+
+def test_verify_agrees(tmp_path):
+    out = ok("verify", "--model", FIXTURE, "--reference", edited_reference(tmp_path, lambda h, t: None))
+    assert out.splitlines()[-1].endswith("they agree")
+
+
+@pytest.mark.parametrize("name, index, value", [("logits", 5, 9.0), ("logits", 5, float("nan")), ("loss", 0, 4.0), ("losses", 3, 4.0), ("grad.lm_head.weight", 11, 1.0),
+                                                ("grad.model.norm.weight", 1, float("nan")), ("router.0.logits", 2, 40.0)])
+def test_verify_sees_a_difference(tmp_path, name, index, value):
+    def edit(header, tensors):
+        b = bytearray(tensors[name])
+        struct.pack_into("<f", b, 4 * index, value)
+        tensors[name] = bytes(b)
+    result = run("verify", "--model", FIXTURE, "--reference", edited_reference(tmp_path, edit))
+    assert result.returncode == 1 and "FAILED" in result.stdout and result.stdout.splitlines()[-1].endswith("they DIFFER")
+
+
+def test_verify_sees_other_experts(tmp_path):
+    def edit(header, tensors):
+        ids = list(struct.unpack("<2i", tensors["router.0.experts"][:8]))
+        tensors["router.0.experts"] = struct.pack("<2i", ids[1], ids[0]) + tensors["router.0.experts"][8:]
+    result = run("verify", "--model", FIXTURE, "--reference", edited_reference(tmp_path, edit))
+    assert result.returncode == 1 and "router.0.experts" in [l for l in result.stdout.splitlines() if "FAILED" in l][0]
+
+
+def test_verify_zero_reference(tmp_path):
+    def edit(header, tensors):
+        tensors["grad.lm_head.weight"] = bytes(len(tensors["grad.lm_head.weight"]))
+    result = run("verify", "--model", FIXTURE, "--reference", edited_reference(tmp_path, edit))
+    assert result.returncode == 1 and "grad.lm_head.weight (zero)" in result.stdout
+
+
+def test_verify_bad_references(tmp_path):
+    def drop_all(header, tensors):
+        for name in list(header):
+            if name not in ("inputs", "targets"):
+                del header[name], tensors[name]
+
+    def unknown(header, tensors):
+        header["grad.model.layers.9.nothing"] = dict(header["loss"])
+        tensors["grad.model.layers.9.nothing"] = tensors["loss"]
+
+    def shape(header, tensors):
+        header["logits"]["shape"] = header["logits"]["shape"][::-1]
+
+    def no_inputs(header, tensors):
+        del header["inputs"], tensors["inputs"]
+
+    for edit, word in [(drop_all, "nothing to compare"), (unknown, "grad.model.layers.9.nothing"), (shape, "logits"), (no_inputs, "inputs")]:
+        refused("verify", "--model", FIXTURE, "--reference", edited_reference(tmp_path, edit), words=[word])
+
+
+def test_info():
+    out = ok("info", "--config", ROOT / "configs" / "olmoe-1b-7b.json")
+    assert "6919161856" in out and "1282017280" in out and "7.88 GFLOP" in out
+
+
+def test_info_model(straight):
+    assert "all there" in ok("info", "--model", straight / "step-00000020")
+
+
+def test_help():
+    for command in ["train", "verify", "info", "tokenize"]:
+        out = ok(command, "--help")
+        assert out.startswith(f"usage: olmoe {command}") and "--" in out
+    assert "train" in ok("--help")
