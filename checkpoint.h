@@ -48,7 +48,7 @@ using Json = nlohmann::ordered_json;
 inline bool file_contents(std::string* text, const std::string& path) {
     int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
     if (fd < 0) return false;
-    std::vector<char> buffer(1 << 20);
+    std::vector<char> buffer(1 << 16);
     ssize_t n;
     while ((n = read(fd, buffer.data(), buffer.size())) > 0) text->append(buffer.data(), (size_t)n);
     int error = errno;
@@ -466,12 +466,13 @@ struct FileWriter {
         const std::string why = strerror(errno);
         std::error_code ignored;
         if (!scratch.empty()) std::filesystem::remove_all(scratch, ignored);
-        else if (fd >= 0) std::filesystem::remove(path, ignored);
+        else if (std::filesystem::is_regular_file(path, ignored)) std::filesystem::remove(path, ignored);
         die("cannot write %s: %s; nothing of it was kept. Make room, or write elsewhere", path.c_str(), why.c_str());
     }
     void open(const std::string& path_, const std::string& scratch_ = "") {
         path = path_, scratch = scratch_, sum = FileSum();
         fd = ::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+        if (fd < 0 && scratch.empty()) die("cannot write %s: %s", path.c_str(), strerror(errno));
         if (fd < 0) fail();
     }
     void write(const void* data, size_t bytes) {
@@ -685,7 +686,7 @@ inline std::string checkpoint_damage(const std::string& dir, bool contents) {
     Json state;
     const std::string why = checkpoint_manifest(&state, dir);
     if (!why.empty()) return why;
-    std::vector<unsigned char> buffer(1 << 20);
+    std::vector<unsigned char> buffer(1 << 16);
     for (auto& [name, sum] : state["files"].items()) {
         int fd = open((dir + "/" + name).c_str(), O_RDONLY | O_CLOEXEC);
         struct stat info;
@@ -763,6 +764,7 @@ inline void checkpoint_prune(const std::string& out_dir, int keep_last, int keep
         const std::string trash = out_dir + "/." + std::filesystem::path(dir).filename().string() + ".trash";
         std::error_code ignored;
         if (rename(dir.c_str(), trash.c_str()) != 0) die("cannot delete %s: %s", dir.c_str(), strerror(errno));
+        directory_sync(out_dir);
         std::filesystem::remove_all(trash, ignored);
     }
 }

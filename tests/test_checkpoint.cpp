@@ -1,0 +1,803 @@
+// Tests of checkpoint.h that need to be inside the process: bad files, kills between any two system calls, full disks, the
+// order of syncs. tests/test_checkpoint.py builds and runs it, and checks the files' format with a reader of its own.
+//   test_checkpoint list | GROUP DIR        a group of tests, with DIR to write in
+//   test_checkpoint save DIR bf16 step bytes_per_shard | load DIR OUT | half OUT
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+[[noreturn]] void die(const char* format, ...) __attribute__((format(printf, 1, 2)));
+struct OlmoeConfig {
+    int L = 0, C = 0, H = 0, V = 0, E = 0, K = 0, F = 0, max_T = 4096;
+    float rope_theta = 10000.f, rms_norm_eps = 1e-5f;
+    bool norm_topk_prob = false;
+    float initializer_range = 0.02f;
+    int eos_token_id = 50279, pad_token_id = 1;
+};
+#include "../checkpoint.h"
+#include <csignal>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+
+void die(const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    vfprintf(stderr, format, args);
+    fputc('\n', stderr);
+    exit(1);
+}
+
+namespace fs = std::filesystem;
+using std::string;
+static int checks = 0, failures = 0;
+static void check(bool ok, const string& what) {
+    checks++;
+    if (ok) return;
+    failures++;
+    printf("FAILED: %s\n", what.c_str());
+}
+
+// ------------------------------------------------------------------------------------------------
+// The system calls that a save makes, each a place to fail, to die, or to look
+
+enum class Trap { none, kill, full };        // at call number trap_at: SIGKILL, or ENOSPC
+static Trap trap = Trap::none;
+static int trap_at = 0, calls = 0;
+static bool exchange_works = true;           // false: a filesystem without RENAME_EXCHANGE
+static std::vector<string>* trace = nullptr; // "write PATH", "sync PATH", "rename FROM", ...
+
+static string fd_path(int fd) {
+    char path[4096];
+    ssize_t n = readlink(("/proc/self/fd/" + std::to_string(fd)).c_str(), path, sizeof path);
+    return n < 0 ? "?" : string(path, (size_t)n);
+}
+
+// True: the call is to fail with errno set.
+static bool trapped(const char* name, const string& path) {
+    if (trace) trace->push_back(string(name) + " " + path);
+    if (trap == Trap::none || ++calls != trap_at) return false;
+    if (trap == Trap::kill) raise(SIGKILL);
+    errno = ENOSPC;
+    return true;
+}
+
+extern "C" ssize_t write(int fd, const void* data, size_t bytes) {
+    if (fd > 2 && trap == Trap::kill && calls + 1 == trap_at) syscall(SYS_write, fd, data, bytes / 2);   // a kill in the middle of it
+    return fd > 2 && trapped("write", fd_path(fd)) ? -1 : syscall(SYS_write, fd, data, bytes);
+}
+extern "C" int fsync(int fd) { return trapped("sync", fd_path(fd)) ? -1 : (int)syscall(SYS_fsync, fd); }
+extern "C" int mkdir(const char* path, mode_t mode) noexcept { return trapped("mkdir", path) ? -1 : (int)syscall(SYS_mkdir, path, mode); }
+extern "C" int rename(const char* from, const char* to) noexcept { return trapped("rename", from) ? -1 : (int)syscall(SYS_rename, from, to); }
+extern "C" int renameat2(int a, const char* from, int b, const char* to, unsigned flags) noexcept {
+    if (!exchange_works) return errno = EINVAL, -1;
+    return trapped("rename", from) ? -1 : (int)syscall(SYS_renameat2, a, from, b, to, flags);
+}
+extern "C" int unlinkat(int fd, const char* path, int flags) noexcept { return trapped("unlink", path) ? -1 : (int)syscall(SYS_unlinkat, fd, path, flags); }
+
+// ------------------------------------------------------------------------------------------------
+// Helpers
+
+struct Outcome { int status; string err; };   // of waitpid; what it said on standard error
+
+static Outcome in_child(const std::function<void()>& f) {
+    int ends[2];
+    if (pipe(ends) != 0) abort();
+    fflush(stdout);
+    pid_t pid = fork();
+    if (pid == 0) {
+        dup2(ends[1], 2);
+        close(ends[0]), close(ends[1]);
+        f();
+        _exit(0);
+    }
+    close(ends[1]);
+    Outcome o{0, ""};
+    char buffer[4096];
+    ssize_t n;
+    while ((n = read(ends[0], buffer, sizeof buffer)) > 0) o.err.append(buffer, (size_t)n);
+    close(ends[0]);
+    waitpid(pid, &o.status, 0);
+    return o;
+}
+
+// Exit code 1 and one line on standard error that holds every one of the words.
+static void dies(const string& what, const std::vector<string>& words, const std::function<void()>& f) {
+    Outcome o = in_child(f);
+    bool line = !o.err.empty() && o.err.find('\n') == o.err.size() - 1;
+    bool ok = WIFEXITED(o.status) && WEXITSTATUS(o.status) == 1 && line;
+    for (const string& w : words) ok = ok && o.err.find(w) != string::npos;
+    string expected;
+    for (const string& w : words) expected += " \"" + w + "\"";
+    check(ok, what + ": expected one line with" + expected + ", got status " + std::to_string(o.status) + ": " + o.err);
+}
+
+static string slurp(const string& path) {
+    string text;
+    if (!file_contents(&text, path)) { printf("cannot read %s\n", path.c_str()); exit(2); }
+    return text;
+}
+static void spill(const string& path, const string& text) {
+    FILE* f = fopen(path.c_str(), "wb");
+    if (!f || fwrite(text.data(), 1, text.size(), f) != text.size() || fclose(f) != 0) { printf("cannot write %s\n", path.c_str()); exit(2); }
+}
+static void fresh(const string& dir) { fs::remove_all(dir), fs::create_directories(dir); }
+static std::map<string, string> files_of(const string& dir) {
+    std::map<string, string> all;
+    for (auto& e : fs::directory_iterator(dir)) all[e.path().filename().string()] = slurp(e.path().string());
+    return all;
+}
+
+static OlmoeConfig little() {   // 19 tensors, 192 parameters
+    OlmoeConfig c;
+    c.L = 1, c.C = 4, c.H = 2, c.V = 5, c.E = 2, c.K = 1, c.F = 3, c.eos_token_id = 4, c.pad_token_id = -1;
+    return c;
+}
+
+// The value of element i of a state in generation g: 24 bits of a hash, so exact in float and in Python's arithmetic.
+static float value(State s, size_t i, int g) {
+    uint32_t hash = (uint32_t)i * 2654435761u + (uint32_t)s * 40503u + (uint32_t)g * 97u;
+    return (float)(hash >> 8) * 0x1p-24f - 0.5f;
+}
+static uint16_t upper(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    return (uint16_t)(bits >> 16);
+}
+
+static void save(const string& out, int64_t step, bool bf16, int g, const OlmoeConfig& c = little(), const string& tokenizer = "", size_t shard = 5000000000) {
+    auto read = [&](State s, size_t offset, size_t count, void* dst) {
+        for (size_t i = 0; i < count; i++) {
+            float f = value(s, offset + i, g);
+            uint16_t half = upper(f);
+            if (s == State::weights && bf16) memcpy((char*)dst + 2 * i, &half, 2);
+            else memcpy((char*)dst + 4 * i, &f, 4);
+        }
+    };
+    checkpoint_save(out, step, c, bf16, read, {{"g", g}, {"seen", 1234567890123456789}, {"loss", 0.1}}, tokenizer, shard);
+}
+static int generation(const string& dir) { return checkpoint_trainer_state(dir)["g"].get<int>(); }
+static string step_dir(const string& out, int step) {
+    char name[32];
+    snprintf(name, sizeof name, "/step-%08d", step);
+    return out + name;
+}
+// checkpoint_newest and what it said; the last number of the path, or -1 for "".
+static int newest(const string& out, string* said = nullptr) {
+    FILE* f = tmpfile();
+    int err = dup(2);
+    dup2(fileno(f), 2);
+    string dir = checkpoint_newest(out);
+    fflush(stderr);
+    dup2(err, 2), close(err);
+    rewind(f);
+    char line[4096];
+    if (said) said->clear();
+    while (said && fgets(line, sizeof line, f)) *said += line;
+    fclose(f);
+    return dir.empty() ? -1 : atoi(dir.substr(dir.rfind('-') + 1).c_str());
+}
+
+// ------------------------------------------------------------------------------------------------
+// Groups
+
+static void test_config(const string& dir) {
+    const string path = dir + "/config.json";
+    auto reads = [&](const Json& j) { spill(path, j.dump()); OlmoeConfig c; config_read(&c, dir); return c; };
+    auto refused = [&](const Json& j, const std::vector<string>& words) {
+        dies(j.dump().substr(0, 100), words, [&] { reads(j); });
+    };
+    OlmoeConfig c = little();
+    c.rope_theta = 123456.7f, c.rms_norm_eps = 1e-6f, c.norm_topk_prob = true, c.initializer_range = 0.01f, c.max_T = 77, c.pad_token_id = 2;
+    const Json good = config_json(c, true);
+    OlmoeConfig r = reads(good);
+    check(r.L == c.L && r.C == c.C && r.H == c.H && r.V == c.V && r.E == c.E && r.K == c.K && r.F == c.F && r.max_T == 77, "sizes come back");
+    check(r.rope_theta == c.rope_theta && r.rms_norm_eps == c.rms_norm_eps && r.norm_topk_prob && r.initializer_range == c.initializer_range, "numbers come back to the bit");
+    check(r.eos_token_id == 4 && r.pad_token_id == 2, "tokens come back");
+    check(good["rms_norm_eps"].dump() == "1e-06" && good["torch_dtype"] == "bfloat16" && config_json(c, false)["torch_dtype"] == "float32", "printed as people write them");
+
+    auto with = [&](const char* key, const Json& v) { Json j = good; j[key] = v; return j; };
+    auto without = [&](Json j, const char* key) { j.erase(key); return j; };
+    check(reads(with("pad_token_id", nullptr)).pad_token_id == -1, "null is no token");
+    check(reads(without(good, "pad_token_id")).pad_token_id == 1 && reads(without(good, "eos_token_id")).eos_token_id == 50279, "absent tokens are the class's");
+    check(reads(without(good, "rope_parameters")).rope_theta == c.rope_theta, "transformers 4's rope_theta");
+    check(reads(without(good, "rope_theta")).rope_theta == c.rope_theta, "transformers 5's rope_parameters");
+    check(reads(without(without(good, "rope_theta"), "rope_parameters")).rope_theta == 10000.f, "absent theta");
+    check(reads(with("rope_parameters", {{"rope_theta", c.rope_theta}, {"rope_type", "default"}, {"partial_rotary_factor", 1.0}})).rope_theta == c.rope_theta, "spelled-out defaults");
+    check(reads(with("dtype", "bfloat16")).C == c.C && reads(with("clip_qkv", nullptr)).C == c.C, "dtype beside torch_dtype");
+    check(reads(without(without(good, "rms_norm_eps"), "norm_topk_prob")).rms_norm_eps == 1e-5f, "absent epsilon");
+
+    for (const char* key : {"num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "num_experts", "num_experts_per_tok", "intermediate_size"}) {
+        refused(without(good, key), {path, key, "missing"});
+        for (const Json& v : {Json(0), Json(-1), Json(2.5), Json("4"), Json(true), Json(1e30), Json(5000000000), Json(18446744073709551615u), Json::array()}) refused(with(key, v), {path, key, "must be an integer"});
+    }
+    for (const char* key : {"rope_theta", "rms_norm_eps", "initializer_range"})
+        for (const Json& v : {Json(0), Json(-1.0), Json("x"), Json(1e300), Json(1e-300), Json(false)}) refused(with(key, v), {path, key, "must be a number above 0"});
+    refused(with("max_position_embeddings", 0), {"max_position_embeddings"});
+    refused(with("num_attention_heads", 3), {"hidden_size 4", "num_attention_heads 3"});
+    refused(with("num_attention_heads", 4), {"even"});
+    refused(with("num_experts_per_tok", 3), {"num_experts_per_tok 3", "num_experts 2"});
+    refused(with("norm_topk_prob", 1), {"norm_topk_prob", "true or false"});
+    refused(with("eos_token_id", -1), {"eos_token_id"});
+    refused(with("eos_token_id", Json::array({1, 2})), {"eos_token_id", "[1,2]"});
+    Json huge = with("hidden_size", 1 << 20);
+    huge["intermediate_size"] = 1 << 20, huge["num_experts"] = 4096, huge["num_hidden_layers"] = 1024;
+    refused(huge, {"parameters"});
+
+    const std::vector<std::pair<const char*, Json>> unsupported = {
+        {"clip_qkv", 8.0}, {"num_key_value_heads", 1}, {"tie_word_embeddings", true}, {"attention_bias", true}, {"attention_dropout", 0.1}, {"hidden_act", "gelu"},
+        {"model_type", "llama"}, {"head_dim", 4}, {"quantization_config", {{"bits", 4}}}, {"rope_scaling", {{"type", "linear"}, {"factor", 2}}}, {"torch_dtype", "float8_e4m3fn"}, {"dtype", "int8"}};
+    for (auto& [key, v] : unsupported) refused(with(key, v), {path, key, "not supported"});
+    refused(without(good, "model_type"), {"model_type", "missing"});
+    refused(with("dtype", "float32"), {"dtype", "torch_dtype"});
+    refused(with("rope_theta", 5.0), {"rope_theta", "rope_parameters.rope_theta"});
+    refused(with("rope_parameters", {{"rope_type", "yarn"}, {"factor", 4}}), {"rope_parameters.rope_type", "yarn"});
+    refused(with("rope_parameters", {{"rope_theta", 123456.7}, {"factor", 4}}), {"rope_parameters.factor"});
+    refused(with("rope_parameters", {{"partial_rotary_factor", 0.5}}), {"rope_parameters.partial_rotary_factor"});
+    refused(with("rope_parameters", 3), {"rope_parameters", "object"});
+    refused(with("hidden_act", "a\nb\x01"), {"hidden_act", "not supported"});   // still one line
+    for (const char* text : {"", "[]", "{", "{\"vocab_size\": }", "\xff\xfe", "nul", "{\"a\":1}}"}) dies(text, {path, "JSON"}, [&] { spill(path, text); OlmoeConfig d; config_read(&d, path); });
+    dies("absent", {"/nowhere", "No such file"}, [] { OlmoeConfig d; config_read(&d, "/nowhere"); });
+    fs::remove(path);
+    dies("empty directory", {dir, "config.json", "No such file"}, [&] { OlmoeConfig d; config_read(&d, dir); });
+}
+
+static void test_tensors(const string&) {
+    OlmoeConfig c = little();
+    std::vector<HfTensor> t = hf_tensors(c);
+    const char* names[] = {"model.embed_tokens", "model.layers.0.input_layernorm", "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.v_proj",
+        "model.layers.0.self_attn.q_norm", "model.layers.0.self_attn.k_norm", "model.layers.0.self_attn.o_proj", "model.layers.0.post_attention_layernorm", "model.layers.0.mlp.gate",
+        "model.layers.0.mlp.experts.0.gate_proj", "model.layers.0.mlp.experts.0.up_proj", "model.layers.0.mlp.experts.1.gate_proj", "model.layers.0.mlp.experts.1.up_proj",
+        "model.layers.0.mlp.experts.0.down_proj", "model.layers.0.mlp.experts.1.down_proj", "model.norm", "lm_head"};
+    std::vector<std::vector<int64_t>> shapes = {{5, 4}, {4}, {4, 4}, {4, 4}, {4, 4}, {4}, {4}, {4, 4}, {4}, {2, 4}, {3, 4}, {3, 4}, {3, 4}, {3, 4}, {4, 3}, {4, 3}, {4}, {5, 4}};
+    check(t.size() == 18, "18 tensors");
+    size_t offset = 0;
+    for (size_t i = 0; i < t.size() && i < 18; i++) {
+        check(t[i].name == string(names[i]) + ".weight" && t[i].shape == shapes[i], t[i].name + " in its place");
+        check(t[i].offset == offset, t[i].name + " follows the one before");
+        offset += t[i].count;
+    }
+    OlmoeConfig o;
+    o.L = 16, o.C = 2048, o.H = 16, o.V = 50304, o.E = 64, o.K = 8, o.F = 1024;
+    t = hf_tensors(o);
+    check(t.size() == 3219 && t.back().offset + t.back().count == 6919161856, "OLMoE-1B-7B has 3219 tensors, 6,919,161,856 elements");
+}
+
+static string packed(const string& header, const string& data, int64_t length = -1) {
+    uint64_t n = length < 0 ? header.size() : (uint64_t)length;
+    return string((const char*)&n, 8) + header + data;
+}
+
+static void test_safetensors(const string& dir) {
+    const string path = dir + "/x.safetensors";
+    auto opens = [&](const string& bytes) { spill(path, bytes); Safetensors f; safetensors_open(&f, path); return f; };
+    auto refused = [&](const string& what, const string& bytes, const std::vector<string>& words) { dies(what, words, [&] { opens(bytes); }); };
+    const string a = R"("a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]})", eight(8, 'x'), twelve(12, 'x');
+    auto header = [](const string& dtype, const string& shape, const string& range) { return "{\"a\":{\"dtype\":\"" + dtype + "\",\"shape\":" + shape + ",\"data_offsets\":" + range + "}}"; };
+
+    Safetensors f = opens(packed(R"({"z":{"dtype":"U8","shape":[],"data_offsets":[8,9]},"e":{"dtype":"F64","shape":[3,0],"data_offsets":[8,8]},"__metadata__":{"k":"v"},)" + a + "}   ", "12345678!"));
+    check(f.tensors.size() == 3 && f.tensors[0].name == "a" && f.tensors[1].name == "e" && f.tensors[2].name == "z", "tensors in the order of their data");
+    check(f.find("z") && *f.find("z")->data == '!' && f.find("z")->shape.empty() && f.find("z")->bytes == 1, "a scalar");
+    check(!f.find("b") && f.metadata["k"] == "v", "metadata");
+    safetensors_close(&f);
+    f = opens(packed("{}", ""));
+    check(f.tensors.empty(), "a file without tensors");
+    safetensors_close(&f);
+
+    refused("empty file", "", {path, "truncated"});
+    refused("seven bytes", "1234567", {path, "truncated"});
+    refused("header length past the end", packed("{" + a + "}", eight, 1000), {path, "truncated"});
+    refused("header length of 2^63", packed("{}", "", INT64_MAX), {path, "truncated"});
+    refused("header length one less", packed("{" + a + "}", eight, (int64_t)a.size() + 1), {path, "JSON"});
+    refused("no JSON", packed("hello", ""), {path, "JSON"});
+    refused("an array", packed("[1,2]", ""), {path, "JSON"});
+    refused("not UTF-8", packed("{\"\xff\":1}", ""), {path, "JSON"});
+    refused("twice", packed("{" + a + "," + a + "}", eight), {path, "twice", "\"a\""});
+    refused("tensor not an object", packed(R"({"a":3})", ""), {path, "\"a\""});
+    refused("metadata not strings", packed(R"({"__metadata__":{"a":1}})", ""), {path, "__metadata__"});
+    refused("metadata not an object", packed(R"({"__metadata__":null})", ""), {path, "__metadata__"});
+    refused("no offsets", packed(R"({"a":{"dtype":"F32","shape":[2]}})", eight), {path, "\"a\"", "data_offsets"});
+    refused("no shape", packed(R"({"a":{"dtype":"F32","data_offsets":[0,8]}})", eight), {path, "\"a\"", "shape"});
+    refused("no dtype", packed(R"({"a":{"shape":[2],"data_offsets":[0,8]}})", eight), {path, "\"a\"", "dtype"});
+    refused("dtype f32", packed(header("f32", "[2]", "[0,8]"), eight), {path, "\"a\"", "dtype \"f32\""});
+    refused("negative size", packed(header("F32", "[-2]", "[0,8]"), eight), {path, "shape"});
+    refused("fractional size", packed(header("F32", "[2.0]", "[0,8]"), eight), {path, "shape"});
+    refused("size of 2^64", packed(header("F32", "[18446744073709551616]", "[0,8]"), eight), {path, "shape"});
+    refused("three offsets", packed(header("F32", "[2]", "[0,8,8]"), eight), {path, "data"});
+    refused("offsets reversed", packed(header("F32", "[2]", "[8,0]"), eight), {path, "data"});
+    refused("offsets past the end", packed(header("F32", "[2]", "[4,12]"), eight), {path, "truncated"});
+    refused("data one byte short", packed(header("F32", "[2]", "[0,8]"), "1234567"), {path, "truncated"});
+    refused("shape and bytes differ", packed(header("F32", "[3]", "[0,8]"), eight), {path, "\"a\"", "[3]"});
+    // 2^62 * 4 floats wrap to 0 bytes, 2^32 * 2^32 to 0 elements.
+    refused("wrapping shape", packed(header("F32", "[4611686018427387904,4]", "[0,0]"), ""), {path, "\"a\"", "does not take"});
+    refused("wrapping product", packed(header("U8", "[4294967296,4294967296]", "[0,0]"), ""), {path, "\"a\"", "does not take"});
+    refused("overlap", packed("{" + a + R"(,"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}})", twelve), {path, "\"b\"", "overlaps"});
+    refused("same data twice", packed("{" + a + R"(,"b":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})", eight), {path, "overlaps"});
+    refused("hole", packed("{" + a + R"(,"b":{"dtype":"U8","shape":[2],"data_offsets":[10,12]}})", twelve), {path, "\"b\"", "hole"});
+    refused("hole at the front", packed(header("F32", "[1]", "[4,8]"), eight), {path, "\"a\"", "hole"});
+    refused("data behind the last tensor", packed("{" + a + "}", twelve), {path, "12 bytes of data", "8"});
+    refused("a name of two lines", packed("{\"a\\nb\\u0000\":{}}", ""), {path, "a\\nb"});
+    refused("deep nesting", packed(string(200000, '['), ""), {path, "JSON"});
+    dies("a directory", {dir}, [&] { Safetensors d; safetensors_open(&d, dir); });
+    dies("absent", {"No such file"}, [&] { Safetensors d; safetensors_open(&d, dir + "/absent"); });
+
+    // Every truncation is refused; every flipped bit of the header is refused or harmless, never a crash.
+    const string good = packed("{" + a + R"(,"b":{"dtype":"BF16","shape":[1,2],"data_offsets":[8,12]}})", twelve);
+    for (size_t n = 0; n < good.size(); n++) refused("cut at " + std::to_string(n), good.substr(0, n), {path});
+    for (size_t i = 0; i < good.size() - 12; i++) {
+        string bad = good;
+        bad[i] = (char)(bad[i] ^ 1 << i % 8);
+        Outcome o = in_child([&] { Safetensors g = opens(bad); safetensors_close(&g); });
+        check(WIFEXITED(o.status) && (WEXITSTATUS(o.status) == 0 ? o.err.empty() : WEXITSTATUS(o.status) == 1 && std::count(o.err.begin(), o.err.end(), '\n') == 1), "flip at " + std::to_string(i) + ": " + o.err);
+    }
+
+    f = opens(packed(R"({"a":{"dtype":"I32","shape":[2],"data_offsets":[0,8]}})", eight));
+    float two[2];
+    dies("I32 as float", {"I32"}, [&] { tensor_to_float(two, f.tensors[0], 0, 2); });
+    dies("past the end", {"[1, 3)"}, [&] { tensor_to_float(two, f.tensors[0], 1, 2); });
+    safetensors_close(&f);
+
+    SafetensorsWriter w;
+    dies("too little written", {"promises"}, [&] { w.open(path, {{"a", "F32", {2}}}, {}); w.write(eight.data(), 7); w.close(); });
+    dies("/dev/full", {"/dev/full", "No space left"}, [&] { w.open("/dev/full", {{"a", "F32", {2}}}, {}); });
+    check(fs::exists("/dev/full"), "a device is not removed");
+    w.open(path, {{"a", "F32", {2}}, {"b", "U8", {}}}, {{"k", "v\""}});
+    w.write(eight.data(), 3), w.write("123456", 6);
+    FileSum sum = w.close();
+    const string bytes = slurp(path);
+    check(sum.bytes == bytes.size() && sum.crc == crc32(0, (const Bytef*)bytes.data(), (unsigned)bytes.size()), "the sum of what was written");
+    f = opens(bytes);
+    check(f.find("a") && f.find("b") && *f.find("b")->data == '6' && f.metadata["k"] == "v\"" && (size_t)(f.tensors[0].data - (unsigned char*)f.map) % 8 == 0, "reads back, aligned");
+    safetensors_close(&f);
+}
+
+// A directory of weights with the tensors of c, changed by `edit`, in one file or two with an index.
+static void write_model(const string& dir, const OlmoeConfig& c, bool sharded, const std::function<void(std::vector<TensorInfo>&)>& edit) {
+    fresh(dir);
+    std::vector<TensorInfo> infos;
+    for (const HfTensor& h : hf_tensors(c)) infos.push_back({h.name, "F32", h.shape});
+    edit(infos);
+    Json map = Json::object();
+    for (size_t s = 0; s < (sharded ? 2 : 1); s++) {
+        const string file = !sharded ? "model.safetensors" : s ? "b.safetensors" : "a.safetensors";
+        std::vector<TensorInfo> part(infos.begin() + (s ? 7 : 0), sharded && !s ? infos.begin() + 7 : infos.end());
+        SafetensorsWriter w;
+        w.open(dir + "/" + file, part, {});
+        for (const TensorInfo& t : part) map[t.name] = file;
+        const string zeros(w.expected - w.file.sum.bytes, 0);
+        w.write(zeros.data(), zeros.size());
+        w.close();
+    }
+    if (sharded) spill(dir + "/model.safetensors.index.json", Json{{"weight_map", map}}.dump());
+}
+
+static void test_weights(const string& base) {
+    const OlmoeConfig c = little();
+    const string dir = base + "/model", index = dir + "/model.safetensors.index.json";
+    auto opens = [&] { ModelWeights w; weights_open(&w, dir, c); weights_close(&w); };
+    auto none = [](std::vector<TensorInfo>&) {};
+    for (bool sharded : {false, true}) {
+        const string kind = sharded ? "shards: " : "one file: ";
+        auto refused = [&](const string& what, const std::vector<string>& words, const std::function<void(std::vector<TensorInfo>&)>& edit) {
+            write_model(dir, c, sharded, edit);
+            dies(kind + what, words, opens);
+        };
+        write_model(dir, c, sharded, none);
+        opens();
+        refused("a tensor short", {"model.layers.0.mlp.experts.1.up_proj.weight", "missing"}, [](auto& t) { t.erase(t.begin() + 13); });
+        refused("an extra tensor", {"unexpected", "model.layers.0.self_attn.q_proj.bias"}, [](auto& t) { t.push_back({"model.layers.0.self_attn.q_proj.bias", "F32", {4}}); });
+        refused("a layer too many", {"unexpected", "model.layers.1.input_layernorm.weight"}, [](auto& t) { t.push_back({"model.layers.1.input_layernorm.weight", "F32", {4}}); });
+        refused("transposed", {"model.layers.0.mlp.experts.0.down_proj.weight", "[3,4]", "[4,3]"}, [](auto& t) { t[14].shape = {3, 4}; });
+        refused("integers", {"model.norm.weight", "I32"}, [](auto& t) { t[16].dtype = "I32"; });
+    }
+    write_model(dir, c, true, none);
+    fs::remove(dir + "/b.safetensors");
+    dies("a shard short", {dir + "/b.safetensors", "No such file"}, opens);
+    write_model(dir, c, true, none);
+    const string text = slurp(index);
+    Json j = Json::parse(text);
+    j["weight_map"]["lm_head.weight"] = "a.safetensors";
+    spill(index, j.dump());
+    dies("index names the wrong shard", {"b.safetensors", "lm_head.weight", "index"}, opens);
+    j["weight_map"]["lm_head.weight"] = "../b.safetensors";
+    spill(index, j.dump());
+    dies("a shard elsewhere", {index, "lm_head.weight"}, opens);
+    j["weight_map"]["lm_head.weight"] = 3;
+    spill(index, j.dump());
+    dies("a shard that is a number", {index, "lm_head.weight"}, opens);
+    spill(index, "{}");
+    dies("an empty index", {index, "weight_map"}, opens);
+    spill(index, text.substr(0, text.size() / 2));
+    dies("half an index", {index, "JSON"}, opens);
+    const string b = slurp(dir + "/b.safetensors");
+    spill(index, text);
+    spill(dir + "/b.safetensors", b.substr(0, b.size() - 1));
+    dies("a truncated shard", {dir + "/b.safetensors", "truncated"}, opens);
+    fresh(dir);
+    dies("an empty directory", {dir, "model.safetensors"}, opens);
+}
+
+// What was saved comes back, to the bit and in the promised ranges.
+static void test_roundtrip(const string& dir) {
+    OlmoeConfig c = little();
+    c.V = 270000, c.L = 2;   // embedding of 1,080,000 elements: more than a chunk
+    const std::vector<HfTensor> tensors = hf_tensors(c);
+    size_t total = tensors.back().offset + tensors.back().count;
+    for (bool bf16 : {false, true})
+        for (size_t shard : {(size_t)5000000000, (size_t)3000000}) {
+            const string out = dir + "/out", what = string(bf16 ? "BF16 " : "FP32 ") + std::to_string(shard) + ": ", at = step_dir(out, 7);
+            fresh(out);
+            std::vector<size_t> end(4, 0);            // per state, how far it was read
+            bool order = true;
+            auto follows = [&](State s, size_t offset, size_t count) {   // ascending, inside a tensor, a chunk at most
+                bool inside = false;
+                for (const HfTensor& h : tensors) inside = inside || (offset >= h.offset && offset + count <= h.offset + h.count);
+                for (int later = (int)s + 1; later < 4; later++) order = order && end[(size_t)later] == 0;
+                order = order && inside && count <= checkpoint_chunk && offset == end[(size_t)s];
+                end[(size_t)s] += count;
+            };
+            checkpoint_save(out, 7, c, bf16, [&](State s, size_t offset, size_t count, void* dst) {
+                follows(s, offset, count);
+                for (size_t i = 0; i < count; i++) {
+                    float f = value(s, offset + i, 1);
+                    uint16_t half = upper(f);
+                    if (s == State::weights && bf16) memcpy((char*)dst + 2 * i, &half, 2);
+                    else memcpy((char*)dst + 4 * i, &f, 4);
+                }
+            }, {{"a", 1}, {"pi", 3.141592653589793}, {"big", 18446744073709551615u}, {"text", "\xc3\xa9\n"}}, "", shard);
+            check(order && end == std::vector<size_t>({total, total, total, bf16 ? total : 0}), what + "states are read as promised");
+            checkpoint_check(at);
+            const Json t = checkpoint_trainer_state(at);
+            check(t.size() == 4 && t["pi"] == 3.141592653589793 && t["big"] == 18446744073709551615u && t["text"] == "\xc3\xa9\n", what + "trainer state");
+            check(fs::exists(at + "/model.safetensors") == (shard > 1e9), what + "sharded as asked");
+
+            OlmoeConfig r;
+            config_read(&r, at);
+            ModelWeights w;
+            weights_open(&w, at, r);
+            bool same = r.V == c.V && r.L == 2;
+            for (size_t i = 0; i < tensors.size(); i++) {
+                std::vector<float> got(tensors[i].count);
+                tensor_to_float(got.data(), weights_tensor(w, i), 0, 1);
+                tensor_to_float(got.data() + 1, weights_tensor(w, i), 1, got.size() - 1);
+                for (size_t k = 0; k < got.size(); k++) {
+                    float f = value(State::weights, tensors[i].offset + k, 1);
+                    uint32_t bits = (uint32_t)upper(f) << 16;
+                    if (bf16) memcpy(&f, &bits, 4);
+                    same = same && got[k] == f;
+                }
+            }
+            check(same, what + "weights come back");
+            weights_close(&w);
+
+            end.assign(4, 0), order = true, same = true;
+            checkpoint_optimizer_read(at, r, bf16, [&](State s, size_t offset, size_t count, const float* src) {
+                follows(s, offset, count);
+                for (size_t i = 0; i < count; i++) same = same && src[i] == value(s, offset + i, 1);
+            });
+            check(order && end == std::vector<size_t>({0, total, total, bf16 ? total : 0}), what + "optimizer handed over as promised");
+            check(same, what + "optimizer comes back");
+            dies(what + "other precision", {bf16 ? "BF16 build, this is a FP32" : "FP32 build, this is a BF16"}, [&] { checkpoint_optimizer_read(at, r, !bf16, [](State, size_t, size_t, const float*) {}); });
+            r.L = 3;
+            dies(what + "more layers", {"model.layers.2.input_layernorm.weight", "missing"}, [&] { checkpoint_optimizer_read(at, r, bf16, [](State, size_t, size_t, const float*) {}); });
+            r.L = 1;
+            dies(what + "fewer layers", {"tensors"}, [&] { checkpoint_optimizer_read(at, r, bf16, [](State, size_t, size_t, const float*) {}); });
+            r.L = 2, r.F = 4;
+            dies(what + "wider experts", {"experts.0.gate_proj.weight", "[3,4]", "[4,4]"}, [&] { checkpoint_optimizer_read(at, r, bf16, [](State, size_t, size_t, const float*) {}); });
+        }
+    // The bytes are those of the arguments: another place, another save, the same files.
+    const string one = dir + "/one", two = dir + "/a/longer/path";
+    spill(dir + "/tok.json", "{\"tokens\": 1}\n");
+    save(one, 3, true, 5, little(), dir + "/tok.json", 100);
+    save(one, 3, true, 6, little(), "", 100);
+    save(one, 3, true, 5, little(), dir + "/tok.json", 100);
+    save(two, 3, true, 5, little(), one + "/step-00000003/tokenizer.json", 100);
+    auto left = files_of(one + "/step-00000003"), right = files_of(two + "/step-00000003");
+    check(left == right && left.size() >= 8 && left["tokenizer.json"] == "{\"tokens\": 1}\n", "bytes do not depend on the path");
+    dies("no tokenizer", {"/nowhere/tokenizer.json", "No such file"}, [&] { save(dir + "/three", 1, false, 1, little(), "/nowhere/tokenizer.json"); });
+    check(!fs::exists(dir + "/three"), "and nothing was made");
+    spill(dir + "/plain", "x");
+    dies("out is a file", {dir + "/plain", "nothing was saved"}, [&] { save(dir + "/plain", 1, false, 1); });
+}
+
+static void test_damage(const string& dir) {
+    const string out = dir + "/out", at = step_dir(out, 2);
+    string said;
+    save(out, 1, true, 1), save(out, 2, true, 2, little(), "", 200);
+    check(newest(out, &said) == 2 && said.empty(), "whole");
+    const Json trainer = checkpoint_trainer_state(at);
+    auto passed_over = [&](const string& what, const string& file) {
+        check(newest(out, &said) == 1 && said.find(file) != string::npos && said.find(at) != string::npos && std::count(said.begin(), said.end(), '\n') == 1, what + ": " + said);
+        dies(what, {at, file}, [&] { checkpoint_check(at); });
+    };
+    for (const auto& [name, text] : files_of(at)) {
+        const string path = at + "/" + name;
+        for (size_t n : {(size_t)0, (size_t)1, (size_t)7, (size_t)8, (size_t)9, text.size() / 2, text.size() - 8, text.size() - 2, text.size() - 1}) {
+            if (n >= text.size()) continue;
+            spill(path, text.substr(0, n));
+            if (name == "trainer_state.json" && n == text.size() - 1) continue;   // the final line feed
+            passed_over(name + " cut at " + std::to_string(n), name);
+        }
+        spill(path, text + "x");
+        passed_over(name + " longer", name);
+        fs::remove(path);
+        passed_over(name + " missing", name);
+        bool found = true;
+        const size_t stride = name == "trainer_state.json" ? 1 : 23;   // the others are all found by the same checksum
+        for (size_t i = 0; i < text.size(); i += stride) {
+            string bad = text;
+            bad[i] = (char)(bad[i] ^ 1 << (i * 5) % 8);
+            spill(path, bad);
+            // White space of trainer_state.json may change: it says the same.
+            bool same = name == "trainer_state.json" && isspace((unsigned char)text[i]) && checkpoint_damage(at, true).empty() && checkpoint_trainer_state(at) == trainer;
+            found = found && (same || !checkpoint_damage(at, true).empty());
+            if (i % (23 * 7) == 0 && !same) passed_over(name + " flipped at " + std::to_string(i), name);
+        }
+        check(found, name + ": every flipped bit is found");
+        spill(path, text);
+    }
+    check(newest(out, &said) == 2 && said.empty(), "whole again");
+    fs::remove(at + "/trainer_state.json");
+    dies("no trainer state", {at, "trainer_state.json", "No such file"}, [&] { checkpoint_trainer_state(at); });
+    fs::remove_all(at), fs::create_directories(at);
+    passed_over("an empty directory", "trainer_state.json");
+    check(newest(dir + "/nowhere", &said) == -1 && said.empty(), "no directory, no checkpoint");
+    fs::remove_all(step_dir(out, 1));
+    check(newest(out, &said) == -1 && said.find("warning") == 0, "only a damaged one");
+}
+
+static void test_kill(const string& dir) {
+    const string out = dir + "/out", clean = dir + "/clean", two = dir + "/two", four = dir + "/four";
+    save(clean, 2, true, 9), save(clean, 3, true, 9);
+    for (int s = 1; s < 3; s++) save(two, s, true, s);
+    for (int s = 1; s < 5; s++) save(four, s, true, s);
+    int points = 0;
+    // From a copy of `before`, kills `act` at its n-th system call for every n, then calls `look` with what is left and a word for messages.
+    auto every_kill = [&](const string& what, const string& before, const std::function<void()>& act, const std::function<void(const string&)>& look) {
+        for (int n = 1;; n++) {
+            fs::remove_all(out);
+            fs::copy(before, out, fs::copy_options::recursive);
+            Outcome o = in_child([&] { trap = Trap::kill, trap_at = n, calls = 0; act(); });
+            bool killed = WIFSIGNALED(o.status) && WTERMSIG(o.status) == SIGKILL;
+            const string at = what + ", call " + std::to_string(n);
+            check(killed || (WIFEXITED(o.status) && WEXITSTATUS(o.status) == 0), at + ": " + o.err);
+            for (auto& [step, path] : checkpoint_list(out)) check(checkpoint_damage(path, true).empty(), at + ": " + path + " is partial");
+            look(at);
+            points++;
+            if (!killed) { check(n > 10, what + ": " + std::to_string(n - 1) + " calls seen"); return; }
+        }
+    };
+    auto no_leftovers = [&](const string& at) {
+        for (auto& e : fs::directory_iterator(out)) check(e.path().filename().string()[0] != '.', at + ": " + e.path().string() + " is left");
+    };
+    every_kill("a new step", two, [&] { save(out, 3, true, 9); }, [&](const string& at) {
+        string said;
+        int step = newest(out, &said);
+        check((step == 2 && generation(step_dir(out, 2)) == 2) || (step == 3 && generation(step_dir(out, 3)) == 9), at + ": newest is " + std::to_string(step));
+        check(said.empty() && generation(step_dir(out, 1)) == 1, at + ": " + said);
+        save(out, 3, true, 9);
+        check(files_of(step_dir(out, 3)) == files_of(step_dir(clean, 3)), at + ": saved again, other bytes");
+        no_leftovers(at);
+    });
+    for (bool works : {true, false}) {
+        const string what = works ? "exchanging a step" : "replacing a step";
+        exchange_works = works;
+        every_kill(what, two, [&] { save(out, 2, true, 9); }, [&](const string& at) {
+            string said;
+            int step = newest(out, &said), g = step == 2 ? generation(step_dir(out, 2)) : -1;
+            check(said.empty() && (g == 2 || g == 9), at + ": newest is " + std::to_string(step) + " of generation " + std::to_string(g) + " " + said);
+            save(out, 2, true, 9);
+            check(files_of(step_dir(out, 2)) == files_of(step_dir(clean, 2)), at + ": saved again, other bytes");
+            no_leftovers(at);
+        });
+        exchange_works = true;
+    }
+    every_kill("pruning", four, [&] { checkpoint_prune(out, 2, 0); }, [&](const string& at) {
+        check(newest(out) == 4 && generation(step_dir(out, 3)) == 3, at + ": newest");
+        save(out, 5, true, 5);
+        no_leftovers(at);
+    });
+    printf("killed at %d system calls\n", points);
+
+    // The same by the clock: a child saves and prunes on and on, and says what it finished.
+    srand(1);
+    fresh(out);
+    int finished = 0, last = 0, rounds = 40;
+    for (int round = 0; round < rounds; round++) {
+        int ends[2];
+        if (pipe(ends) != 0) abort();
+        pid_t pid = fork();
+        if (pid == 0) {
+            for (int step = last + 1;; step++) {
+                save(out, step, true, step);
+                if (write(ends[1], &step, sizeof step) != sizeof step) _exit(3);
+                checkpoint_prune(out, 2, 0);
+            }
+        }
+        close(ends[1]);
+        usleep((useconds_t)(rand() % 40000));
+        kill(pid, SIGKILL);
+        waitpid(pid, nullptr, 0);
+        int step;
+        while (read(ends[0], &step, sizeof step) == sizeof step) last = step, finished++;
+        close(ends[0]);
+        string said;
+        int found = newest(out, &said);
+        check((last == 0 || found >= last) && said.empty(), "after a kill: newest " + std::to_string(found) + ", finished " + std::to_string(last) + " " + said);
+        if (found > last) last = found;
+        if (found > 0) check(generation(step_dir(out, found)) == found, "contents of " + std::to_string(found));
+    }
+    check(finished > 3, "saves finished between kills: " + std::to_string(finished));
+    printf("%d kills by the clock, %d saves finished between\n", rounds, finished);
+}
+
+// What a power failure asks for: data before the rename, names after it, and the earlier checkpoint until then.
+static void test_sync(const string& dir) {
+    const string out = fs::canonical(dir).string() + "/out", tmp = out + "/.step-00000002.tmp";
+    for (int kind = 0; kind < 3; kind++) {
+        const string what = kind == 0 ? "a new step: " : kind == 1 ? "exchange: " : "replace: ";
+        exchange_works = kind != 2;
+        fresh(out);
+        if (kind) save(out, 2, true, 1);
+        std::vector<string> log;
+        trace = &log;
+        save(out, 2, true, 2);
+        trace = nullptr, exchange_works = true;
+        std::map<string, bool> dirty;     // file -> written since its last sync
+        bool tmp_synced = false, renamed = false, out_synced = false, parent_synced = false;
+        for (const string& event : log) {
+            string name = event.substr(0, event.find(' ')), path = event.substr(event.find(' ') + 1);
+            if (name == "write") dirty[path] = true, tmp_synced = false, check(!renamed, what + "written after the rename: " + path);
+            if (name == "sync" && dirty.count(path)) dirty[path] = false;
+            if (name == "sync" && path == tmp) tmp_synced = true;
+            if (name == "rename" && path == tmp) {
+                renamed = true;
+                check(tmp_synced, what + "the directory is not synced before its rename");
+                for (auto& [file, not_synced] : dirty) check(!not_synced, what + file + " is not synced before the rename");
+                check(dirty.size() == 6, what + std::to_string(dirty.size()) + " files written");
+            }
+            if (name == "sync" && path == out && renamed) out_synced = true;
+            if (name == "sync" && path == fs::path(out).parent_path() && renamed) parent_synced = true;
+            if (name == "unlink") check(out_synced, what + "the earlier checkpoint goes before the new name is synced");
+        }
+        check(renamed && out_synced && parent_synced, what + "names are synced");
+        check(kind == 0 || log.back().find("unlink") == 0, what + "the earlier checkpoint is removed");
+    }
+    // A checkpoint's name is gone for good before its files go.
+    save(out, 3, true, 3);
+    std::vector<string> log;
+    trace = &log;
+    checkpoint_prune(out, 1, 0);
+    trace = nullptr;
+    check(log.size() > 3 && log[0] == "rename " + step_dir(out, 2) && log[1] == "sync " + out && log[2].find("unlink") == 0, "pruning: rename, sync, unlink");
+}
+
+static void test_full(const string& dir) {
+    const string out = dir + "/out";
+    auto after = [&](const string& what) {
+        string said;
+        check(newest(out, &said) == 1 && said.empty() && generation(step_dir(out, 1)) == 1, what + ": the earlier checkpoint");
+        size_t entries = 0;
+        for (auto& e : fs::directory_iterator(out)) entries++, check(e.path().filename() == "step-00000001", what + ": left " + e.path().string());
+        check(entries == 1, what + ": one entry");
+    };
+    fresh(out);
+    save(out, 1, true, 1);
+    size_t largest = 0;
+    for (auto& [name, text] : files_of(step_dir(out, 1))) largest = std::max(largest, text.size());
+    for (size_t limit : {(size_t)0, (size_t)1, (size_t)100, (size_t)1000, largest / 2, largest - 1}) {
+        const string what = "files of at most " + std::to_string(limit);
+        dies(what, {"cannot write", "File too large"}, [&] {
+            signal(SIGXFSZ, SIG_IGN);
+            rlimit r = {limit, limit};
+            setrlimit(RLIMIT_FSIZE, &r);
+            trap = Trap::none;
+            // Standard error is a pipe, so the limit leaves the message alone.
+            save(out, 2, true, 2);
+        });
+        after(what);
+    }
+    int n = 1;
+    for (bool saved = false; !saved; n++) {   // every write, sync, mkdir and rename, refused in turn
+        Outcome o = in_child([&] {
+            trap = Trap::full, trap_at = n, calls = 0;
+            save(out, 2, true, 2);
+        });
+        saved = WIFEXITED(o.status) && WEXITSTATUS(o.status) == 0;
+        const string what = "no space at call " + std::to_string(n);
+        if (saved) break;
+        check(WIFEXITED(o.status) && WEXITSTATUS(o.status) == 1 && o.err.find("No space left") != string::npos && std::count(o.err.begin(), o.err.end(), '\n') == 1, what + ": " + o.err);
+        if (o.err.find("cannot write") == 0 || o.err.find("cannot create") == 0) after(what);
+        else check(newest(out) >= 1, what + ": something whole is left");   // at the rename and the syncs around it
+        fs::remove_all(step_dir(out, 2));
+        fs::remove_all(out + "/.step-00000002.tmp");
+    }
+    check(n > 30 && newest(out) == 2, "and with space it is saved");
+    printf("no space at %d calls\n", n - 1);
+}
+
+static void test_prune(const string& dir) {
+    const string out = dir + "/out";
+    auto steps = [&] { std::vector<int> s; for (auto& [step, path] : checkpoint_list(out)) s.push_back((int)step); return s; };
+    auto fill = [&] { fresh(out); for (int s = 10; s <= 80; s += 10) save(out, s, false, s); };
+    using Steps = std::vector<int>;
+    fill(), checkpoint_prune(out, 0, 0);
+    check(steps() == Steps({80, 70, 60, 50, 40, 30, 20, 10}), "0 keeps all");
+    checkpoint_prune(out, 3, 40);
+    check(steps() == Steps({80, 70, 60, 40}), "last 3 and every 40");
+    checkpoint_prune(out, 1, 0);
+    check(steps() == Steps({80}), "last 1");
+    checkpoint_prune(out, 1, 0);
+    check(steps() == Steps({80}), "the newest stays");
+    fill();
+    spill(step_dir(out, 80) + "/config.json", "");
+    checkpoint_prune(out, 2, 0);
+    check(steps() == Steps({80, 70, 60}), "a damaged one is neither counted nor deleted");
+    for (const char* name : {"step-", "step-123", "step-0000000x", "step-00000090.tmp", "stop-00000090", "step-999999999999999999999999"}) fs::create_directories(out + "/" + name);
+    spill(out + "/step-00000095", "a file");
+    fs::create_directories(out + "/.step-00000099.tmp/x"), fs::create_directories(out + "/.step-00000098.trash"), fs::create_directories(out + "/.git");
+    check(steps() == Steps({80, 70, 60}), "other names are no checkpoints");
+    save(out, 123456789, false, 1);
+    check(steps() == Steps({123456789, 80, 70, 60}), "nine digits");
+    check(!fs::exists(out + "/.step-00000099.tmp") && !fs::exists(out + "/.step-00000098.trash") && fs::exists(out + "/.git"), "leftovers go, others stay");
+    checkpoint_prune(dir + "/nowhere", 1, 0);
+}
+
+// configs/*.json are what config_json prints, so that they can't drift from what we save.
+static void test_configs(const string&) {
+    for (const char* name : {"tiny", "small", "olmoe-1b-7b"}) {
+        const string path = string(CONFIGS) + "/" + name + ".json";
+        OlmoeConfig c;
+        config_read(&c, path);
+        check(json_text(config_json(c, string(name) == "olmoe-1b-7b")) == slurp(path), path);
+    }
+}
+
+int main(int argc, char** argv) {
+    const std::vector<std::pair<string, void (*)(const string&)>> groups = {
+        {"config", test_config}, {"configs", test_configs}, {"tensors", test_tensors}, {"safetensors", test_safetensors}, {"weights", test_weights}, {"roundtrip", test_roundtrip},
+        {"damage", test_damage}, {"kill", test_kill}, {"sync", test_sync}, {"full", test_full}, {"prune", test_prune}};
+    const string command = argc > 1 ? argv[1] : "";
+    if (command == "list") {
+        for (auto& [name, run] : groups) puts(name.c_str());
+        return 0;
+    }
+    if (command == "half") {                  // every F16 and BF16 as float
+        std::vector<uint16_t> all(65536);
+        for (size_t i = 0; i < all.size(); i++) all[i] = (uint16_t)i;
+        std::vector<float> f(65536);
+        string bytes;
+        for (const char* dtype : {"F16", "BF16"}) {
+            tensor_to_float(f.data(), {"t", dtype, {65536}, (const unsigned char*)all.data(), 131072}, 0, 65536);
+            bytes.append((const char*)f.data(), f.size() * 4);
+        }
+        spill(argv[2], bytes);
+        return 0;
+    }
+    if (command == "save") {
+        save(argv[2], atoi(argv[4]), atoi(argv[3]), 1, little(), "", strtoull(argv[5], nullptr, 10));
+        return 0;
+    }
+    if (command == "load") {                  // the flat vector as floats
+        OlmoeConfig c;
+        config_read(&c, argv[2]);
+        ModelWeights w;
+        weights_open(&w, argv[2], c);
+        string bytes;
+        for (size_t i = 0; i < hf_tensors(c).size(); i++) {
+            std::vector<float> f(hf_tensors(c)[i].count);
+            tensor_to_float(f.data(), weights_tensor(w, i), 0, f.size());
+            bytes.append((const char*)f.data(), f.size() * 4);
+        }
+        weights_close(&w);
+        spill(argv[3], bytes);
+        return 0;
+    }
+    for (auto& [name, run] : groups)
+        if (name == command && argc == 3) {
+            fresh(argv[2]);
+            run(argv[2]);
+            printf("%s: %d checks, %d failed\n", name.c_str(), checks, failures);
+            return failures > 0 || checks == 0;
+        }
+    die("usage: test_checkpoint list | GROUP DIR | save DIR BF16 STEP SHARD | load DIR OUT | half OUT");
+}
