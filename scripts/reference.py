@@ -13,7 +13,7 @@ The numbers come from transformers' own modules, run in float64, also where tran
 (norms, softmax, rotary tables). The same modules as they are, in float32, are compared with that, and the run
 fails if they disagree: the errors are in the file's metadata (fp32_*), as are those of PyTorch's bf16 runs where
 the weights are bf16 (bf16_eager_*, bf16_sdpa_*): relative L2 of the logits and of all gradients as one vector,
-and the worst relative error of a loss.
+of the worst gradient tensor (*_worst_grad), and the worst relative error of a loss.
 
 Losses: with N = B*T tokens, probabilities p = softmax(z), c_i the tokens that chose expert i:
   ce = -sum over valid targets of log softmax(logits)[target] / (number of valid targets, or N)
@@ -223,7 +223,8 @@ def errors(ours, reference):
     worst = max(abs(ours[n] - reference[n]).item() / abs(reference[n]).item() for n in ("loss", "ce_loss"))
     if len(reference["losses"]):
         worst = max(worst, ((ours["losses"] - reference["losses"]).abs() / reference["losses"].abs()).max().item())
-    return {"logits": relative(ours["logits"], reference["logits"]),
+    worst_grad = max(relative(ours["grads"][n], g) for n, g in reference["grads"].items() if g.norm() > 0)
+    return {"logits": relative(ours["logits"], reference["logits"]), "worst_grad": worst_grad,
             "grads": relative(*[torch.cat([r["grads"][n].flatten() for n in names]) for r in (ours, reference)]),
             "losses": worst}
 
@@ -282,7 +283,9 @@ def reference(out, o, name):
     inputs = draw_inputs(exact, o, generator)
     targets = torch.randint(c.vocab_size, inputs.shape, generator=generator)
     targets[:, :-1] = inputs[:, 1:]
-    targets[torch.rand(targets.shape, generator=generator) < o.ignore] = -100
+    ignored = torch.rand(targets.shape, generator=generator) < o.ignore
+    ignored[0, 0] &= not ignored.all()  # one at least is left
+    targets[ignored] = -100
 
     with Float64():
         truth = run(exact, inputs, targets, o)
@@ -298,7 +301,7 @@ def reference(out, o, name):
             continue  # what bf16 does to somebody's weights is as it is; weights drawn here have to be fit for comparing
         if not same_routing(result, truth):
             die(f"{name}: PyTorch's {peer} run routes otherwise than float64; give a larger --margin or another --seed")
-        for what in ("logits", "grads", "losses") if peer == "fp32" else ("losses",):
+        for what in ("logits", "grads", "worst_grad", "losses") if peer == "fp32" else ("losses",):
             bar = 1e-5 if peer == "fp32" else 2**-9
             if not float(metadata[f"{peer}_{what}"]) <= bar:
                 die(f"{name}: PyTorch's {peer} {what} differ from float64 by {metadata[f'{peer}_{what}']}, more than {bar:.1e}; "
@@ -339,12 +342,12 @@ def reference(out, o, name):
           f"while training {truth['margin_while_training']:.2g}; "
           f"tokens of an expert {min(int(n.min()) for n in loads)} to {max(int(n.max()) for n in loads)}")
     for peer in peers:
-        print(f"  PyTorch {peer:10s} logits {metadata[f'{peer}_logits']}, gradients {metadata[f'{peer}_grads']}, "
-              f"losses {metadata[f'{peer}_losses']}")
+        print(f"  PyTorch {peer:10s} logits {metadata[f'{peer}_logits']}, gradients {metadata[f'{peer}_grads']} "
+              f"(worst tensor {metadata[f'{peer}_worst_grad']}), losses {metadata[f'{peer}_losses']}")
     print(f"  {out}: {sum(os.path.getsize(os.path.join(out, f)) for f in os.listdir(out))} bytes", flush=True)
 
 
-def main():
+def main(words=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     where = parser.add_argument_group("what to write").add_mutually_exclusive_group()
     where.add_argument("--out", metavar="DIR", help="the directory to make; must not exist")
@@ -357,7 +360,7 @@ def main():
             parser.add_argument(option, action=argparse.BooleanOptionalAction, default=None)
         else:
             parser.add_argument(option, type=type(default), metavar=type(default).__name__.upper())
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     if not (arguments.out or arguments.all):
         parser.print_help()
         return
