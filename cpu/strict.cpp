@@ -50,6 +50,7 @@ static uint32_t random_below(uint32_t n) {
 // Reports
 
 static const char* running_kernel = nullptr;      // its name, while device code runs
+static bool a_thread_runs = false;                // and is at fault
 static const char* running_call = nullptr;        // a copy or a product, while one runs
 
 [[noreturn]] static void report(const char* format, ...) __attribute__((format(printf, 1, 2)));
@@ -61,9 +62,10 @@ static void report(const char* format, ...) {
     n += vsnprintf(text + n, sizeof text - n, format, args);
     va_end(args);
     if (running_kernel && n < (int)sizeof text)
-        n += snprintf(text + n, sizeof text - n, "\n  in kernel %s, grid (%u, %u, %u), block (%u, %u, %u): block (%u, %u, %u), thread (%u, %u, %u)", running_kernel,
-                      gridDim.x, gridDim.y, gridDim.z, blockDim.x, blockDim.y, blockDim.z, blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, threadIdx.y, threadIdx.z);
-    else if (running_call && n < (int)sizeof text)
+        n += snprintf(text + n, sizeof text - n, "\n  in kernel %s, grid (%u, %u, %u), block (%u, %u, %u)", running_kernel, gridDim.x, gridDim.y, gridDim.z, blockDim.x, blockDim.y, blockDim.z);
+    if (a_thread_runs && n < (int)sizeof text)
+        n += snprintf(text + n, sizeof text - n, ": block (%u, %u, %u), thread (%u, %u, %u)", blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, threadIdx.y, threadIdx.z);
+    if (!running_kernel && running_call && n < (int)sizeof text)
         n += snprintf(text + n, sizeof text - n, "\n  in %s", running_call);
     fflush(stdout);
     n = std::min(n, (int)sizeof text - 1);
@@ -195,25 +197,6 @@ void check_kernel_pointer(const char* kernel, int argument, const void* p) {
     if (p && !device.holds(p) && !pinned.holds(p)) report("launch of %s: argument %d must be device memory: %s", kernel, argument, describe(p));
 }
 
-static void on_fault(int signal_number, siginfo_t* info, void* context) {
-    const char* access = "access";
-#if defined(__x86_64__)
-    access = ((ucontext_t*)context)->uc_mcontext.gregs[REG_ERR] & 2 ? "write" : "read";
-#else
-    (void)context;
-#endif
-    const void* p = info->si_addr;
-    if (running_kernel || running_call) report("invalid %s: %s", access, describe(p));
-    if (device.holds(p)) {
-        const Allocation* a = nearest(device, p);
-        if (a && !a->freed && p >= a->begin && p < a->begin + a->bytes)
-            report("host code touches device memory (%s): %s; copy it with cudaMemcpy", access, describe(p));
-        report("invalid %s by host code: %s", access, describe(p));
-    }
-    if (pinned.holds(p)) report("invalid %s by host code: %s", access, describe(p));
-    signal(signal_number, SIG_DFL);      // an ordinary crash: happens again, and ends as it would have
-}
-
 // ------------------------------------------------------------------------------------------------
 // Fibers
 
@@ -295,6 +278,27 @@ static void switch_to(Fiber* to) {
 #endif
 }
 
+static void on_fault(int signal_number, siginfo_t* info, void* context) {
+    const char* access = "access";
+#if defined(__x86_64__)
+    access = ((ucontext_t*)context)->uc_mcontext.gregs[REG_ERR] & 2 ? "write" : "read";
+#else
+    (void)context;
+#endif
+    const void* p = info->si_addr;
+    if (running_kernel && p >= current_fiber->stack - PAGE && p < current_fiber->stack)
+        report("a thread needs more than the %zu bytes of its stack", STACK);
+    if (running_kernel || running_call) report("invalid %s: %s", access, describe(p));
+    if (device.holds(p)) {
+        const Allocation* a = nearest(device, p);
+        if (a && !a->freed && p >= a->begin && p < a->begin + a->bytes)
+            report("host code touches device memory (%s): %s; copy it with cudaMemcpy", access, describe(p));
+        report("invalid %s by host code: %s", access, describe(p));
+    }
+    if (pinned.holds(p)) report("invalid %s by host code: %s", access, describe(p));
+    signal(signal_number, SIG_DFL);      // an ordinary crash: happens again, and ends as it would have
+}
+
 // ------------------------------------------------------------------------------------------------
 // A block. Its threads are ready, wait for their warp, or are done. Which of the ready ones goes on is drawn uniformly. A
 // thread that has not begun needs no stack of its own yet: the fiber whose thread has ended runs it, so that kernels
@@ -314,11 +318,14 @@ static std::vector<Thread> threads;
 static std::vector<int> ready;
 static int current, unfinished, handed_over;
 static const std::function<void()>* body;
-static std::vector<Fiber*> idle;         // fibers without a thread, each waiting inside work()
+static std::vector<std::unique_ptr<Fiber>> fibers;
+static std::vector<Fiber*> idle;         // those without a thread, each waiting inside work()
 #if defined(CUDA_TSAN)
 static char begun, ended;
-static std::vector<char> warp_tags;      // two for each warp, used in turns
-static std::vector<char> warp_turn;
+static char warp_tags[64];               // two for each warp, used in turns
+static char warp_turn[32];
+static std::vector<void*> tsan_threads;
+static uint32_t tsan_shift;
 #endif
 
 static int draw() {
@@ -384,16 +391,6 @@ static void try_complete(int warp, unsigned mask) {
 #endif
 }
 
-static void deadlock() {
-    for (size_t i = 0; i < threads.size(); i++)
-        if (threads[i].waiting) {
-            char text[512];
-            describe_warp((int)i / WARP_LANES, text, sizeof text);
-            set_current((int)i);
-            report("deadlock: a warp waits for lanes that never come%s", text);
-        }
-}
-
 // The life of a fiber: runs threads from their beginning, one after another, and gives way to those that wait elsewhere.
 static void work() {
 #ifdef __SANITIZE_ADDRESS__
@@ -408,7 +405,6 @@ static void work() {
                 switch_to(&host_fiber);
                 continue;
             }
-            if (ready.empty()) deadlock();
             thread = draw();
         }
         Fiber* elsewhere = threads[thread].fiber;
@@ -422,15 +418,15 @@ static void work() {
             continue;
         }
 #if defined(CUDA_TSAN)
-        // Each thread is one to TSan: ordered after the launch and before what follows it, and with nothing else but its warp's barriers.
-        void* its = __tsan_create_fiber(0);
+        // Each thread is one to TSan: ordered after the launch, before what follows it, and by its warp's barriers. TSan's threads
+        // are used again by other blocks, in another order, lest those of different blocks should seem ordered.
+        void* its = tsan_threads[((size_t)thread + tsan_shift) % tsan_threads.size()];
         threads[thread].tsan = its;
         __tsan_switch_to_fiber(its, 1);
         __tsan_acquire(&begun);
         (*body)();
         __tsan_release(&ended);
         __tsan_switch_to_fiber(current_fiber->tsan, 1);
-        __tsan_destroy_fiber(its);
 #else
         (*body)();
 #endif
@@ -449,12 +445,12 @@ static Fiber* fresh_fiber() {
         idle.pop_back();
         return fiber;
     }
-    static int count = 0;
     char* memory = (char*)mmap(nullptr, STACK + PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED || mprotect(memory + PAGE, STACK, PROT_READ | PROT_WRITE) != 0) { perror("cuda-on-cpu: stacks of fibers"); abort(); }
     Fiber* fiber = new Fiber;
+    fibers.emplace_back(fiber);
     fiber->stack = memory + PAGE;
-    fiber->top = memory + PAGE + STACK - 192 * (count++ % 64);      // the same lines of cache for all would be slow
+    fiber->top = memory + PAGE + STACK - 192 * (fibers.size() % 64);      // the same lines of cache for all would be slow
 #if defined(CUDA_TSAN)
     fiber->tsan = __tsan_create_fiber(0);
 #endif
@@ -487,8 +483,7 @@ uint64_t exchange(Collective kind, unsigned mask, uint64_t value, int lane_asked
     __tsan_release(tag);
 #endif
     try_complete(warp, mask);
-    if (ready.empty()) deadlock();
-    int next = draw();
+    int next = draw();                      // there is one: lanes that wait for each other in different places were reported
     if (next != me) {
         set_current(next);
         Fiber* to = threads[next].fiber;
@@ -523,10 +518,10 @@ static void run_kernel(const char* name, dim3 grid, dim3 block, const std::funct
     }
 #if defined(CUDA_TSAN)
     void* host_tsan = __tsan_get_current_fiber();
-    warp_tags.assign((size_t)size / WARP_LANES * 2 + 2, 0);
-    warp_turn.assign((size_t)size / WARP_LANES + 1, 0);
+    while (tsan_threads.size() < 2 * (size_t)size) tsan_threads.push_back(__tsan_create_fiber(0));
     __tsan_release(&begun);
 #endif
+    a_thread_runs = true;
     for (uint32_t b : order) {
         blockIdx = {b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y};
         threads.assign((size_t)size, Thread());
@@ -536,6 +531,7 @@ static void run_kernel(const char* name, dim3 grid, dim3 block, const std::funct
         handed_over = -1;
         Fiber* fiber = fresh_fiber();
 #if defined(CUDA_TSAN)
+        tsan_shift = random_below((uint32_t)tsan_threads.size());
         __tsan_switch_to_fiber(fiber->tsan, 1);
 #endif
         switch_to(fiber);
@@ -546,6 +542,7 @@ static void run_kernel(const char* name, dim3 grid, dim3 block, const std::funct
 #if defined(CUDA_TSAN)
     __tsan_acquire(&ended);
 #endif
+    a_thread_runs = false;
     check_slack();
     running_kernel = nullptr;
 }
@@ -602,6 +599,8 @@ Start::Start() {
     sigaction(SIGSEGV, &action, nullptr);
     sigaction(SIGBUS, &action, nullptr);
     streams.emplace_back(new CUstream_st);
+    fibers.reserve(1025);                   // not to be moved by a fiber: TSan sees memmove
+    idle.reserve(1025);
 }
 
 static CUstream_st* check_stream(cudaStream_t stream, const char* call) {
