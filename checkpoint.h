@@ -19,9 +19,9 @@
 #pragma once
 #include <algorithm>
 #include <cerrno>
+#include <cfloat>
 #include <charconv>
 #include <climits>
-#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -100,9 +100,9 @@ inline void config_read(OlmoeConfig* config, const std::string& path) {
     };
     auto positive = [&](const Json& in, const char* name, float absent) {
         if (!in.contains(name) || in[name].is_null()) return absent;
-        bool ok = in[name].is_number() && in[name].get<float>() > 0 && std::isfinite(in[name].get<float>());
-        if (!ok) die("%s: %s is %s, but must be a number above 0", at, name, json_shown(in[name]).c_str());
-        return in[name].get<float>();
+        double v = in[name].is_number() ? in[name].get<double>() : 0;
+        if (!(v >= FLT_MIN && v <= FLT_MAX)) die("%s: %s is %s, but must be a number above 0", at, name, json_shown(in[name]).c_str());
+        return (float)v;
     };
     auto token = [&](const char* name, int absent) {   // null: there is none
         return !j.contains(name) ? absent : j[name].is_null() ? -1 : integer(name, 0, INT_MAX);
@@ -154,15 +154,10 @@ inline void config_read(OlmoeConfig* config, const std::string& path) {
         c.rope_theta = theta;
     }
 
-    only("clip_qkv", nullptr);
-    only("num_key_value_heads", c.H);
-    only("head_dim", c.C / c.H);
-    only("tie_word_embeddings", false);
-    only("attention_bias", false);
-    only("attention_dropout", 0.0);
-    only("rope_scaling", nullptr);
-    only("hidden_act", "silu");
-    only("quantization_config", nullptr);
+    const std::vector<std::pair<const char*, Json>> supported = {
+        {"hidden_act", "silu"}, {"clip_qkv", nullptr}, {"num_key_value_heads", c.H}, {"head_dim", c.C / c.H}, {"tie_word_embeddings", false},
+        {"attention_bias", false}, {"attention_dropout", 0.0}, {"rope_scaling", nullptr}, {"quantization_config", nullptr}};
+    for (auto& [name, value] : supported) only(name, value);
     for (const char* name : {"dtype", "torch_dtype"})   // one field under its new and its old name; tensors name their own dtype
         if (present(name) && j[name] != "float32" && j[name] != "bfloat16" && j[name] != "float16")
             die("%s: %s %s is not supported, only \"float32\", \"bfloat16\" and \"float16\"", at, name, json_shown(j[name]).c_str());
@@ -319,8 +314,7 @@ inline void safetensors_open(Safetensors* f, const std::string& path) {
         bool fits = true;
         for (int64_t n : s.shape) fits = fits && !__builtin_mul_overflow(s.bytes, (size_t)n, &s.bytes);
         if (range.size() != 2 || range[1] < range[0] || (size_t)range[1] > data_bytes)
-            die("%s: tensor %s: its data [%s) is not inside the file's %zu bytes of data; the file is truncated or damaged", at, shown.c_str(),
-                json_shown(t["data_offsets"]).c_str(), data_bytes);
+            die("%s: tensor %s: data_offsets %s with %zu bytes of data; the file is truncated or damaged", at, shown.c_str(), json_shown(t["data_offsets"]).c_str(), data_bytes);
         if (!fits || s.bytes != (size_t)(range[1] - range[0]))
             die("%s: tensor %s: %s of shape %s does not take %lld bytes", at, shown.c_str(), s.dtype.c_str(), json_shown(t["shape"]).c_str(), (long long)(range[1] - range[0]));
         s.data = data + range[0];
@@ -383,9 +377,29 @@ inline void tensor_to_float(float* dst, const SafeTensor& t, size_t begin, size_
     }
 }
 
-inline void tensor_expect_shape(const Safetensors& f, const SafeTensor& t, const std::vector<int64_t>& shape) {
-    if (t.shape != shape)
-        die("%s: tensor %s has shape %s, but config.json makes it %s", f.path.c_str(), t.name.c_str(), Json(t.shape).dump().c_str(), Json(shape).dump().c_str());
+struct TensorInfo { std::string name, dtype; std::vector<int64_t> shape; };
+
+// Finds every expected tensor, in that order; dtype "" stands for F32, BF16 or F16. Dies when one is missing, of another shape or
+// dtype, or when the files hold any other.
+inline std::vector<const SafeTensor*> tensors_expect(const std::vector<Safetensors>& files, const std::vector<TensorInfo>& expected) {
+    std::vector<const SafeTensor*> found;
+    std::set<std::string> names;
+    for (const TensorInfo& want : expected) {
+        const SafeTensor* t = nullptr;
+        const Safetensors* f = files.data();
+        for (; f < files.data() + files.size() && !(t = f->find(want.name)); f++) {}
+        if (!t) die("%s: tensor %s is missing", files.size() == 1 ? files[0].path.c_str() : "the model's shards", want.name.c_str());
+        if (t->shape != want.shape)
+            die("%s: tensor %s has shape %s, but config.json makes it %s", f->path.c_str(), t->name.c_str(), Json(t->shape).dump().c_str(), Json(want.shape).dump().c_str());
+        if (want.dtype.empty() ? t->dtype != "F32" && t->dtype != "BF16" && t->dtype != "F16" : t->dtype != want.dtype)
+            die("%s: tensor %s is %s; only %s is supported", f->path.c_str(), t->name.c_str(), t->dtype.c_str(), want.dtype.empty() ? "F32, BF16 or F16" : want.dtype.c_str());
+        found.push_back(t);
+        names.insert(t->name);
+    }
+    for (const Safetensors& f : files)
+        for (const SafeTensor& t : f.tensors)
+            if (!names.count(t.name)) die("%s: unexpected tensor %s; the model of config.json has none of this name", f.path.c_str(), json_shown(t.name).c_str());
+    return found;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -398,8 +412,6 @@ struct ModelWeights {
 
 // model.safetensors where there is one, else the shards of the index. Exactly the tensors of the config, in F32, BF16 or F16.
 inline void weights_open(ModelWeights* w, const std::string& dir, const OlmoeConfig& c) {
-    w->files.clear();
-    w->tensors.clear();
     const std::string single = dir + "/model.safetensors", index = dir + "/model.safetensors.index.json";
     std::map<std::string, std::string> map;       // tensor -> shard, from the index
     std::set<std::string> shards;
@@ -417,31 +429,16 @@ inline void weights_open(ModelWeights* w, const std::string& dir, const OlmoeCon
         }
     }
     w->files.resize(shards.size());
-    size_t n = 0, tensors = 0;
+    size_t n = 0;
     for (const std::string& shard : shards) {
-        safetensors_open(&w->files[n], dir + "/" + shard);
-        for (const SafeTensor& t : w->files[n].tensors)
-            if (!map.empty() && (!map.count(t.name) || map[t.name] != shard))
-                die("%s: tensor %s is not in the index under this file", w->files[n].path.c_str(), json_shown(t.name).c_str());
-        tensors += w->files[n++].tensors.size();
-    }
-    std::set<std::string> expected;
-    for (const HfTensor& h : hf_tensors(c)) {
-        const SafeTensor* t = nullptr;
-        for (size_t i = 0; i < w->files.size() && !t; i++) {
-            t = w->files[i].find(h.name);
-            if (t) tensor_expect_shape(w->files[i], *t, h.shape);
-        }
-        if (!t) die("%s: tensor %s is missing", dir.c_str(), h.name.c_str());
-        if (t->dtype != "F32" && t->dtype != "BF16" && t->dtype != "F16")
-            die("%s: tensor %s is %s; only F32, BF16 and F16 weights are supported", dir.c_str(), h.name.c_str(), t->dtype.c_str());
-        w->tensors.push_back(t);
-        expected.insert(h.name);
-    }
-    if (tensors == expected.size()) return;
-    for (const Safetensors& f : w->files)
+        Safetensors& f = w->files[n++];
+        safetensors_open(&f, dir + "/" + shard);
         for (const SafeTensor& t : f.tensors)
-            if (!expected.count(t.name)) die("%s: unexpected tensor %s; the model of config.json has none of this name", f.path.c_str(), json_shown(t.name).c_str());
+            if (!map.empty() && (!map.count(t.name) || map[t.name] != shard)) die("%s: tensor %s is not in the index under this file", f.path.c_str(), json_shown(t.name).c_str());
+    }
+    std::vector<TensorInfo> expected;
+    for (const HfTensor& h : hf_tensors(c)) expected.push_back({h.name, "", h.shape});
+    w->tensors = tensors_expect(w->files, expected);
 }
 
 inline const SafeTensor& weights_tensor(const ModelWeights& w, size_t i) { return *w.tensors[i]; }   // i as in hf_tensors
@@ -492,8 +489,6 @@ struct FileWriter {
         return sum;
     }
 };
-
-struct TensorInfo { std::string name, dtype; std::vector<int64_t> shape; };
 
 // A safetensors file from front to back: open() with all its tensors, write() their data in that order, close().
 struct SafetensorsWriter {
@@ -730,28 +725,27 @@ inline Json checkpoint_trainer_state(const std::string& dir) {
 // Hands over m, v, and master when bf16, in the ranges and the order that ReadState describes.
 inline void checkpoint_optimizer_read(const std::string& dir, const OlmoeConfig& c, bool bf16,
                                       const std::function<void(State, size_t offset, size_t count, const float* src)>& put) {
-    Safetensors f;
-    safetensors_open(&f, dir + "/optimizer.safetensors");
+    std::vector<Safetensors> files(1);
+    safetensors_open(&files[0], dir + "/optimizer.safetensors");
     const std::vector<HfTensor> tensors = hf_tensors(c);
-    const std::vector<StateInfo> states = optimizer_states(bf16);
-    bool saved_bf16 = f.find("master." + tensors[0].name) != nullptr;
-    if (saved_bf16 != bf16)
-        die("%s: saved by a %s build, this is a %s build; resume with the other, or start anew from its weights", f.path.c_str(), saved_bf16 ? "BF16" : "FP32", bf16 ? "BF16" : "FP32");
+    if ((files[0].find("master." + tensors[0].name) != nullptr) != bf16)
+        die("%s: saved by %s; resume with that, or start anew from its weights with --model", files[0].path.c_str(), bf16 ? "an FP32 build, this is a BF16 build" : "a BF16 build, this is an FP32 build");
+    std::vector<TensorInfo> expected;
+    for (const StateInfo& s : optimizer_states(bf16))
+        for (const HfTensor& h : tensors) expected.push_back({s.prefix + h.name, "F32", h.shape});
+    const std::vector<const SafeTensor*> found = tensors_expect(files, expected);
     std::vector<float> buffer(checkpoint_chunk);
-    for (const StateInfo& s : states)
+    size_t i = 0;
+    for (const StateInfo& s : optimizer_states(bf16))
         for (const HfTensor& h : tensors) {
-            const SafeTensor* t = f.find(s.prefix + h.name);
-            if (!t) die("%s: tensor %s%s is missing", f.path.c_str(), s.prefix, h.name.c_str());
-            tensor_expect_shape(f, *t, h.shape);
-            if (t->dtype != "F32") die("%s: tensor %s is %s, but must be F32", f.path.c_str(), t->name.c_str(), t->dtype.c_str());
+            const SafeTensor& t = *found[i++];
             for (size_t done = 0, n; done < h.count; done += n) {
                 n = std::min(checkpoint_chunk, h.count - done);
-                tensor_to_float(buffer.data(), *t, done, n);
+                tensor_to_float(buffer.data(), t, done, n);
                 put(s.state, h.offset + done, n, buffer.data());
             }
         }
-    if (f.tensors.size() != states.size() * tensors.size()) die("%s: %zu tensors, but config.json makes them %zu", f.path.c_str(), f.tensors.size(), states.size() * tensors.size());
-    safetensors_close(&f);
+    safetensors_close(&files[0]);
 }
 
 // Deletes all but the newest keep_last (0: keeps all) and every step that keep_every divides (0: none). A damaged one is neither
