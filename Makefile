@@ -120,14 +120,44 @@ endif
 # ------------------------------------------------------------------------------------------------
 # CUDA
 
-NVCCFLAGS := -O3 -std=c++17 -lineinfo -Xcompiler -Wall,-Wextra
-GENCODE := -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -gencode arch=compute_100,code=sm_100
+NVCCFLAGS := -O3 -std=c++17 -Xcompiler -Wall,-Wextra
+LIBRARIES := -lcublas -lz
 
 ifeq ($(DEVICE),cuda)
 $(BUILD)/%: %.cu Makefile
 	@mkdir -p $(@D)
-	$(NVCC) $(NVCCFLAGS) -arch=native $(DEFINES) -MMD -MP -MF $@.d $< -o $@ -lcublas -lz
--include $(wildcard $(BUILD)/*.d)
+	$(NVCC) $(NVCCFLAGS) -lineinfo -arch=native $(DEFINES) -MMD -MP -MF $@.d $< -o $@ $(LIBRARIES)
 endif
+
+# Compiled for each generation of GPUs, run on none. ptxas's lines are printed; a spilled register is an error.
+GENCODE := $(foreach sm,80 90 100,-gencode arch=compute_$(sm),code=sm_$(sm))
+CUDA_CHECKS := $(foreach p,fp32 bf16,$(foreach t,olmoe test_olmoe,build/cuda-all-$(p)/$(t)))
+cuda: $(CUDA_CHECKS)
+	@for f in $^; do echo "$$f:"; grep -E "Compiling entry|Used|spill" $$f.ptxas | sed "s/^ptxas info *: //"; done
+	@! grep -E "[1-9][0-9]* bytes spill" $(addsuffix .ptxas,$^) || { echo "make cuda: registers spill" >&2; exit 1; }
+	@echo "make cuda: no warnings, no spills: $$(cat $(addsuffix .ptxas,$^) | grep -c Used) kernels for sm_80, sm_90 and sm_100"
+
+build/cuda-all-fp32/%: %.cu Makefile
+	$(call compile_for_all,)
+build/cuda-all-bf16/%: %.cu Makefile
+	$(call compile_for_all,-DPRECISION_BF16)
+define compile_for_all
+	@mkdir -p $(@D)
+	$(NVCC) $(NVCCFLAGS) -Xcompiler -Werror -Werror all-warnings -Xptxas -v $(GENCODE) $(1) -MMD -MP -MF $@.d $< -o $@ $(LIBRARIES) >$@.log 2>&1 || { cat $@.log >&2; exit 1; }
+	@mv $@.log $@.ptxas
+endef
+
+# Kernels as PTX and cuBLAS by shared libraries, for tools that put their own below the program.
+ptx: $(foreach p,fp32 bf16,$(foreach t,olmoe test_olmoe,build/ptx-$(p)/$(t)))
+build/ptx-fp32/%: %.cu Makefile
+	$(call compile_to_ptx,)
+build/ptx-bf16/%: %.cu Makefile
+	$(call compile_to_ptx,-DPRECISION_BF16)
+define compile_to_ptx
+	@mkdir -p $(@D)
+	$(NVCC) $(NVCCFLAGS) -cudart shared -gencode arch=compute_90,code=compute_90 $(1) -MMD -MP -MF $@.d $< -o $@ $(LIBRARIES)
+endef
+
+-include $(wildcard build/cuda-*/*.d build/ptx-*/*.d)
 
 # ------------------------------------------------------------------------------------------------
