@@ -531,7 +531,7 @@ void attention_backward(float* dqkv32 /* (N, 3C) */, float* scores, floatX* prob
 
 // ------------------------------------------------------------------------------------------------
 // Router:   z = m Wr^T,   p = softmax(z) over all E experts,   the K largest p are the token's experts and their weights
-// (OLMoE eq. 1). The weights are not renormalised, unless norm_topk_prob. Of equal p the lower expert id comes first.
+// (OLMoE eq. 1). The weights are not renormalised, unless norm_topk_prob. Of equal z the lower expert id comes first.
 //
 // Auxiliary losses, for one micro-batch (as trained, which is not quite as printed in the paper):
 //     LB = alpha E / (L N K) sum_l sum_i c_li Pbar_li       c: tokens sent to expert i, a constant; Pbar: mean p   (Shazeer 2017)
@@ -553,18 +553,22 @@ __global__ void router_forward_kernel(float* probs, float* lse, int* experts, fl
     for (int i = lane; i < E; i += WARP) p[i] = expf(z[i] - max) / sum;
     if (lane == 0) lse[row] = max + logf(sum);
 
-    // K times the best of those that stand behind the one chosen last
+    // K times the best of those that stand behind the one chosen last. By z, not p: where exp is vectorised, equal z in
+    // different lanes of a vector can give p that differ in the last bit.
+    __syncwarp();                                               // p is read by lanes that did not write it
     float last = INFINITY, total = 0;
     int last_id = -1;
     for (int k = 0; k < K; k++) {
-        float best = -1;
+        float best = -INFINITY;
         int best_id = E;
         for (int i = lane; i < E; i += WARP)
-            if ((p[i] < last || (p[i] == last && i > last_id)) && p[i] > best) { best = p[i]; best_id = i; }
+            if ((z[i] < last || (z[i] == last && i > last_id)) && (z[i] > best || best_id == E)) { best = z[i]; best_id = i; }
         warp_argmax(best, best_id);
-        if (best_id == E) { best = NAN; best_id = k; }          // only when p is NaN: any valid id, and the loss will tell
-        if (lane == 0) { experts[row * K + k] = best_id; weights[row * K + k] = best; }
-        total += best;
+        bool found = best_id < E;                               // not where z is NaN: then any valid id, and the loss will tell
+        float weight = found ? p[best_id] : NAN;
+        if (!found) best_id = k;
+        if (lane == 0) { experts[row * K + k] = best_id; weights[row * K + k] = weight; }
+        total += weight;
         last = best; last_id = best_id;
     }
     __syncwarp();
@@ -2001,10 +2005,11 @@ std::string join(const std::vector<std::string>& words) {
     return s;
 }
 
-// Text in quotes for the screen: controls and bytes that are not printable as dots, but newlines kept, indented
+// A sample on the screen: newlines indented, other controls as dots, and what is no UTF-8 as U+FFFD, which the JSON library does
 void print_sample(const std::string& prompt, const std::string& said) {
+    std::string valid = Json::parse(Json(prompt + said).dump(-1, ' ', false, Json::error_handler_t::replace));
     printf("  sample: ");
-    for (char ch : prompt + said) {
+    for (char ch : valid) {
         if (ch == '\n') printf("\n    | ");
         else printf("%c", (unsigned char)ch < 32 || ch == 127 ? '.' : ch);
     }
@@ -2258,7 +2263,7 @@ int command_verify(int argc, char** argv) {
     auto shaped = [&](const char* name, const char* dtype, const std::vector<int64_t>& shape) -> const SafeTensor* {
         const SafeTensor* t = f.find(name);
         if (t && t->dtype != dtype) die("%s: %s is %s, it should be %s", reference.c_str(), name, t->dtype.c_str(), dtype);
-        if (t) tensor_expect_shape(f, *t, shape);
+        if (t && t->shape != shape) die("%s: %s has shape %s, it should be %s", reference.c_str(), name, Json(t->shape).dump().c_str(), Json(shape).dump().c_str());
         return t;
     };
     const SafeTensor *inputs_tensor = f.find("inputs"), *targets_tensor = f.find("targets");
