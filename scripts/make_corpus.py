@@ -84,7 +84,7 @@ LOOKS = words("""golden, silver, wooden, broken, rusty, tiny, heavy, shiny, dust
     bitter, fresh, rotten, frozen, burnt, hidden, famous""")
 THINGS = words("""key, bell, lantern, crown, drum, ring, clock, boat, mirror, spoon, flute, coin, map, kite, hammer, umbrella, book, hat, cup,
     basket, coat, letter, ball, lamp, chair, bag, knob, table, rope, wheel, candle, ladder, bottle, button, pencil, blanket, bucket, shovel,
-    needle, violin, trumpet, puppet, statue, ticket, carpet, pillow, kettle, helmet, shield, anchor, compass, feather, pebble, ribbon, mask,
+    needle, violin, trumpet, puppet, statue, ticket, carpet, pillow, kettle, helmet, shield, anchor, cart, feather, pebble, ribbon, mask,
     glove, boot, whistle, magnet, marble, telescope, wagon, barrel, bracelet, broom, cage, chain, curtain, diamond, door, engine, fork, guitar,
     harp, jacket, jug, lid, medal, necklace, oar, pipe, plate, purse, quilt, rug, saddle, sail, shell, shirt, sock, sword, tent, towel, vase,
     wallet, window""")

@@ -17,6 +17,21 @@ void die(const char* format, ...) {
     exit(1);
 }
 
+// With TRACE set, prints what reaches the disk and in which order.
+#include <unistd.h>
+#include <nlohmann/json.hpp>
+static int traced_fsync(int file) {
+    char path[4096] = "";
+    if (getenv("TRACE") && readlink(("/proc/self/fd/" + std::to_string(file)).c_str(), path, sizeof path - 1) > 0) printf("fsync %s\n", path);
+    return fsync(file);
+}
+static int traced_rename(const char* from, const char* to) {
+    if (getenv("TRACE")) printf("rename %s %s\n", from, to);
+    return rename(from, to);
+}
+#define fsync(file) traced_fsync(file)
+#define rename(from, to) traced_rename(from, to)
+
 #include "../tokenizer.h"
 #include "../dataloader.h"
 

@@ -418,6 +418,15 @@ def test_full_disk(drive, tmp_path):
     assert os.listdir(tmp_path / "out") == []
 
 
+def test_files_reach_the_disk_before_their_names(drive, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("text")
+    monkeypatch.setenv("TRACE", "1")
+    trace = drive(f"tokenize bytes {tmp_path}/x.npy {tmp_path}/a.txt")
+    a, b = f"{tmp_path}/x.npy", f"{tmp_path}/x.csv.gz"
+    assert sorted(trace[:2]) == sorted([f"fsync {a}.tmp", f"fsync {b}.tmp"])
+    assert trace[2:5] == [f"rename {b}.tmp {b}", f"rename {a}.tmp {a}", f"fsync {tmp_path}"]
+
+
 def test_documents_of_other_files(drive, tmp_path):
     assert drive(f"documents {tmp_path}/none.npy") == []
     for content in (b"0,5,a\n3,9,b\n", b"5,3,a\n", b"x,3,a\n", b"0,3\n", b"\n", b"0,1x,a,b,1\n"):
@@ -560,7 +569,7 @@ def test_plot(tmp_path):
 
 def test_plot_resumed_steps():
     pytest.importorskip("matplotlib", reason="test_plot_resumed_steps: needs python3-matplotlib")
-    code = ("import sys, tempfile; sys.path.insert(0, sys.argv[1]); import plot\n"
+    code = ("import sys, tempfile; sys.dont_write_bytecode = True; sys.path.insert(0, sys.argv[1]); import plot\n"
             "f = tempfile.NamedTemporaryFile('w', suffix='.jsonl'); f.write('{\"config\": {}}\\n{\"step\": 1, \"lr\": 1}\\n{\"step\": 2, \"lr\": 2}\\n{\"step\": 1, \"lr\": 3}\\n'); f.flush()\n"
             "print(plot.read(f.name))")
     r = subprocess.run([sys.executable, "-c", code, os.path.join(ROOT, "scripts")], capture_output=True, text=True)
