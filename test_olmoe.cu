@@ -1,0 +1,1687 @@
+/*
+Tests of olmoe.cu. Every kernel, forward and backward, and the whole model against twins in double precision that are
+written from the formulas alone; the model against what PyTorch computed (tests/fixtures); its gradient against finite
+differences of its loss.
+
+    test_olmoe                    all of them
+    test_olmoe --only kernel      those whose name contains "kernel"
+    test_olmoe --list             their names
+
+A line for each tensor: its relative L2 error, and how much of its tolerance the worse of two measures used, that error
+and the largest error of one element (against 8 tolerances of the element and of the tensor's root mean square). NaN fails.
+The checksum at the end is of all that the device computed: equal checksums mean equal bits.
+*/
+#define TESTING
+#include "olmoe.cu"
+#include <array>
+#include <random>
+
+// ------------------------------------------------------------------------------------------------
+// Comparing
+
+typedef std::vector<double> Vec;
+typedef std::vector<int> Ints;
+
+static int passed, failed;
+static uint64_t checksum = 1469598103934665603u;                // FNV-1a
+
+static void add_to_checksum(const void* bytes, size_t n) {
+    for (size_t i = 0; i < n; i++) checksum = (checksum ^ ((const unsigned char*)bytes)[i]) * 1099511628211u;
+}
+
+static double l2(const Vec& v) {
+    double sum = 0;
+    for (double x : v) sum += x * x;
+    return sqrt(sum);
+}
+
+struct Difference { double error, share; };                     // relative L2; share of the tolerance, at most 1 is right
+
+static Difference difference(const Vec& got, const Vec& want, double tolerance) {
+    if (got.size() != want.size()) return {NAN, NAN};
+    double square = 0, norm = l2(want), rms = norm / sqrt((double)std::max<size_t>(want.size(), 1)), worst = 0;
+    for (size_t i = 0; i < got.size(); i++) {
+        double d = fabs(got[i] - want[i]);
+        square += d * d;
+        if (!(d <= 8 * tolerance * (fabs(want[i]) + rms) * worst)) worst = d == 0 ? worst : d / (8 * tolerance * (fabs(want[i]) + rms));
+    }
+    double error = square == 0 ? 0 : sqrt(square) / norm;       // infinite where all should be zero and is not
+    double share = error == 0 ? 0 : error / tolerance;
+    return {error, worst > share || std::isnan(worst) ? worst : share};
+}
+
+static void verdict(const std::string& name, bool ok) {
+    (ok ? passed : failed)++;
+    if (!ok) printf("%-64s FAILED\n", name.c_str());
+}
+
+static void check(const std::string& name, const Vec& got, const Vec& want, double tolerance) {
+    for (double x : got) add_to_checksum(&x, sizeof x);
+    Difference d = difference(got, want, tolerance);
+    bool ok = d.error <= tolerance && d.share <= 1;
+    (ok ? passed : failed)++;
+    printf("%-64s error %.1e  %5.1f %% of its tolerance  %s\n", name.c_str(), d.error, 100 * d.share, ok ? "ok" : "FAILED");
+}
+
+static void check(const std::string& name, double got, double want, double tolerance) { check(name, Vec{got}, Vec{want}, tolerance); }
+
+// Equal values, element by element; a NaN equals nothing.
+template <typename T>
+static void check_equal(const std::string& name, const std::vector<T>& got, const std::vector<T>& want) {
+    for (const T& x : got) add_to_checksum(&x, sizeof x);
+    size_t wrong = got.size() == want.size() ? 0 : std::max(got.size(), want.size());
+    if (!wrong) for (size_t i = 0; i < got.size(); i++) wrong += !(got[i] == want[i]);
+    (wrong == 0 ? passed : failed)++;
+    printf("%-64s %zu of %zu differ  %s\n", name.c_str(), wrong, want.size(), wrong == 0 ? "ok" : "FAILED");
+}
+
+static void check_true(const std::string& name, bool ok) {
+    verdict(name, ok);
+    if (ok) printf("%-64s ok\n", name.c_str());
+}
+
+// Unit roundoff of fp32 and of floatX. A tolerance says how many roundings to floatX and to fp32 an element goes through; a
+// sum of n terms, of equal or of random signs, moves by about sqrt(n) roundings of its result. exp and log count 8.
+constexpr double U32 = 0x1p-24, UX = BF16 ? 0x1p-8 : 0x1p-24;
+static double roundings(double to_floatX, double to_fp32) { return to_floatX * UX + to_fp32 * U32; }
+
+// ------------------------------------------------------------------------------------------------
+// Data
+
+static std::mt19937_64 engine;
+static double random_uniform() { return (double)(engine() >> 11) * 0x1p-53; }      // [0, 1)
+static int random_below(int n) { return (int)(engine() % (uint64_t)n); }
+
+template <typename T> double rounded(double x) { return (double)(float)(T)(float)x; }
+
+// Uniform with mean 0 and variance scale^2, rounded as the device will hold it
+template <typename T = floatX>
+static Vec random_vec(size_t n, double scale = 1) {
+    Vec v(n);
+    for (double& x : v) x = rounded<T>((2 * random_uniform() - 1) * sqrt(3.) * scale);
+    return v;
+}
+
+static Ints random_ints(size_t n, int below) {
+    Ints v(n);
+    for (int& x : v) x = random_below(below);
+    return v;
+}
+
+// An array on the device, filled from the host or not at all
+template <typename T>
+struct Device {
+    T* p = nullptr;
+    size_t n;
+
+    explicit Device(size_t count) : n(count) { cudaCheck(cudaMalloc((void**)&p, std::max<size_t>(n, 1) * sizeof(T))); }
+    explicit Device(const Vec& values) : Device(values.size()) { put(values); }
+    explicit Device(const Ints& values) : Device(values.size()) { put(Vec(values.begin(), values.end())); }
+    Device(const Device&) = delete;
+    ~Device() { cudaCheck(cudaStreamSynchronize(main_stream.stream)); cudaCheck(cudaFree(p)); }
+    operator T*() const { return p; }
+
+    void put(const Vec& values) {
+        std::vector<T> v(values.size());
+        for (size_t i = 0; i < v.size(); i++) v[i] = (T)(float)values[i];
+        cudaCheck(cudaMemcpyAsync(p, v.data(), v.size() * sizeof(T), cudaMemcpyHostToDevice, main_stream.stream));
+        cudaCheck(cudaStreamSynchronize(main_stream.stream));
+    }
+    Vec get() const { return get_from(p, n); }
+    static Vec get_from(const T* from, size_t count) {
+        std::vector<T> v(count);
+        cudaCheck(cudaMemcpyAsync(v.data(), from, count * sizeof(T), cudaMemcpyDeviceToHost, main_stream.stream));
+        cudaCheck(cudaStreamSynchronize(main_stream.stream));
+        Vec values(count);
+        for (size_t i = 0; i < count; i++) values[i] = (double)(float)v[i];
+        return values;
+    }
+    Ints ints() const {
+        Vec v = get();
+        return Ints(v.begin(), v.end());
+    }
+};
+
+// ------------------------------------------------------------------------------------------------
+// The layers in double precision. Backward functions add to what they are given.
+
+static void twin_linear(Vec& y, const Vec& x, const Vec& w, int N, int I, int O) {
+    y.assign((size_t)N * O, 0);
+    for (int n = 0; n < N; n++)
+        for (int o = 0; o < O; o++)
+            for (int i = 0; i < I; i++) y[(size_t)n * O + o] += x[(size_t)n * I + i] * w[(size_t)o * I + i];
+}
+
+static void twin_linear_backward(Vec& dx, Vec& dw, const Vec& dy, const Vec& x, const Vec& w, int N, int I, int O) {
+    for (int n = 0; n < N; n++)
+        for (int o = 0; o < O; o++)
+            for (int i = 0; i < I; i++) {
+                dx[(size_t)n * I + i] += dy[(size_t)n * O + o] * w[(size_t)o * I + i];
+                dw[(size_t)o * I + i] += dy[(size_t)n * O + o] * x[(size_t)n * I + i];
+            }
+}
+
+static double twin_rms_scale(const double* x, int C, double eps) {
+    double square = 0;
+    for (int i = 0; i < C; i++) square += x[i] * x[i];
+    return 1 / sqrt(square / C + eps);
+}
+
+static void twin_rmsnorm(Vec& y, Vec& r, const Vec& x, const Vec& w, int N, int C, double eps) {
+    y.resize((size_t)N * C);
+    r.resize(N);
+    for (int n = 0; n < N; n++) {
+        r[n] = twin_rms_scale(&x[(size_t)n * C], C, eps);
+        for (int i = 0; i < C; i++) y[(size_t)n * C + i] = w[i] * x[(size_t)n * C + i] * r[n];
+    }
+}
+
+static void twin_rmsnorm_backward(Vec& dx, Vec& dw, const Vec& dy, const Vec& x, const Vec& w, int N, int C, double eps) {
+    for (int n = 0; n < N; n++) {
+        const double *xn = &x[(size_t)n * C], *dyn = &dy[(size_t)n * C];
+        double r = twin_rms_scale(xn, C, eps), mean = 0;
+        for (int i = 0; i < C; i++) mean += w[i] * dyn[i] * r * xn[i] / C;
+        for (int i = 0; i < C; i++) {
+            dw[i] += dyn[i] * r * xn[i];
+            dx[(size_t)n * C + i] += r * (w[i] * dyn[i] - r * xn[i] * mean);
+        }
+    }
+}
+
+// Rotates each pair (j, j + D/2) of each head by direction * angle; tables (T, D/2)
+static void twin_rope(Vec& x, const Vec& cosine, const Vec& sine, int N, int T, int C, int D, int direction) {
+    for (int n = 0; n < N; n++)
+        for (int h = 0; h < C; h += D)
+            for (int j = 0; j < D / 2; j++) {
+                double &a = x[(size_t)n * C + h + j], &b = x[(size_t)n * C + h + j + D / 2], a0 = a, b0 = b;
+                double c = cosine[(size_t)(n % T) * (D / 2) + j], s = direction * sine[(size_t)(n % T) * (D / 2) + j];
+                a = a0 * c - b0 * s;
+                b = b0 * c + a0 * s;
+            }
+}
+
+// The angle's product is in fp32, as in every implementation of the model; its cosine and sine are exact.
+static void twin_rope_tables(Vec& cosine, Vec& sine, int T, int D, double theta) {
+    cosine.resize((size_t)T * (D / 2));
+    sine = cosine;
+    for (int t = 0; t < T; t++)
+        for (int j = 0; j < D / 2; j++) {
+            float angle = (float)t * (float)pow(theta, -2. * j / D);
+            cosine[(size_t)t * (D / 2) + j] = cos((double)angle);
+            sine[(size_t)t * (D / 2) + j] = sin((double)angle);
+        }
+}
+
+// Columns [first, first + count) of a (N, width) matrix
+static Vec columns(const Vec& x, int N, int width, int first, int count) {
+    Vec y((size_t)N * count);
+    for (int n = 0; n < N; n++)
+        for (int i = 0; i < count; i++) y[(size_t)n * count + i] = x[(size_t)n * width + first + i];
+    return y;
+}
+static void set_columns(Vec& x, const Vec& y, int N, int width, int first, int count) {
+    for (int n = 0; n < N; n++)
+        for (int i = 0; i < count; i++) x[(size_t)n * width + first + i] = y[(size_t)n * count + i];
+}
+
+// One row of attention: its probabilities over keys 0..t of head h, and its log-sum-exp
+static double twin_attention_row(Vec& p, const double* q, const double* k, int t, int C, int D) {
+    p.assign(t + 1, 0);
+    double max = -INFINITY, sum = 0;
+    for (int j = 0; j <= t; j++) {
+        for (int d = 0; d < D; d++) p[j] += q[d] * k[(size_t)j * C + d] / sqrt((double)D);
+        max = std::max(max, p[j]);
+    }
+    for (double& s : p) sum += exp(s - max);
+    double lse = max + log(sum);
+    for (double& s : p) s = exp(s - lse);
+    return lse;
+}
+
+static void twin_attention(Vec& o, Vec& lse, const Vec& q, const Vec& k, const Vec& v, int B, int T, int C, int H) {
+    int D = C / H;
+    o.assign((size_t)B * T * C, 0);
+    lse.resize((size_t)B * H * T);
+    Vec p;
+    for (int b = 0; b < B; b++)
+        for (int h = 0; h < H; h++)
+            for (int t = 0; t < T; t++) {
+                size_t base = (size_t)b * T * C + h * D, at = base + (size_t)t * C;
+                lse[((size_t)b * H + h) * T + t] = twin_attention_row(p, &q[at], &k[base], t, C, D);
+                for (int j = 0; j <= t; j++)
+                    for (int d = 0; d < D; d++) o[at + d] += p[j] * v[base + (size_t)j * C + d];
+            }
+}
+
+static void twin_attention_backward(Vec& dq, Vec& dk, Vec& dv, const Vec& dout, const Vec& q, const Vec& k, const Vec& v, int B, int T, int C, int H) {
+    int D = C / H;
+    Vec p, dp;
+    for (int b = 0; b < B; b++)
+        for (int h = 0; h < H; h++)
+            for (int t = 0; t < T; t++) {
+                size_t base = (size_t)b * T * C + h * D, at = base + (size_t)t * C;
+                twin_attention_row(p, &q[at], &k[base], t, C, D);
+                dp.assign(t + 1, 0);
+                double delta = 0;
+                for (int j = 0; j <= t; j++) {
+                    for (int d = 0; d < D; d++) dp[j] += dout[at + d] * v[base + (size_t)j * C + d];
+                    delta += p[j] * dp[j];
+                }
+                for (int j = 0; j <= t; j++)
+                    for (int d = 0; d < D; d++) {
+                        double ds = p[j] * (dp[j] - delta) / sqrt((double)D);
+                        dq[at + d] += ds * k[base + (size_t)j * C + d];
+                        dk[base + (size_t)j * C + d] += ds * q[at + d];
+                        dv[base + (size_t)j * C + d] += p[j] * dout[at + d];
+                    }
+            }
+}
+
+// The experts in order of probability, of equal ones the lower id first
+static void twin_router(Vec& p, Vec& lse, Ints& experts, Vec& weights, const Vec& z, int N, int E, int K, bool normalize) {
+    p.resize((size_t)N * E); lse.resize(N); experts.resize((size_t)N * K); weights.resize((size_t)N * K);
+    for (int n = 0; n < N; n++) {
+        const double* zn = &z[(size_t)n * E];
+        double* pn = &p[(size_t)n * E];
+        double max = *std::max_element(zn, zn + E), sum = 0, total = 0;
+        for (int i = 0; i < E; i++) sum += exp(zn[i] - max);
+        for (int i = 0; i < E; i++) pn[i] = exp(zn[i] - max) / sum;
+        lse[n] = max + log(sum);
+        Ints order(E);
+        for (int i = 0; i < E; i++) order[i] = i;
+        std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return zn[a] > zn[b]; });
+        for (int k = 0; k < K; k++) total += pn[order[k]];
+        for (int k = 0; k < K; k++) {
+            experts[(size_t)n * K + k] = order[k];
+            weights[(size_t)n * K + k] = pn[order[k]] / (normalize ? total : 1);
+        }
+    }
+}
+
+// dL/dp_i is `per_expert`[i] for every token, and through the chosen experts' weights; dL/dlse is 2 z_per_lse lse. By the chain
+// rule through the full Jacobians of the softmax and of the division by the chosen sum.
+static void twin_router_backward(Vec& dz, const Vec& dweights, const Vec& p, const Vec& lse, const Ints& experts, int N, int E, int K, bool normalize,
+                                 const Vec& per_expert, double z_per_lse) {
+    for (int n = 0; n < N; n++) {
+        const double *pn = &p[(size_t)n * E], *dw = &dweights[(size_t)n * K];
+        const int* id = &experts[(size_t)n * K];
+        Vec dp(per_expert);
+        double s = 0;
+        for (int k = 0; k < K; k++) s += pn[id[k]];
+        for (int k = 0; k < K; k++)
+            if (!normalize) dp[id[k]] += dw[k];
+            else for (int j = 0; j < K; j++) dp[id[j]] += dw[k] * ((j == k) / s - pn[id[k]] / (s * s));
+        for (int i = 0; i < E; i++) {
+            for (int j = 0; j < E; j++) dz[(size_t)n * E + j] += dp[i] * pn[i] * ((i == j) - pn[j]);
+            dz[(size_t)n * E + i] += 2 * z_per_lse * lse[n] * pn[i];
+        }
+    }
+}
+
+static double sigmoid(double x) { return 1 / (1 + exp(-x)); }
+
+// y_a of assignment a = n K + k: the output of its expert for its token, not weighted. gate_up (E, 2F, C), down (E, C, F)
+static void twin_expert(Vec& h, Vec& gate_up, Vec& y, const double* x, int e, const Vec& w_gate_up, const Vec& w_down, int C, int F) {
+    gate_up.assign(2 * F, 0); h.resize(F); y.assign(C, 0);
+    for (int f = 0; f < 2 * F; f++)
+        for (int i = 0; i < C; i++) gate_up[f] += w_gate_up[((size_t)e * 2 * F + f) * C + i] * x[i];
+    for (int f = 0; f < F; f++) h[f] = gate_up[f] * sigmoid(gate_up[f]) * gate_up[F + f];
+    for (int i = 0; i < C; i++)
+        for (int f = 0; f < F; f++) y[i] += w_down[((size_t)e * C + i) * F + f] * h[f];
+}
+
+static void twin_experts(Vec& y, const Vec& x, const Ints& experts, const Vec& w_gate_up, const Vec& w_down, int N, int K, int C, int F) {
+    y.resize((size_t)N * K * C);
+    Vec h, gate_up, ya;
+    for (int a = 0; a < N * K; a++) {
+        twin_expert(h, gate_up, ya, &x[(size_t)(a / K) * C], experts[a], w_gate_up, w_down, C, F);
+        std::copy(ya.begin(), ya.end(), y.begin() + (size_t)a * C);
+    }
+}
+
+// dout is the gradient of sum_k w_k y_k. dx_rows (N, K, C) is what each assignment sends back to its token.
+static void twin_experts_backward(Vec& dx_rows, Vec& dw_gate_up, Vec& dw_down, Vec& dweights, const Vec& dout, const Vec& x, const Ints& experts, const Vec& weights,
+                                  const Vec& w_gate_up, const Vec& w_down, int N, int K, int C, int F) {
+    Vec h, gate_up, y;
+    for (int a = 0; a < N * K; a++) {
+        const double *xa = &x[(size_t)(a / K) * C], *d = &dout[(size_t)(a / K) * C];
+        size_t e = experts[a];
+        twin_expert(h, gate_up, y, xa, (int)e, w_gate_up, w_down, C, F);
+        for (int i = 0; i < C; i++) dweights[a] += d[i] * y[i];
+        for (int f = 0; f < F; f++) {
+            double dh = 0, g = gate_up[f], u = gate_up[F + f], s = sigmoid(g);
+            for (int i = 0; i < C; i++) {
+                dh += weights[a] * d[i] * w_down[(e * C + i) * F + f];
+                dw_down[(e * C + i) * F + f] += weights[a] * d[i] * h[f];
+            }
+            double dg = dh * u * (s + g * s * (1 - s)), du = dh * g * s;
+            for (int i = 0; i < C; i++) {
+                dw_gate_up[(e * 2 * F + f) * C + i] += dg * xa[i];
+                dw_gate_up[(e * 2 * F + F + f) * C + i] += du * xa[i];
+                dx_rows[(size_t)a * C + i] += dg * w_gate_up[(e * 2 * F + f) * C + i] + du * w_gate_up[(e * 2 * F + F + f) * C + i];
+            }
+        }
+    }
+}
+
+// losses (N), and dlogits = scale d(sum of losses)
+static void twin_cross_entropy(Vec& losses, Vec& dlogits, const Vec& logits, const Ints& targets, int N, int V, double scale) {
+    losses.assign(N, 0);
+    dlogits.assign((size_t)N * V, 0);
+    for (int n = 0; n < N; n++) {
+        if (targets[n] < 0) continue;
+        const double* z = &logits[(size_t)n * V];
+        double max = *std::max_element(z, z + V), sum = 0;
+        for (int i = 0; i < V; i++) sum += exp(z[i] - max);
+        losses[n] = max + log(sum) - z[targets[n]];
+        for (int i = 0; i < V; i++) dlogits[(size_t)n * V + i] = scale * (exp(z[i] - max) / sum - (i == targets[n]));
+    }
+}
+
+// ------------------------------------------------------------------------------------------------
+// Kernels
+
+static void test_linear() {
+    int shapes[][3] = {{1, 1, 1}, {7, 13, 5}, {33, 40, 65}, {3, 130, 17}};
+    for (auto& [N, I, O] : shapes) {
+        std::string name = text("linear N %d I %d O %d ", N, I, O);
+        Vec x = random_vec((size_t)N * I), w = random_vec((size_t)O * I), dy = random_vec((size_t)N * O);
+        Vec y, y_old = random_vec((size_t)N * O), dx_old = random_vec((size_t)N * I), dw_old = random_vec((size_t)O * I);
+        Vec dx((size_t)N * I), dw = dw_old, y_added = y_old, dx_added = dx_old;
+        twin_linear(y, x, w, N, I, O);
+        twin_linear_backward(dx, dw, dy, x, w, N, I, O);
+        for (size_t i = 0; i < y.size(); i++) y_added[i] += y[i];
+        for (size_t i = 0; i < dx.size(); i++) dx_added[i] += dx[i];
+
+        Device<floatX> d_x(x), d_w(w), d_dy(dy), d_y(y.size()), d_y_added(y_old), d_dx(dx.size()), d_dx_added(dx_old), d_dw(dw_old);
+        Device<float> d_y32(y.size());
+        matmul_forward(main_stream, (floatX*)d_y, d_x, d_w, N, I, O);
+        matmul_forward(main_stream, (floatX*)d_y_added, d_x, d_w, N, I, O, 1);
+        matmul_forward(main_stream, (float*)d_y32, d_x, d_w, N, I, O);
+        matmul_backward_input(main_stream, d_dx, d_dy, d_w, N, I, O);
+        matmul_backward_input(main_stream, d_dx_added, d_dy, d_w, N, I, O, 1);
+        matmul_backward_weight(main_stream, d_dw, d_dy, d_x, N, I, O);
+        check(name + "y", d_y.get(), y, roundings(1, 2 + sqrt(I)));
+        check(name + "y in fp32", d_y32.get(), y, roundings(0, 2 + sqrt(I)));
+        check(name + "y +=", d_y_added.get(), y_added, roundings(1, 2 + sqrt(I)));
+        check(name + "dx", d_dx.get(), dx, roundings(1, 2 + sqrt(O)));
+        check(name + "dx +=", d_dx_added.get(), dx_added, roundings(1, 2 + sqrt(O)));
+        check(name + "dw +=", d_dw.get(), dw, roundings(1, 2 + sqrt(N)));
+    }
+}
+
+static void test_embedding() {
+    int shapes[][3] = {{1, 1, 1}, {40, 11, 5}, {9, 3, 2 * CHUNK + 7}, {6, 6, CHUNK}};
+    for (auto& [N, V, C] : shapes) {
+        std::string name = text("embedding N %d V %d C %d ", N, V, C);
+        Vec w = random_vec((size_t)V * C), dx = random_vec((size_t)N * C), dw = random_vec((size_t)V * C);
+        Ints ids = random_ints(N, V);
+        ids.back() = ids[0];                                    // some id occurs twice
+        Device<floatX> d_w(w), d_x((size_t)N * C), d_dx(dx), d_dw(dw);
+        Device<int> d_ids(ids), touched(N), start(N + 1), tokens(N);
+        Vec x((size_t)N * C);
+        for (int n = 0; n < N; n++)
+            for (int i = 0; i < C; i++) {
+                x[(size_t)n * C + i] = w[(size_t)ids[n] * C + i];
+                dw[(size_t)ids[n] * C + i] += dx[(size_t)n * C + i];
+            }
+        embedding_forward(d_x, d_ids, d_w, N, C);
+        check_equal(name + "x", d_x.get(), x);
+
+        Olmoe m;
+        m.N = N;
+        m.acts.touched = touched; m.acts.touched_start = start; m.acts.touched_tokens = tokens;
+        index_tokens(&m, ids.data());
+        check_true(name + "ids", m.touched == (int)std::set<int>(ids.begin(), ids.end()).size());
+        embedding_backward(d_dw, d_dx, touched, start, tokens, m.touched, C);
+        check(name + "dw +=", d_dw.get(), dw, roundings(1, 2 + sqrt(N)));
+    }
+}
+
+static void test_rmsnorm() {
+    int shapes[][2] = {{1, 1}, {3, 5}, {37, 60}, {5, 2 * CHUNK + 1}, {SLABS * 16 + 37, 3}};
+    const float eps = 1e-3f;
+    for (auto& [N, C] : shapes) {
+        std::string name = text("rmsnorm N %d C %d ", N, C);
+        Vec x = random_vec((size_t)N * C, 0.3), w = random_vec(C), dy = random_vec((size_t)N * C), dx = random_vec((size_t)N * C), dw = random_vec(C), y, r;
+        Device<floatX> d_x(x), d_w(w), d_dy(dy), d_dx(dx), d_dw(dw), d_y(x.size());
+        Device<float> d_r(N), partial((size_t)SLABS * C);
+        twin_rmsnorm(y, r, x, w, N, C, eps);
+        twin_rmsnorm_backward(dx, dw, dy, x, w, N, C, eps);
+        rmsnorm_forward(d_y, d_r, d_x, d_w, N, C, eps);
+        check(name + "y", d_y.get(), y, roundings(2, 5 + sqrt(C)));
+        check(name + "1/rms", d_r.get(), r, roundings(0, 5 + sqrt(C)));
+        rmsnorm_backward(d_dx, d_dw, partial, d_dy, d_x, d_w, d_r, N, C);
+        check(name + "dx +=", d_dx.get(), dx, roundings(1, 10 + 2 * sqrt(C)));
+        check(name + "dw +=", d_dw.get(), dw, roundings(1, 10 + sqrt(C) + sqrt(N)));
+    }
+}
+
+static void test_qk_norm_rope() {
+    int shapes[][4] = {{1, 1, 2, 1}, {2, 7, 30, 3}, {1, 3, 2 * CHUNK + 4, 2}, {1, SLABS * 16 + 5, 4, 2}};
+    const float eps = 1e-3f;
+    for (auto& [B, T, C, H] : shapes) {
+        int N = B * T, D = C / H;
+        std::string name = text("qk-norm and rope B %d T %d C %d H %d ", B, T, C, H);
+        Vec qkv = random_vec((size_t)N * 3 * C), q_norm = random_vec(C), k_norm = random_vec(C), dqkv32 = random_vec<float>((size_t)N * 3 * C);
+        Vec dq_norm = random_vec(C), dk_norm = random_vec(C), cosine, sine;
+        twin_rope_tables(cosine, sine, T, D, 100);
+        for (double& x : cosine) x = rounded<float>(x);
+        for (double& x : sine) x = rounded<float>(x);
+        Device<floatX> d_qkv(qkv), d_q_norm(q_norm), d_k_norm(k_norm), d_qk((size_t)N * 2 * C), d_dqkv(qkv.size()), d_dq_norm(dq_norm), d_dk_norm(dk_norm);
+        Device<float> d_cosine(cosine), d_sine(sine), d_r((size_t)N * 2), d_dqkv32(dqkv32), partial((size_t)2 * SLABS * C);
+
+        Vec qk((size_t)N * 2 * C), dqkv = dqkv32, y, r;
+        for (int part = 0; part < 2; part++) {
+            Vec x = columns(qkv, N, 3 * C, part * C, C), dy = columns(dqkv32, N, 3 * C, part * C, C), dx((size_t)N * C);
+            twin_rmsnorm(y, r, x, part ? k_norm : q_norm, N, C, eps);
+            twin_rope(y, cosine, sine, N, T, C, D, 1);
+            set_columns(qk, y, N, 2 * C, part * C, C);
+            twin_rope(dy, cosine, sine, N, T, C, D, -1);
+            twin_rmsnorm_backward(dx, part ? dk_norm : dq_norm, dy, x, part ? k_norm : q_norm, N, C, eps);
+            set_columns(dqkv, dx, N, 3 * C, part * C, C);
+        }
+        qk_norm_rope_forward(d_qk, d_r, d_qkv, d_q_norm, d_k_norm, d_cosine, d_sine, N, T, C, D, eps);
+        check(name + "q and k", d_qk.get(), qk, roundings(3, 9 + sqrt(C)));
+        qk_norm_rope_backward(d_dqkv, d_dq_norm, d_dk_norm, partial, d_dqkv32, d_qkv, d_r, d_q_norm, d_k_norm, d_cosine, d_sine, N, T, C, D);
+        check(name + "dqkv", d_dqkv.get(), dqkv, roundings(1, 14 + 2 * sqrt(C)));
+        check(name + "dq_norm +=", d_dq_norm.get(), dq_norm, roundings(1, 14 + sqrt(C) + sqrt(N)));
+        check(name + "dk_norm +=", d_dk_norm.get(), dk_norm, roundings(1, 14 + sqrt(C) + sqrt(N)));
+    }
+}
+
+static void test_attention() {
+    int shapes[][4] = {{1, 1, 2, 1}, {2, 5, 6, 3}, {1, ATTENTION_BLOCK, 8, 2}, {2, ATTENTION_BLOCK + 1, 6, 1}, {1, 2 * ATTENTION_BLOCK + 13, 20, 2}};
+    for (auto& [B, T, C, H] : shapes) {
+        size_t N = (size_t)B * T, square = (size_t)H * std::min(ATTENTION_BLOCK, T) * T;
+        std::string name = text("attention B %d T %d C %d H %d ", B, T, C, H);
+        Vec qk = random_vec(N * 2 * C, 1.5), qkv = random_vec(N * 3 * C), dout = random_vec(N * C);
+        Vec q = columns(qk, N, 2 * C, 0, C), k = columns(qk, N, 2 * C, C, C), v = columns(qkv, N, 3 * C, 2 * C, C), out, lse;
+        Vec dq(N * C), dk(N * C), dv(N * C);
+        twin_attention(out, lse, q, k, v, B, T, C, H);
+        twin_attention_backward(dq, dk, dv, dout, q, k, v, B, T, C, H);
+
+        Device<floatX> d_qk(qk), d_qkv(qkv), d_dout(dout), d_out(N * C), probs(square), dscores(square);
+        Device<float> d_lse(lse.size()), scores(square), dprobs(square), dqkv32(N * 3 * C);
+        double t = 40 + 2 * sqrt(C / H) + 2 * sqrt(T);          // two exponentials, two products, sums over D and over keys
+        attention_forward(d_out, d_lse, scores, probs, d_qk, d_qkv, B, T, C, H);
+        check(name + "out", d_out.get(), out, roundings(2, t));
+        check(name + "lse", d_lse.get(), lse, roundings(0, t));
+        attention_backward(dqkv32, scores, probs, dprobs, dscores, d_dout, d_qk, d_qkv, d_lse, B, T, C, H);
+        Vec d = dqkv32.get();
+        if (T > 1) {                                            // at T = 1 both are a sum of one p (dp - delta) that is 0
+            check(name + "dq", columns(d, N, 3 * C, 0, C), dq, roundings(2, t));
+            check(name + "dk", columns(d, N, 3 * C, C, C), dk, roundings(2, t));
+        } else {
+            check_true(name + "dq and dk vanish", l2(columns(d, N, 3 * C, 0, 2 * C)) <= roundings(2, t) * l2(dv));
+        }
+        check(name + "dv", columns(d, N, 3 * C, 2 * C, C), dv, roundings(1, t));
+    }
+}
+
+// Logits that differ by 1/8 at least, so that rounding can't change an expert; with ties, some are equal instead
+static Vec random_logits(int N, int E, bool ties) {
+    Vec z((size_t)N * E);
+    Ints order(E);
+    for (int n = 0; n < N; n++) {
+        for (int i = 0; i < E; i++) order[i] = i;
+        for (int i = E - 1; i > 0; i--) std::swap(order[i], order[random_below(i + 1)]);
+        for (int i = 0; i < E; i++) z[(size_t)n * E + i] = 0.125 * (ties ? order[i] / 3 : order[i]) - 1;
+    }
+    return z;
+}
+
+static void test_router() {
+    struct { int N, E, K; bool normalize, ties; } shapes[] = {{1, 1, 1, false, false}, {9, 5, 1, false, false}, {9, 5, 5, true, false}, {13, 70, 8, false, true},
+        {13, 33, 7, true, false}, {SLABS * 16 + 3, 3, 2, false, true}};
+    for (auto& [N, E, K, normalize, ties] : shapes) {
+        std::string name = text("router N %d E %d K %d%s%s ", N, E, K, normalize ? " normalized" : "", ties ? " ties" : "");
+        Vec z = random_logits(N, E, ties), dweights = random_vec<float>((size_t)N * K), p, lse, weights, dz((size_t)N * E), mean(E);
+        Ints experts, counts(E);
+        twin_router(p, lse, experts, weights, z, N, E, K, normalize);
+        for (int e : experts) counts[e]++;
+        float lb_scale = 0.37f / (float)N, z_scale = 0.53f;
+        Vec per_expert(E);
+        for (int i = 0; i < E; i++) per_expert[i] = (double)lb_scale * counts[i];
+        twin_router_backward(dz, dweights, p, lse, experts, N, E, K, normalize, per_expert, (double)z_scale / 2);
+        for (int n = 0; n < N; n++)
+            for (int i = 0; i < E; i++) mean[i] += p[(size_t)n * E + i];
+
+        Device<float> d_z(z), d_p(z.size()), d_lse(N), d_weights(weights.size()), partial((size_t)SLABS * E), d_dweights(dweights), g(z.size());
+        Device<int> d_experts(experts.size()), d_counts(counts);
+        Device<floatX> d_dz(z.size());
+        router_forward(d_p, d_lse, d_experts, d_weights, partial, d_z, N, E, K, normalize);
+        check_equal(name + "experts", d_experts.ints(), experts);
+        check(name + "p", d_p.get(), p, roundings(0, 24 + sqrt(E)));
+        check(name + "lse", d_lse.get(), lse, roundings(0, 24 + sqrt(E)));
+        check(name + "weights", d_weights.get(), weights, roundings(0, 26 + sqrt(E)));
+        Vec lines = Device<float>::get_from(partial, (size_t)slabs_for(N) * E), sums(E);
+        for (size_t i = 0; i < lines.size(); i++) sums[i % E] += lines[i];
+        check(name + "sum of p", sums, mean, roundings(0, 24 + sqrt(E) + sqrt(N)));
+        router_backward(d_dz, g, d_dweights, d_p, d_lse, d_experts, d_weights, d_counts, N, E, K, normalize, lb_scale, z_scale);
+        check(name + "dz", d_dz.get(), dz, roundings(1, 40 + 2 * sqrt(E) + sqrt(K)));
+    }
+}
+
+static void test_dispatch() {
+    struct { int N, K, E, C, used; } shapes[] = {{1, 1, 1, 1, 1}, {7, 3, 5, 6, 5}, {150, 2, 70, CHUNK + 3, 60}, {DISPATCH_SLAB * 3 + 1, 1, 4, 2, 1}, {DISPATCH_SLAB, 4, 9, 5, 9}};
+    for (auto& [N, K, E, C, used] : shapes) {
+        int R = N * K;
+        std::string name = text("dispatch N %d K %d E %d C %d ", N, K, E, C);
+        Ints experts = random_ints(R, used), counts(E), row_of(R), assignment_of(R), order(R);
+        for (int a = 0; a < R; a++) { order[a] = a; counts[experts[a]]++; }
+        std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return experts[a] < experts[b]; });
+        for (int row = 0; row < R; row++) { assignment_of[row] = order[row]; row_of[order[row]] = row; }
+
+        Device<int> d_experts(experts), d_counts(E), d_row_of(R), d_assignment_of(R), histogram((size_t)ceil_div(R, DISPATCH_SLAB) * E);
+        dispatch(d_row_of, d_assignment_of, d_counts, histogram, d_experts, R, E);
+        check_equal(name + "counts", d_counts.ints(), counts);
+        check_equal(name + "row_of", d_row_of.ints(), row_of);
+        check_equal(name + "assignment_of", d_assignment_of.ints(), assignment_of);
+
+        Vec x = random_vec((size_t)N * C), residual = random_vec((size_t)N * C), y = random_vec((size_t)R * C), weights = random_vec<float>(R);
+        Vec rows((size_t)R * C), out = residual, sum((size_t)N * C);
+        for (int a = 0; a < R; a++)
+            for (int i = 0; i < C; i++) {
+                rows[(size_t)row_of[a] * C + i] = x[(size_t)(a / K) * C + i];
+                out[(size_t)(a / K) * C + i] += weights[a] * y[(size_t)row_of[a] * C + i];
+                sum[(size_t)(a / K) * C + i] += y[(size_t)row_of[a] * C + i];
+            }
+        Device<floatX> d_x(x), d_residual(residual), d_y(y), d_rows(rows.size()), d_out(out.size()), d_sum(sum.size());
+        Device<float> d_weights(weights);
+        gather(d_rows, d_x, d_assignment_of, R, C, K);
+        check_equal(name + "gather", d_rows.get(), rows);
+        combine(d_out, d_residual, d_y, d_weights, d_row_of, N, C, K);
+        check(name + "combine", d_out.get(), out, roundings(1, 2 + sqrt(K)));
+        combine(d_sum, nullptr, d_y, nullptr, d_row_of, N, C, K);
+        check(name + "gather's backward", d_sum.get(), sum, roundings(1, 2 + sqrt(K)));
+    }
+}
+
+// Through dispatch and combine, so that the twin needs to know nothing of the order of rows
+static void test_experts() {
+    struct { int N, K, E, C, F; bool one; } shapes[] = {{1, 1, 1, 1, 1, false}, {9, 2, 5, 13, 9, false}, {21, 3, EXPERT_STREAMS + 3, 24, 33, false}, {17, 1, 6, 10, 40, true}};
+    for (auto& [N, K, E, C, F, one] : shapes) {
+        size_t R = (size_t)N * K;
+        std::string name = text("experts N %d K %d E %d C %d F %d%s ", N, K, E, C, F, one ? " all to one" : "");
+        Ints experts(R), counts(E);
+        for (int n = 0; n < N; n++)                             // different ones for a token; expert E - 2 gets none
+            for (int k = 0; k < K; k++) experts[n * K + k] = one ? 3 : E == 1 ? 0 : ((n * n + k) % (E - 1) + E - 1) % E;
+        for (int e : experts) counts[e]++;
+        Vec x = random_vec((size_t)N * C), weights = random_vec<float>(R, 0.5), dout = random_vec((size_t)N * C);
+        Vec w_gate_up = random_vec((size_t)E * 2 * F * C, 1 / sqrt(C)), w_down = random_vec((size_t)E * C * F, 1 / sqrt(F));
+        Vec dw_gate_up = random_vec(w_gate_up.size()), dw_down = random_vec(w_down.size()), y, dx(R * C), dweights(R);
+        Device<floatX> d_x(x), d_dout(dout), d_w_gate_up(w_gate_up), d_w_down(w_down), d_dw_gate_up(dw_gate_up), d_dw_down(dw_down);
+        twin_experts(y, x, experts, w_gate_up, w_down, N, K, C, F);
+        twin_experts_backward(dx, dw_gate_up, dw_down, dweights, dout, x, experts, weights, w_gate_up, w_down, N, K, C, F);
+
+        Device<int> d_experts(experts), d_counts(E), row_of(R), assignment_of(R), histogram((size_t)ceil_div(R, DISPATCH_SLAB) * E);
+        Device<floatX> rows(R * C), gate_up(R * 2 * F), h(R * F), d_y(R * C), dy(R * C), d_dx(R * C), dh(R * F), weighted_h(R * F), dgate_up(R * 2 * F);
+        Device<float> d_weights(weights), d_dweights(R);
+        dispatch(row_of, assignment_of, d_counts, histogram, d_experts, (int)R, E);
+        gather(rows, d_x, assignment_of, (int)R, C, K);
+        experts_gate_up(gate_up, rows, d_w_gate_up, counts.data(), E, C, F);
+        swiglu_forward(h, gate_up, (int)R, F);
+        experts_down(d_y, h, d_w_down, counts.data(), E, C, F);
+        gather(dy, d_dout, assignment_of, (int)R, C, K);
+        experts_backward(d_dx, d_dw_gate_up, d_dw_down, d_dweights, dh, weighted_h, dgate_up, dy, rows, gate_up, d_weights, assignment_of,
+                         d_w_gate_up, d_w_down, counts.data(), (int)R, E, C, F);
+        Ints row = row_of.ints();
+        auto by_assignment = [&](const Vec& v) {
+            Vec sorted(v.size());
+            for (size_t a = 0; a < R; a++) std::copy(v.begin() + row[a] * C, v.begin() + (row[a] + 1) * C, sorted.begin() + a * C);
+            return sorted;
+        };
+        // Rounded on the way: gate and up, h (twice felt, in its two factors), y; dh, dgate and dup, dx
+        double t = 24 + 2 * sqrt(C) + 2 * sqrt(F);
+        check(name + "y", by_assignment(d_y.get()), y, roundings(4, t));
+        check(name + "dx", by_assignment(d_dx.get()), dx, roundings(6, t));
+        check(name + "dw_gate_up +=", d_dw_gate_up.get(), dw_gate_up, roundings(6, t + sqrt(N)));
+        check(name + "dw_down +=", d_dw_down.get(), dw_down, roundings(4, t + sqrt(N)));
+        check(name + "dweights", d_dweights.get(), dweights, roundings(4, t));
+    }
+}
+
+static void test_swiglu() {
+    int shapes[][2] = {{1, 1}, {6, 7}, {40, 2 * WARP + 3}};
+    for (auto& [R, F] : shapes) {
+        std::string name = text("swiglu R %d F %d ", R, F);
+        Vec gate_up = random_vec((size_t)R * 2 * F, 3), dh = random_vec((size_t)R * F), weights = random_vec<float>(R);
+        gate_up[0] = 90;                                        // exp(-90) and, at the last gate, exp(90) are no trouble
+        gate_up[(size_t)(2 * R - 1) * F - 1 + (R == 1)] = R == 1 ? 1 : -100;
+        Vec h((size_t)R * F), dgate_up((size_t)R * 2 * F), weighted_h((size_t)R * F), dweights(R);
+        Ints assignment(R);
+        for (int row = 0; row < R; row++) assignment[row] = (row + 1) % R;
+        for (int row = 0; row < R; row++)
+            for (int f = 0; f < F; f++) {
+                size_t at = (size_t)row * F + f, g_at = (size_t)row * 2 * F + f;
+                double g = gate_up[g_at], u = gate_up[g_at + F], s = sigmoid(g), w = weights[assignment[row]];
+                h[at] = g * s * u;
+                weighted_h[at] = w * h[at];
+                dgate_up[g_at] = w * dh[at] * u * s * (1 + g * (1 - s));
+                dgate_up[g_at + F] = w * dh[at] * g * s;
+                dweights[assignment[row]] += dh[at] * h[at];
+            }
+        Device<floatX> d_gate_up(gate_up), d_dh(dh), d_h(h.size()), d_weighted_h(h.size()), d_dgate_up(gate_up.size());
+        Device<float> d_weights(weights), d_dweights(R);
+        Device<int> d_assignment(assignment);
+        swiglu_forward(d_h, d_gate_up, R, F);
+        swiglu_backward_kernel<<<blocks_for_rows(R), BLOCK, 0, main_stream.stream>>>(d_dgate_up.p, d_weighted_h.p, d_dweights.p, d_dh.p, d_gate_up.p, d_weights.p, d_assignment.p, R, F);
+        cudaCheck(cudaGetLastError());
+        check(name + "h", d_h.get(), h, roundings(1, 16));
+        check(name + "w h", d_weighted_h.get(), weighted_h, roundings(1, 16));
+        check(name + "dgate and dup", d_dgate_up.get(), dgate_up, roundings(1, 20));
+        check(name + "dweights", d_dweights.get(), dweights, roundings(0, 20 + sqrt(F)));
+    }
+}
+
+static void test_cross_entropy() {
+    int shapes[][2] = {{1, 1}, {9, 211}, {5, 50}, {300, 3}};
+    for (auto& [N, V] : shapes) {
+        std::string name = text("cross entropy N %d V %d ", N, V);
+        Vec logits = random_vec((size_t)N * V, 3), losses, dlogits;
+        for (int i = 0; i < V; i++) logits[i] += 96;            // exp would overflow
+        for (double& x : logits) x = rounded<floatX>(x);
+        Ints targets = random_ints(N, V);
+        if (N > 1) targets[N / 2] = targets[N - 1] = -100;
+        float scale = 0.3f;
+        twin_cross_entropy(losses, dlogits, logits, targets, N, V, scale);
+        Device<floatX> d_logits(logits);
+        Device<float> d_losses(N);
+        Device<int> d_targets(targets);
+        // A logit near 100 and a log-sum-exp like it are right to 100 roundings, and so is their difference
+        cross_entropy(d_losses, d_logits, d_targets, N, V, 0);
+        if (V > 1) check(name + "losses", d_losses.get(), losses, roundings(0, 120 + sqrt(V)));
+        else check_true(name + "losses are 0", l2(d_losses.get()) == 0);
+        check_equal(name + "logits without a scale", d_logits.get(), logits);
+        cross_entropy(d_losses, d_logits, d_targets, N, V, scale);
+        if (V > 1) check(name + "dlogits", d_logits.get(), dlogits, roundings(1, 120 + sqrt(V)));
+        else check_true(name + "dlogits are 0", l2(d_logits.get()) == 0);
+    }
+}
+
+static void test_adamw() {
+    const size_t n = 2 * BLOCK + 3;
+    for (bool with_master : {true, false})
+        for (int step : {1, 2, 1000}) {
+            std::string name = text("adamw%s step %d ", with_master ? " with a master copy" : "", step);
+            Vec master = random_vec<float>(n), p(n), g = random_vec(n), m = random_vec<float>(n, 0.1), v = random_vec<float>(n, 0.1);
+            for (size_t i = 0; i < n; i++) { p[i] = rounded<floatX>(master[i]); v[i] = fabs(v[i]); }
+            g[1] = m[1] = v[1] = 0;                             // a weight that never had a gradient is only decayed
+            Device<floatX> d_p(p), d_g(g);
+            Device<float> d_master(master), d_m(m), d_v(v);
+            double lr = 3e-2, beta1 = 0.8, beta2 = 0.9, eps = 1e-3, decay = 0.2, grad_scale = 0.25;
+            Vec value = with_master ? master : p;
+            for (size_t i = 0; i < n; i++) {
+                double grad = grad_scale * g[i];
+                m[i] = beta1 * m[i] + (1 - beta1) * grad;
+                v[i] = beta2 * v[i] + (1 - beta2) * grad * grad;
+                value[i] = value[i] * (1 - lr * decay) - lr * (m[i] / (1 - pow(beta1, step))) / (sqrt(v[i] / (1 - pow(beta2, step))) + eps);
+            }
+            adamw(d_p, with_master ? d_master.p : nullptr, d_g, d_m, d_v, n, step, (float)grad_scale, lr, beta1, beta2, eps, decay);
+            check(name + "p", d_p.get(), value, roundings(1, 12));
+            if (with_master) check(name + "master", d_master.get(), value, roundings(0, 12));
+            check(name + "m", d_m.get(), m, roundings(0, 6));
+            check(name + "v", d_v.get(), v, roundings(0, 8));
+        }
+}
+
+static void test_square_sum() {
+    for (size_t n : {(size_t)1, (size_t)SQUARE_SUM_RUN, (size_t)2 * SQUARE_SUM_RUN + 5}) {
+        Vec x = random_vec(n), want((n + SQUARE_SUM_RUN - 1) / SQUARE_SUM_RUN);
+        for (size_t i = 0; i < n; i++) want[i / SQUARE_SUM_RUN] += x[i] * x[i];
+        Device<floatX> d_x(x);
+        Device<float> sums(want.size());
+        square_sum_kernel<<<blocks_for_rows(want.size()), BLOCK, 0, main_stream.stream>>>(sums.p, d_x.p, n);
+        cudaCheck(cudaGetLastError());
+        check(text("square sum n %zu", n), sums.get(), want, roundings(0, 4 + sqrt(SQUARE_SUM_RUN)));
+    }
+}
+
+// Philox from its paper, for any counter and key
+static std::array<uint32_t, 4> twin_philox(std::array<uint32_t, 4> c, std::array<uint32_t, 2> k) {
+    for (int round = 0; round < 10; round++) {
+        uint64_t left = 0xD2511F53ull * c[0], right = 0xCD9E8D57ull * c[2];
+        c = {(uint32_t)(right >> 32) ^ c[1] ^ k[0], (uint32_t)right, (uint32_t)(left >> 32) ^ c[3] ^ k[1], (uint32_t)left};
+        k = {k[0] + 0x9E3779B9u, k[1] + 0xBB67AE85u};
+    }
+    return c;
+}
+
+static void test_init() {
+    typedef std::array<uint32_t, 4> Four;
+    check_true("philox twin, known answers", twin_philox({0, 0, 0, 0}, {0, 0}) == Four{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}
+        && twin_philox({0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff}, {0xffffffff, 0xffffffff}) == Four{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}
+        && twin_philox({0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}, {0xa4093822, 0x299f31d0}) == Four{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1});
+    bool same = true;
+    for (int i = 0; i < 100; i++) {
+        uint64_t seed = i == 0 ? 0 : engine(), counter = i == 0 ? 0 : engine();
+        Philox ours = philox(seed, counter);
+        Four want = twin_philox({(uint32_t)counter, (uint32_t)(counter >> 32), 0, 0}, {(uint32_t)seed, (uint32_t)(seed >> 32)});
+        for (int j = 0; j < 4; j++) same = same && ours.x[j] == want[j];
+    }
+    check_true("philox against its twin", same);
+
+    const size_t n = 40000, position = 1000;
+    const float std = 0.5f;
+    Device<floatX> p(n), q(n);
+    Device<float> master(n);
+    init_normal_kernel<<<blocks_for(n), BLOCK, 0, main_stream.stream>>>(p.p, master.p, n, position, 6198, std);
+    cudaCheck(cudaGetLastError());
+    Vec x = master.get();
+    // By the formula, in double: of four deviates the first within 3 standard deviations
+    Vec want(n);
+    for (size_t i = 0; i < n; i++) {
+        Four u = twin_philox({(uint32_t)(position + i), 0, 0, 0}, {6198, 0});
+        auto unit = [](uint32_t word) { return ((double)(word >> 8) + 0.5) * 0x1p-24; };
+        for (int j = 3; j >= 0; j--) {
+            double radius = sqrt(-2 * log(unit(u[j / 2 * 2]))), angle = 2 * M_PI * unit(u[j / 2 * 2 + 1]), value = radius * (j % 2 ? sin(angle) : cos(angle));
+            if (fabs(value) <= 3) want[i] = value * std;
+        }
+    }
+    // The angle, up to 2 pi, is off by a few roundings of itself, and a deviate by as many of up to 5
+    check("init values", x, want, roundings(0, 64));
+    Vec narrow(n);
+    for (size_t i = 0; i < n; i++) narrow[i] = rounded<floatX>(x[i]);
+    check_equal("init rounded to floatX", p.get(), narrow);
+
+    double mean = 0, square = 0, cut = 0;
+    for (double v : x) { mean += v / n; square += v * v / n; cut = std::max(cut, fabs(v)); }
+    check_true("init mean", fabs(mean) <= 4 * std / sqrt((double)n));                   // four standard errors, here and in the next
+    check("init standard deviation", sqrt(square), 0.98658 * std, 4 / sqrt(2. * n));
+    check_true("init stays within 3 standard deviations, and gets there", cut <= 3 * std * (1 + U32) && cut >= 2.9 * std);
+    // Kolmogorov and Smirnov: the distance from the truncated normal's distribution exceeds 2 / sqrt(n) with probability 7e-4
+    Vec sorted = x;
+    std::sort(sorted.begin(), sorted.end());
+    double distance = 0, inside = erf(3 / sqrt(2.));
+    for (size_t i = 0; i < n; i++) {
+        double cumulative = (erf(sorted[i] / std / sqrt(2.)) + inside) / (2 * inside);
+        distance = std::max(distance, std::max(fabs(cumulative - (double)i / n), fabs(cumulative - (double)(i + 1) / n)));
+    }
+    check_true("init distribution", distance * sqrt((double)n) <= 2);
+
+    // The same numbers in two pieces: they belong to positions, not to launches
+    const size_t cut_at = 12345;
+    init_normal_kernel<<<blocks_for(cut_at), BLOCK, 0, main_stream.stream>>>(q.p, nullptr, cut_at, position, 6198, std);
+    init_normal_kernel<<<blocks_for(n - cut_at), BLOCK, 0, main_stream.stream>>>(q.p + cut_at, nullptr, n - cut_at, position + cut_at, 6198, std);
+    cudaCheck(cudaGetLastError());
+    check_equal("init in two pieces", q.get(), p.get());
+    init_normal_kernel<<<blocks_for(n), BLOCK, 0, main_stream.stream>>>(q.p, nullptr, n, position, 6199, std);
+    cudaCheck(cudaGetLastError());
+    Vec other = q.get();
+    double correlation = 0;
+    for (size_t i = 0; i < n; i++) correlation += x[i] * other[i] / (n * std * std);
+    check_true("init with another seed is independent", fabs(correlation) <= 4 / sqrt((double)n));
+
+    fill_kernel<<<blocks_for(n), BLOCK, 0, main_stream.stream>>>(p.p, master.p, n, 0.7f);
+    cudaCheck(cudaGetLastError());
+    check_equal("fill", p.get(), Vec(n, rounded<floatX>(0.7f)));
+    check_equal("fill, master copy", master.get(), Vec(n, (double)0.7f));
+}
+
+// ------------------------------------------------------------------------------------------------
+// Vectors that were computed elsewhere, in double precision from the formulas; printed to 8 digits or so
+
+// What was printed with eight digits behind the point is right to half of the last
+static double printed(double scale) { return 1e-8 / scale; }
+
+static void vectors_router() {
+    const int N = 3, E = 4, K = 2;
+    Vec z = {.5, -1, 2, 0, 1, 1.5, -.5, .25, -2, .75, .5, 3}, dots = {.3, -.2, .1, .4, -.5, .25};
+    Vec p = {.15844471, .03535379, .71009992, .09610157, .29902357, .49300652, .06672118, .14124873, .00564212, .08825764, .06873512, .83736513};
+    Vec dz = {-.0600139, -.00632015, .08450834, -.01739351, .06945953, -.03338255, -.01133822, -.02400302, .0022551, .05734018, .02732005, -.08585617};
+    Ints experts = {2, 0, 1, 0, 3, 1}, counts = {2, 2, 1, 1};
+    Device<float> d_z(z), d_p(N * E), d_lse(N), d_weights(N * K), partial(SLABS * E), d_dots(dots), g(N * E);
+    Device<int> d_experts(N * K), d_counts(counts);
+    Device<floatX> d_dz(N * E);
+    router_forward(d_p, d_lse, d_experts, d_weights, partial, d_z, N, E, K, false);
+    check_equal("router experts", d_experts.ints(), experts);
+    check("router p", d_p.get(), p, printed(0.4) + roundings(0, 26));
+    Vec w = d_weights.get(), lse = d_lse.get(), lines = Device<float>::get_from(partial, E);
+    check("router sums of weights", Vec{w[0] + w[1], w[2] + w[3], w[4] + w[5]}, {.86854463, .79203009, .92562276}, printed(0.8) + roundings(0, 26));
+    double lb = 0, zloss = 0;
+    for (int i = 0; i < E; i++) lb += 0.01 * E / (N * K) * counts[i] * lines[i] / N;
+    for (double x : lse) zloss += 0.001 / (N * K) * x * x;
+    check("router load-balancing loss", lb, 0.0090660630, printed(0.9) + roundings(0, 26));
+    check("router z-loss", zloss, 0.0034091589, printed(0.34) + roundings(0, 52));
+    router_backward(d_dz, g, d_dots, d_p, d_lse, d_experts, d_weights, d_counts, N, E, K, false, (float)(0.01 * E / (N * N * K)), (float)(2 * 0.001 / (N * K)));
+    check("router dz", d_dz.get(), dz, printed(0.04) + roundings(1, 52));
+}
+
+static void vectors_rmsnorm() {
+    const int C = 4;
+    Device<floatX> x(Vec{1, -2, 3, .5}), w(Vec{1, .5, 2, -1}), dy(Vec{.1, .2, -.3, .4}), y(C), dx(Vec(C, 0.)), dw(Vec(C, 0.));
+    Device<float> r(1), partial(SLABS * C);
+    rmsnorm_forward(y, r, x, w, 1, C, 1e-5f);
+    rmsnorm_backward(dx, dw, partial, dy, x, w, r, 1, C);
+    check("rmsnorm 1/rms", r.get(), {.5298121992}, printed(5) + roundings(0, 6));
+    check("rmsnorm y", y.get(), {.5298122, -.5298122, 3.1788732, -.2649061}, printed(.1) + roundings(2, 8));
+    // in bf16 dy is rounded too, and dx is a difference
+    check("rmsnorm dx", dx.get(), {.13105859, -.10317352, -.08365522, -.1728862}, printed(.1) + roundings(6, 24));
+    check("rmsnorm dw", dw.get(), {.05298122, -.21192488, -.47683098, .10596244}, printed(.1) + roundings(2, 12));
+}
+
+// Position 3 of a head of 128 whose projection has a mean square of 1 without the norm's help: q_norm undoes it
+static void vectors_rope() {
+    const int D = 128, T = 4;
+    OlmoeConfig c;
+    c.L = 1; c.C = D; c.H = 1; c.V = 2; c.E = 1; c.K = 1; c.F = 1; c.max_T = T;
+    Olmoe m;
+    olmoe_allocate(&m, c, 1, T, 0, false);
+    Vec qkv(T * 3 * D), ones(D);
+    double square = 0;
+    for (int i = 0; i < D; i++) { qkv[3 * 3 * D + i] = (i + 1) / 128.; square += qkv[3 * 3 * D + i] * qkv[3 * 3 * D + i] / D; }
+    for (double& x : ones) x = sqrt(square);
+    for (int t = 0; t < 3; t++) qkv[t * 3 * D] = 1;
+    for (int t = 0; t < T; t++) qkv[(t * 3 + 1) * D] = 1;
+    Device<floatX> d_qkv(qkv), norm(ones), qk(T * 2 * D);
+    Device<float> r(T * 2);
+    qk_norm_rope_forward(qk, r, d_qkv, norm, norm, m.acts.cosine, m.acts.sine, T, T, D, D, 0);
+    Vec out = columns(qk.get(), T, 2 * D, 0, D), cosine = Device<float>::get_from(m.acts.cosine, T * D / 2), sine = Device<float>::get_from(m.acts.sine, T * D / 2);
+    check("rope frequencies", Vec{asin(sine[D / 2 + 1]), asin(sine[D / 2 + 63])}, {.8659643234, 1.1547819847e-4}, roundings(0, 4));
+    check("rope cosine", Vec{cosine[D / 2], cosine[3 * D / 2 + 1]}, {cos(1), cos(3 * .8659643234)}, roundings(0, 4));
+    Vec at3;
+    for (int i : {0, 1, 63, 64, 65, 127}) at3.push_back(out[3 * D + i]);
+    check("rope at position 3", at3, {-.07939682, -.28010765, .49965354, -.50162806, -.43318932, 1.00017316}, printed(.5) + roundings(5, 24));
+    olmoe_free(&m);
+}
+
+static void vectors_swiglu() {
+    Device<floatX> gate_up(Vec{.7, -1.3}), dh(Vec{.5}), h(1), weighted_h(1), dgate_up(2);
+    Device<float> weights(Vec{1.}), dweights(1);
+    Device<int> assignment(Ints{0});
+    swiglu_forward(h, gate_up, 1, 1);
+    swiglu_backward_kernel<<<1, BLOCK, 0, main_stream.stream>>>(dgate_up.p, weighted_h.p, dweights.p, dh.p, gate_up.p, weights.p, assignment.p, 1, 1);
+    cudaCheck(cudaGetLastError());
+    // in bf16 the two inputs are rounded, and silu's derivative passes 1.3 times its input's rounding on
+    check("swiglu h", h.get(), {-.60805087}, printed(.6) + roundings(4, 16));
+    check("swiglu dgate and dup", dgate_up.get(), {-.53520141, .23386572}, printed(.2) + roundings(4, 20));
+    check("swiglu dweights", dweights.get(), {.5 * -.60805087}, printed(.3) + roundings(4, 20));
+}
+
+static void vectors_attention() {
+    const int T = 3, C = 4;
+    Vec qk = {1, 0, 1, 0, .5, 1, 0, 0,   0, 2, 0, 1, 1, 0, 0, 1,   1, 1, -1, 0, 0, 1, 1, 0};
+    // v has two columns in the vectors; the other two stay zero
+    Vec qkv(T * 3 * C), v = {1, 2, 3, -1, 0, 1}, dout(T * C), d = {.1, -.2, .3, .4, -.5, .6};
+    for (int t = 0; t < T; t++)
+        for (int i = 0; i < 2; i++) { qkv[(t * 3 + 2) * C + i] = v[t * 2 + i]; dout[t * C + i] = d[t * 2 + i]; }
+    Device<floatX> d_qk(qk), d_qkv(qkv), d_dout(dout), out(T * C), probs(T * T), dscores(T * T);
+    Device<float> lse(T), scores(T * T), dprobs(T * T), dqkv32(T * 3 * C);
+    attention_forward(out, lse, scores, probs, d_qk, d_qkv, 1, T, C, 1);
+    attention_backward(dqkv32, scores, probs, dprobs, dscores, d_dout, d_qk, d_qkv, lse, 1, T, C, 1);
+    Vec got = dqkv32.get();
+    check("attention out", columns(out.get(), T, C, 0, 2), {1, 2, 1.75508134, .86737799, 1.48207656, .75230559}, printed(1) + roundings(3, 40));
+    // in bf16 dout, P and dS are rounded, and dP - delta is a difference
+    check("attention dq", columns(got, T, 3 * C, 0, C), {0, 0, 0, 0, -.03525056, .07050111, 0, -.07050111, -.2032436, .31314824, .09333896, -.31314824}, printed(.1) + roundings(8, 80));
+    check("attention dk", columns(got, T, 3 * C, C, C),
+          {.21980928, .3608115, -.21980928, .07050111, -.31314824, -.45415046, .31314824, -.07050111, .09333896, .09333896, -.09333896, 0}, printed(.1) + roundings(8, 80));
+    check("attention dv", columns(got, T, 3 * C, 2 * C, 2), {.06463081, .31551212, -.0597149, .35858878, -.10491591, .1258991}, printed(.1) + roundings(6, 60));
+}
+
+static void vectors_adamw() {
+    Device<floatX> p(Vec{1.}), g(Vec{.1});
+    Device<float> master(Vec{1.}), m(Vec{0.}), v(Vec{0.});
+    adamw(p, master, g, m, v, 1, 1, 1, 4e-4, .9, .95, 1e-8, .1);
+    check("adamw step 1", master.get(), {.999560000040}, roundings(0, 3));
+    g.put({-.2});
+    adamw(p, master, g, m, v, 1, 2, 1, 4e-4, .9, .95, 1e-8, .1);
+    // in bf16 the two gradients are rounded, which moves their ratio, and with it a step of 4e-4
+    check("adamw step 2", master.get(), {.999665367211}, roundings(0, 5) + 4 * 4e-4 * UX);
+}
+
+// OLMoE's published schedule: 2500 steps of warm-up, 5e12 tokens of cosine in steps of 4,194,304; and the anneal behind it
+static void vectors_schedule() {
+    Schedule s;
+    s.lr = 4e-4; s.min_lr = 4e-5; s.warmup = 10485760000. / 4194304; s.total = 5e12 / 4194304;
+    double steps[] = {1, 2500, 5000, 100e3, 600e3, 1192093, 1.3e6}, want[] = {4.0144e-5, 4e-4, 3.99996077e-4, 3.94065911e-4, 2.18714846e-4, 4e-5, 4e-5};
+    for (int i = 0; i < 7; i++) check(text("cosine at step %.0f", steps[i]), learning_rate(s, steps[i]), want[i], 5e-9);   // nine digits
+    s.kind = "linear"; s.total = 12500;
+    check("linear in its middle", learning_rate(s, 7500), 2.2e-4, 1e-12);
+    check("linear at its end", learning_rate(s, 20000), 4e-5, 1e-12);
+    s.kind = "constant";
+    check("constant", learning_rate(s, 1e6), 4e-4, 1e-12);
+    check("constant in warm-up", learning_rate(s, 1250), 2.2e-4, 1e-12);
+    s.kind = "anneal"; s.lr = 4e-5; s.total = 23842;
+    check("anneal at step 1", learning_rate(s, 1), 4e-5 * 23841 / 23842, 1e-12);
+    check_true("anneal ends at 0", learning_rate(s, 23842) == 0);
+}
+
+// ------------------------------------------------------------------------------------------------
+// The model in double precision: olmoe.cu's forward and backward as compositions of the layers above
+
+struct Outputs {
+    Vec logits;             // (N, V)
+    Vec grads;              // flat
+    Ints experts;           // (L, N, K)
+    double loss = 0, lb = 0, z = 0;
+};
+
+// Micro-batches of B sequences; each adds ce_scale times its sum of -log p, and its auxiliary losses over micro_batches
+struct Batch {
+    Ints inputs, targets;
+    int B, T;
+    double ce_scale, lb_coef, z_coef;
+    int micro_batches = 1;
+};
+
+struct TwinLayer {
+    Vec x, a, r, qkv, q_pre, k_pre, q, k, v, o, x_mid, m, z, p, lse, weights, y;
+    Ints experts;
+};
+
+// Adds to out.grads. `params` is the flat vector of all parameters.
+static void twin_model(Outputs& out, const OlmoeConfig& c, const Vec& params, const Batch& batch) {
+    int N = batch.B * batch.T, B = batch.B, T = batch.T, C = c.C, D = C / c.H, E = c.E, K = c.K, F = c.F, V = c.V;
+    double eps = (double)c.rms_norm_eps, LNK = (double)c.L * N * K * batch.micro_batches;
+    size_t matrix = (size_t)C * C, expert = (size_t)F * C, at = 0, layer_size = 4 * (size_t)C + 4 * matrix + (size_t)E * C + 3 * E * expert;
+    auto take = [&](size_t n) { Vec v(params.begin() + at, params.begin() + at + n); at += n; return v; };
+    auto at_layer = [&](int l) { return (size_t)V * C + l * layer_size; };
+    Vec cosine, sine, r;
+    twin_rope_tables(cosine, sine, T, D, (double)c.rope_theta);
+
+    struct Weights { Vec attn_norm, qkv, q_norm, k_norm, attn_out, ffn_norm, router, gate_up, down; };
+    auto weights_at = [&](size_t position) {
+        at = position;
+        Weights w;
+        w.attn_norm = take(C); w.qkv = take(3 * matrix); w.q_norm = take(C); w.k_norm = take(C); w.attn_out = take(matrix); w.ffn_norm = take(C);
+        w.router = take((size_t)E * C); w.gate_up = take(2 * E * expert); w.down = take(E * expert);
+        return w;
+    };
+
+    Vec embed = take((size_t)V * C), x((size_t)N * C);
+    for (int n = 0; n < N; n++) std::copy(&embed[(size_t)batch.inputs[n] * C], &embed[(size_t)batch.inputs[n] * C] + C, &x[(size_t)n * C]);
+    std::vector<TwinLayer> layers(c.L);
+    std::vector<Vec> counts(c.L, Vec(E));
+    out.lb = out.z = 0;
+    out.experts.clear();
+    for (int l = 0; l < c.L; l++) {
+        TwinLayer& a = layers[l];
+        Weights w = weights_at(at_layer(l));
+        Vec y, sums(E);
+        a.x = x;
+        twin_rmsnorm(a.a, r, x, w.attn_norm, N, C, eps);
+        twin_linear(a.qkv, a.a, w.qkv, N, C, 3 * C);
+        a.q_pre = columns(a.qkv, N, 3 * C, 0, C); a.k_pre = columns(a.qkv, N, 3 * C, C, C); a.v = columns(a.qkv, N, 3 * C, 2 * C, C);
+        twin_rmsnorm(a.q, r, a.q_pre, w.q_norm, N, C, eps);
+        twin_rmsnorm(a.k, r, a.k_pre, w.k_norm, N, C, eps);
+        twin_rope(a.q, cosine, sine, N, T, C, D, 1);
+        twin_rope(a.k, cosine, sine, N, T, C, D, 1);
+        twin_attention(a.o, r, a.q, a.k, a.v, B, T, C, c.H);
+        twin_linear(y, a.o, w.attn_out, N, C, C);
+        for (size_t i = 0; i < x.size(); i++) x[i] += y[i];
+        a.x_mid = x;
+        twin_rmsnorm(a.m, r, x, w.ffn_norm, N, C, eps);
+        twin_linear(a.z, a.m, w.router, N, C, E);
+        twin_router(a.p, a.lse, a.experts, a.weights, a.z, N, E, K, c.norm_topk_prob);
+        twin_experts(a.y, a.m, a.experts, w.gate_up, w.down, N, K, C, F);
+        for (int s = 0; s < N * K; s++)
+            for (int i = 0; i < C; i++) x[(size_t)(s / K) * C + i] += a.weights[s] * a.y[(size_t)s * C + i];
+        for (int e : a.experts) counts[l][e]++;
+        for (size_t i = 0; i < a.p.size(); i++) sums[i % E] += a.p[i];
+        for (int e = 0; e < E; e++) out.lb += batch.lb_coef * E / LNK * counts[l][e] * sums[e] / N;
+        for (double lse : a.lse) out.z += batch.z_coef / LNK * lse * lse;
+        out.experts.insert(out.experts.end(), a.experts.begin(), a.experts.end());
+    }
+    at = at_layer(c.L);
+    Vec final_norm = take(C), lm_head = take((size_t)V * C), final_out, losses, dlogits;
+    twin_rmsnorm(final_out, r, x, final_norm, N, C, eps);
+    twin_linear(out.logits, final_out, lm_head, N, C, V);
+    twin_cross_entropy(losses, dlogits, out.logits, batch.targets, N, V, batch.ce_scale);
+    out.loss = out.lb + out.z;
+    for (double loss : losses) out.loss += batch.ce_scale * loss;
+
+    out.grads.resize(at);
+    auto give = [&](const Vec& v) { for (size_t i = 0; i < v.size(); i++) out.grads[at + i] += v[i]; at += v.size(); };
+    Vec dx((size_t)N * C), d((size_t)N * C), dw(lm_head.size()), dnorm(C);
+    twin_linear_backward(d, dw, dlogits, final_out, lm_head, N, C, V);
+    twin_rmsnorm_backward(dx, dnorm, d, x, final_norm, N, C, eps);
+    at = at_layer(c.L);
+    give(dnorm); give(dw);
+    for (int l = c.L - 1; l >= 0; l--) {
+        TwinLayer& a = layers[l];
+        Weights w = weights_at(at_layer(l)), g;
+        for (auto [to, from] : {std::pair(&g.attn_norm, &w.attn_norm), {&g.qkv, &w.qkv}, {&g.q_norm, &w.q_norm}, {&g.k_norm, &w.k_norm}, {&g.attn_out, &w.attn_out},
+                                {&g.ffn_norm, &w.ffn_norm}, {&g.router, &w.router}, {&g.gate_up, &w.gate_up}, {&g.down, &w.down}}) to->assign(from->size(), 0);
+        Vec dm((size_t)N * C), dx_rows((size_t)N * K * C), dweights((size_t)N * K), dz((size_t)N * E), per_expert(E);
+        twin_experts_backward(dx_rows, g.gate_up, g.down, dweights, dx, a.m, a.experts, a.weights, w.gate_up, w.down, N, K, C, F);
+        for (int s = 0; s < N * K; s++)
+            for (int i = 0; i < C; i++) dm[(size_t)(s / K) * C + i] += dx_rows[(size_t)s * C + i];
+        for (int e = 0; e < E; e++) per_expert[e] = batch.lb_coef * E / LNK * counts[l][e] / N;
+        twin_router_backward(dz, dweights, a.p, a.lse, a.experts, N, E, K, c.norm_topk_prob, per_expert, batch.z_coef / LNK);
+        twin_linear_backward(dm, g.router, dz, a.m, w.router, N, C, E);
+        twin_rmsnorm_backward(dx, g.ffn_norm, dm, a.x_mid, w.ffn_norm, N, C, eps);
+
+        Vec do_((size_t)N * C), dq((size_t)N * C), dk((size_t)N * C), dv((size_t)N * C), dq_pre((size_t)N * C), dk_pre((size_t)N * C), da((size_t)N * C), dqkv(a.qkv.size());
+        twin_linear_backward(do_, g.attn_out, dx, a.o, w.attn_out, N, C, C);
+        twin_attention_backward(dq, dk, dv, do_, a.q, a.k, a.v, B, T, C, c.H);
+        twin_rope(dq, cosine, sine, N, T, C, D, -1);
+        twin_rope(dk, cosine, sine, N, T, C, D, -1);
+        twin_rmsnorm_backward(dq_pre, g.q_norm, dq, a.q_pre, w.q_norm, N, C, eps);
+        twin_rmsnorm_backward(dk_pre, g.k_norm, dk, a.k_pre, w.k_norm, N, C, eps);
+        set_columns(dqkv, dq_pre, N, 3 * C, 0, C); set_columns(dqkv, dk_pre, N, 3 * C, C, C); set_columns(dqkv, dv, N, 3 * C, 2 * C, C);
+        twin_linear_backward(da, g.qkv, dqkv, a.a, w.qkv, N, C, 3 * C);
+        twin_rmsnorm_backward(dx, g.attn_norm, da, a.x, w.attn_norm, N, C, eps);
+        at = at_layer(l);
+        for (const Vec* v : {&g.attn_norm, &g.qkv, &g.q_norm, &g.k_norm, &g.attn_out, &g.ffn_norm, &g.router, &g.gate_up, &g.down}) give(*v);
+    }
+    for (int n = 0; n < N; n++)
+        for (int i = 0; i < C; i++) out.grads[(size_t)batch.inputs[n] * C + i] += dx[(size_t)n * C + i];
+}
+
+// ------------------------------------------------------------------------------------------------
+// The model on the device
+
+// A model of its own for a test, and what a training step of it computes
+struct Model {
+    Olmoe m;
+    Vec params;             // flat, as the device holds them
+
+    Model(const OlmoeConfig& c, int B, int T, int recompute = 0) { olmoe_allocate(&m, c, B, T, recompute, true); }
+    Model(const Model&) = delete;
+    ~Model() { olmoe_free(&m); }
+
+    void set(const Vec& values) {
+        params = values;
+        for (double& x : params) x = rounded<floatX>(x);
+        for (const Span& s : m.param_spans) put(s, s.offset, s.count);
+    }
+    // Writes elements [offset, offset + count) of params, which lie in one tensor
+    void put(const Span& s, size_t offset, size_t count) {
+        std::vector<floatX> v(count);
+        std::vector<float> wide(count);
+        for (size_t i = 0; i < count; i++) { v[i] = (floatX)(float)params[offset + i]; wide[i] = (float)params[offset + i]; }
+        cudaCheck(cudaMemcpyAsync(*s.pointer + (offset - s.offset), v.data(), count * sizeof(floatX), cudaMemcpyHostToDevice, main_stream.stream));
+        if (m.master) cudaCheck(cudaMemcpyAsync(m.master + offset, wide.data(), count * sizeof(float), cudaMemcpyHostToDevice, main_stream.stream));
+        cudaCheck(cudaStreamSynchronize(main_stream.stream));
+    }
+    Vec flat(const std::vector<Span>& spans) const {
+        Vec v;
+        for (const Span& s : spans) {
+            Vec part = Device<floatX>::get_from(*s.pointer, s.count);
+            v.insert(v.end(), part.begin(), part.end());
+        }
+        return v;
+    }
+    Ints experts() const {
+        Ints all;
+        for (const LayerActivations& a : m.acts.layers) {
+            Vec part = Device<int>::get_from(a.experts, (size_t)m.R);
+            all.insert(all.end(), part.begin(), part.end());
+        }
+        return all;
+    }
+    // The loss alone, and the experts
+    double loss(const Batch& b, Ints* chosen = nullptr) {
+        olmoe_forward(&m, b.inputs.data(), b.B, b.T);
+        olmoe_cross_entropy(&m, b.targets.data(), 0);
+        double loss = olmoe_losses(&m, b.ce_scale, b.lb_coef, b.z_coef).loss;
+        if (chosen) *chosen = experts();
+        return loss;
+    }
+    // Forward and backward; adds to the gradients on the device unless `zero`
+    Outputs run(const Batch& b, bool zero = true) {
+        Outputs out;
+        if (zero) olmoe_zero_grad(&m);
+        olmoe_forward(&m, b.inputs.data(), b.B, b.T);
+        out.logits = Device<floatX>::get_from(m.acts.logits, (size_t)m.N * m.config.V);
+        out.experts = experts();
+        olmoe_cross_entropy(&m, b.targets.data(), (float)b.ce_scale);
+        Losses losses = olmoe_losses(&m, b.ce_scale, b.lb_coef / b.micro_batches, b.z_coef / b.micro_batches);
+        out.loss = losses.loss; out.lb = losses.lb; out.z = losses.z;
+        olmoe_backward(&m, b.inputs.data(), b.lb_coef, b.z_coef, b.micro_batches);
+        out.grads = flat(m.grad_spans);
+        return out;
+    }
+};
+
+static OlmoeConfig model_shape(int L, int C, int H, int V, int E, int K, int F) {
+    OlmoeConfig c;
+    c.L = L; c.C = C; c.H = H; c.V = V; c.E = E; c.K = K; c.F = F;
+    c.rope_theta = 100;
+    c.rms_norm_eps = 1e-3f;
+    return c;
+}
+
+// Weights that keep activations near 1 and bring gradients of all tensors into sight; router logits spread by 2
+static Vec random_params(const OlmoeConfig& c) {
+    Vec params;
+    for (const HfTensor& t : hf_tensors(c)) {
+        bool norm = t.shape.size() == 1, router = t.name.find("mlp.gate.") != std::string::npos, embed = t.name.find("embed") != std::string::npos;
+        Vec v = random_vec(t.count, norm ? 0.2 : embed ? 1 : (router ? 2 : 1) / sqrt((double)t.shape.back()));
+        if (norm) for (double& x : v) x = rounded<floatX>(1 + x);
+        params.insert(params.end(), v.begin(), v.end());
+    }
+    return params;
+}
+
+static Batch random_batch(const OlmoeConfig& c, int B, int T) {
+    Batch b;
+    b.B = B; b.T = T;
+    b.inputs = random_ints((size_t)B * T, c.V);
+    b.targets = random_ints((size_t)B * T, c.V);
+    if (B * T > 3) b.targets[1] = b.targets[B * T - 2] = -100;
+    b.ce_scale = 1. / std::max(1, B * T - 2);
+    b.lb_coef = 0.3;
+    b.z_coef = 0.2;
+    return b;
+}
+
+// Each token's experts in order of id: what a routing decides, however close the chosen ones are
+static Ints expert_sets(Ints experts, int K) {
+    for (size_t i = 0; i < experts.size(); i += K) std::sort(experts.begin() + i, experts.begin() + i + K);
+    return experts;
+}
+
+// A batch whose routing rounding can't change: attention is causal, so the first token of a row whose K-th and next router
+// logits are closer than `margin` in some layer is drawn again until it is not, and what stands before it stays good.
+static Batch decisive_batch(Model& model, int B, int T, double margin) {
+    const OlmoeConfig& c = model.m.config;
+    Batch b = random_batch(c, B, T);
+    for (int attempt = 0; attempt < 200 * T; attempt++) {
+        olmoe_forward(&model.m, b.inputs.data(), B, T);
+        Ints close(B * T);
+        for (const LayerActivations& a : model.m.acts.layers) {
+            Vec z = Device<float>::get_from(a.router_logits, (size_t)B * T * c.E);
+            for (int n = 0; n < B * T && c.K < c.E; n++) {
+                std::sort(z.begin() + (size_t)n * c.E, z.begin() + (size_t)(n + 1) * c.E, std::greater<double>());
+                if (!(z[(size_t)n * c.E + c.K - 1] - z[(size_t)n * c.E + c.K] >= margin)) close[n] = 1;
+            }
+        }
+        bool any = false;
+        for (int row = 0; row < B; row++)
+            for (int t = 0; t < T; t++)
+                if (close[row * T + t]) { b.inputs[row * T + t] = random_below(c.V); any = true; break; }
+        if (!any) return b;
+    }
+    die("test: no tokens found whose routing is decided by %g", margin);
+}
+
+// Each tensor of the flat vectors. Where the gradient vanishes, in the twin but for double's rounding, ours may be 1e-6 of the
+// largest tensor's.
+static void check_grads(const std::string& name, const OlmoeConfig& c, const Vec& got, const Vec& want, double tolerance) {
+    double largest = 0;
+    auto slice = [](const Vec& v, const HfTensor& t) { return Vec(v.begin() + t.offset, v.begin() + t.offset + t.count); };
+    for (const HfTensor& t : hf_tensors(c)) largest = std::max(largest, l2(slice(want, t)));
+    for (const HfTensor& t : hf_tensors(c)) {
+        Vec g = slice(got, t), w = slice(want, t);
+        if (l2(w) > 1e-12 * largest) check(name + t.name, g, w, tolerance);
+        else check_true(name + t.name + " is 0", l2(g) <= 1e-6 * largest);
+    }
+}
+
+// Shapes at the edges of what a config allows, against the twin. FP32: the bars of the fixtures. BF16: an element has passed
+// through some 12 roundings a layer forward and as many backward, and a few behind the layers.
+static void model_shapes() {
+    struct { int L, C, H, V, E, K, F, B, T; bool normalize, one_token; } shapes[] = {
+        {2, 12, 2, 23, 4, 2, 10, 2, 7, false, false},
+        {1, 10, 1, 17, 3, 1, 7, 1, 9, false, false},
+        {2, 6, 3, 11, 3, 3, 5, 2, 4, true, false},
+        {1, 8, 2, 9, 5, 2, 3, 1, 1, true, false},               // T = 1
+        {1, 4, 2, 5, 1, 1, 1, 3, 2, false, false},              // E = 1
+        {2, 12, 2, 23, 6, 1, 10, 1, 9, false, true},            // all tokens to one expert, five without any
+        {1, 4, 1, 7, 2, 1, 3, 1, ATTENTION_BLOCK + 3, false, false},
+    };
+    for (auto& s : shapes) {
+        std::string name = text("model L %d C %d H %d V %d E %d K %d F %d B %d T %d%s ", s.L, s.C, s.H, s.V, s.E, s.K, s.F, s.B, s.T, s.normalize ? " normalized" : "");
+        OlmoeConfig c = model_shape(s.L, s.C, s.H, s.V, s.E, s.K, s.F);
+        c.norm_topk_prob = s.normalize;
+        Model model(c, s.B, s.T);
+        model.set(random_params(c));
+        Batch b = s.one_token ? random_batch(c, s.B, s.T) : decisive_batch(model, s.B, s.T, s.T > 100 ? 0.01 : BF16 ? 0.3 : 0.02);
+        if (s.one_token) b.inputs.assign(b.inputs.size(), 3);
+        if (BF16 && s.T > 100) continue;                        // no margin of 0.3 can be kept over so many tokens
+        Outputs got = model.run(b), want;
+        twin_model(want, c, model.params, b);
+        check_equal(name + "routing", expert_sets(got.experts, s.K), expert_sets(want.experts, s.K));
+        if (s.one_token) check_true(name + "all to one", std::set<int>(got.experts.begin(), got.experts.begin() + s.T).size() == 1);
+        double roundings_passed = (24 * s.L + 8) * UX;
+        check(name + "logits", got.logits, want.logits, BF16 ? roundings_passed : 1e-5);
+        check(name + "loss", got.loss, want.loss, BF16 ? roundings_passed : 1e-5);
+        check(name + "load-balancing loss", got.lb, want.lb, BF16 ? roundings_passed : 1e-5);
+        check(name + "z-loss", got.z, want.z, BF16 ? roundings_passed : 1e-5);
+        if (BF16) check(name + "gradients", got.grads, want.grads, roundings_passed);
+        else check_grads(name, c, got.grads, want.grads, 1e-4);
+    }
+}
+
+// Two micro-batches of one row each add up to the formula; and a batch smaller than what was allocated, behind a larger one
+static void model_batches() {
+    OlmoeConfig c = model_shape(2, 12, 2, 23, 4, 2, 10);
+    Model model(c, 3, 9);
+    model.set(random_params(c));
+    Batch all = decisive_batch(model, 2, 5, BF16 ? 0.3 : 0.02), part = all;
+    part.B = 1;
+    part.micro_batches = 2;
+    Outputs got, want;
+    double loss = 0, want_loss = 0;
+    for (int j = 0; j < 2; j++) {
+        part.inputs.assign(all.inputs.begin() + j * 5, all.inputs.begin() + (j + 1) * 5);
+        part.targets.assign(all.targets.begin() + j * 5, all.targets.begin() + (j + 1) * 5);
+        got = model.run(part, j == 0);
+        twin_model(want, c, model.params, part);
+        loss += got.loss;
+        want_loss += want.loss;
+    }
+    double tolerance = BF16 ? 56 * UX : 1e-4;
+    check("two micro-batches, loss", loss, want_loss, tolerance / 10);
+    check("two micro-batches, gradients", got.grads, want.grads, tolerance);
+
+    model.run(random_batch(c, 3, 9));
+    Outputs small = model.run(all), exact;
+    Model other(c, 2, 5);
+    other.set(model.params);
+    exact = other.run(all);
+    check_equal("smaller than allocated, logits", small.logits, exact.logits);
+    check_equal("smaller than allocated, losses", Vec{small.loss, small.lb, small.z}, {exact.loss, exact.lb, exact.z});
+    check_equal("smaller than allocated, gradients", small.grads, exact.grads);
+}
+
+// Every --recompute level, and the same again, give the same bits
+static void model_recompute() {
+    OlmoeConfig c = model_shape(3, 20, 2, 23, 7, 3, 9);
+    Vec params = random_params(c);
+    Batch b = random_batch(c, 2, 11);
+    Model first(c, 2, 11);
+    first.set(params);
+    Outputs want = first.run(b);
+    for (int level : {0, 1, 2}) {
+        Model model(c, 2, 11, level);
+        model.set(params);
+        for (int time = 1; time <= 2; time++) {
+            Outputs got = model.run(b);
+            std::string name = text("recompute %d, time %d, ", level, time);
+            check_equal(name + "logits", got.logits, want.logits);
+            check_equal(name + "losses", Vec{got.loss, got.lb, got.z}, {want.loss, want.lb, want.z});
+            check_equal(name + "gradients", got.grads, want.grads);
+        }
+    }
+}
+
+// Equal router rows give equal logits; of equal probabilities the lower id comes first
+static void model_ties() {
+    OlmoeConfig c = model_shape(2, 12, 2, 23, 6, 3, 5);
+    Model model(c, 2, 8);
+    Vec params = random_params(c);
+    std::vector<HfTensor> tensors = hf_tensors(c);
+    auto router_row = [&](const HfTensor& t, int e) { return params.begin() + t.offset + e * c.C; };
+    for (const HfTensor& t : tensors)
+        if (t.name.find("mlp.gate.") != std::string::npos) std::copy(router_row(t, 1), router_row(t, 2), router_row(t, 4));
+    model.set(params);
+    Batch b = random_batch(c, 2, 8);
+    Ints experts = model.run(b).experts;
+    int both = 0, wrong = 0;
+    for (size_t token = 0; token < experts.size() / 3; token++) {
+        const int* id = &experts[token * 3];
+        int* at1 = std::find((int*)id, (int*)id + 3, 1), *at4 = std::find((int*)id, (int*)id + 3, 4);
+        both += at4 < id + 3;
+        wrong += at4 < id + 3 ? at4 != at1 + 1 : at1 < id + 2;  // 4 right behind 1; without 4, 1 came last
+    }
+    check_true(text("tied experts, of %zu tokens %d chose both", experts.size() / 3, both), wrong == 0 && both > 0);
+
+    for (const HfTensor& t : tensors)
+        if (t.name.find("mlp.gate.") != std::string::npos)
+            for (int e = 1; e < c.E; e++) std::copy(router_row(t, 0), router_row(t, 1), router_row(t, e));
+    model.set(params);
+    Ints first(experts.size());
+    for (size_t i = 0; i < first.size(); i++) first[i] = (int)i % 3;
+    check_equal("all experts tied", model.run(b).experts, first);
+}
+
+// Perfectly undecided routers: LB is its coefficient, Z is z_coef (ln E)^2 / K; and OLMoE's numbers of parameters
+static void vectors_losses() {
+    OlmoeConfig c = model_shape(2, 4, 2, 5, 64, 8, 1);
+    Model model(c, 1, 3);
+    Vec params = random_params(c);
+    for (const HfTensor& t : hf_tensors(c))
+        if (t.name.find("mlp.gate.") != std::string::npos) std::fill(params.begin() + t.offset, params.begin() + t.offset + t.count, 0.);
+    model.set(params);
+    Batch b = random_batch(c, 1, 3);
+    b.lb_coef = 0.01; b.z_coef = 0.001;
+    Outputs out = model.run(b);
+    check("load-balancing loss of a uniform router", out.lb, 0.01, roundings(0, 24));
+    check("z-loss of a uniform router", out.z, 0.0021620386, printed(.2) + roundings(0, 24));
+
+    OlmoeConfig released = model_shape(16, 2048, 16, 50304, 64, 8, 1024);
+    HfTensor last = hf_tensors(released).back();
+    check_true("OLMoE-1B-7B has 6,919,161,856 parameters", num_parameters(released) == 6919161856u && last.offset + last.count == 6919161856u);
+    check_true("of which 1,282,017,280 are active", num_active_parameters(released) == 1282017280u);
+    check_true("in 3219 tensors", hf_tensors(released).size() == 3219);
+}
+
+// Norm of the gradient, clipping and AdamW over the model's tensors
+static void model_update() {
+    OlmoeConfig c = model_shape(2, 12, 2, 23, 4, 2, 10);
+    Model model(c, 2, 5);
+    model.set(random_params(c));
+    for (double clip : {0.1, 0., 1e3}) {
+        model.set(model.params);
+        cudaCheck(cudaMemsetAsync(model.m.m, 0, model.params.size() * sizeof(float), main_stream.stream));
+        cudaCheck(cudaMemsetAsync(model.m.v, 0, model.params.size() * sizeof(float), main_stream.stream));
+        Vec g = model.run(random_batch(c, 2, 5)).grads, want = model.params, got;
+        std::string name = text("update, clip %g, ", clip);
+        double norm = olmoe_grad_norm(&model.m);
+        check(name + "norm", norm, l2(g), roundings(0, 4 + sqrt(SQUARE_SUM_RUN)));
+        AdamWOptions o;
+        o.lr = 0.02; o.eps = 1e-3; o.grad_clip = clip;
+        olmoe_update(&model.m, 1, norm, o);
+        double scale = clip > 0 ? std::min(1., clip / (l2(g) + 1e-6)) : 1;
+        for (size_t i = 0; i < g.size(); i++) want[i] = want[i] * (1 - o.lr * o.weight_decay) - o.lr * scale * g[i] / (fabs(scale * g[i]) + o.eps);
+        check(name + "parameters", model.flat(model.m.param_spans), want, roundings(1, 16));
+        if (BF16) check(name + "master", Device<float>::get_from(model.m.master, want.size()), want, roundings(0, 16));
+    }
+}
+
+// A NaN in a tensor reaches the loss and the norm of the gradients, where training looks; and no comparison here lets one pass.
+static void model_nan() {
+    Vec want = {1, 2, 3}, nan = {1, NAN, 3};
+    Difference d = difference(nan, want, 1e9);
+    check_true("nan fails a comparison", !(d.error <= 1e9 && d.share <= 1));
+    d = difference({1, INFINITY, 3}, want, 1e9);
+    check_true("infinity fails a comparison", !(d.error <= 1e9 && d.share <= 1));
+    d = difference({1, 2, 3}, {1, NAN, 3}, 1e9);
+    check_true("nan in a reference fails", !(d.error <= 1e9 && d.share <= 1));
+
+    OlmoeConfig c = model_shape(2, 12, 2, 23, 3, 2, 10);
+    Model model(c, 2, 8);
+    Vec params = random_params(c);
+    Batch b = random_batch(c, 2, 8);
+    for (const Span& s : model.m.param_spans) {
+        Vec spoilt = params;
+        size_t at = s.offset == 0 ? (size_t)b.inputs[2] * c.C : s.offset;   // of the embedding, a token that occurs
+        spoilt[at] = NAN;
+        model.set(spoilt);
+        Outputs out = model.run(b);
+        const Span* bad = nullptr;
+        double norm = olmoe_grad_norm(&model.m, &bad);
+        bool inside = true;
+        for (int e : out.experts) inside = inside && e >= 0 && e < c.E;
+        check_true(text("nan in the parameter at %zu reaches loss and norm", at), !std::isfinite(out.loss) && !std::isfinite(norm) && bad && inside);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------
+// The gradient against finite differences of the loss
+
+static Vec random_direction(size_t n) {
+    Vec d(n);
+    for (double& x : d) x = sqrt(-2 * log(1 - random_uniform())) * cos(2 * M_PI * random_uniform());
+    double norm = l2(d);
+    for (double& x : d) x /= norm;
+    return d;
+}
+
+// From f(-3h), f(-2h), ..., f(3h): f'(0) by central differences extrapolated twice (Richardson), exact for polynomials of
+// degree 6, and extrapolated once, for degree 4
+static double central_difference(const double* f, double h) { return (45 * (f[4] - f[2]) - 9 * (f[5] - f[1]) + (f[6] - f[0])) / (60 * h); }
+static double central_difference_4(const double* f, double h) { return (8 * (f[4] - f[2]) - (f[5] - f[1])) / (12 * h); }
+
+// The twin's own gradient, so that it can judge: in double precision the difference is right to 1e-7.
+static void gradient_of_twin() {
+    for (bool normalize : {false, true}) {
+        OlmoeConfig c = model_shape(2, 8, 2, 11, 4, 2, 5);
+        c.norm_topk_prob = normalize;
+        Vec params = random_params(c);
+        Batch b = random_batch(c, 2, 5);
+        b.lb_coef = b.z_coef = 1;
+        Outputs base;
+        twin_model(base, c, params, b);
+        for (const HfTensor& t : hf_tensors(c)) {
+            Vec g(base.grads.begin() + t.offset, base.grads.begin() + t.offset + t.count), d;
+            double f[7], h = 1e-3, want;
+            for (bool same = false; !same;) {
+                d = random_direction(t.count);
+                same = true;
+                want = 0;
+                for (size_t i = 0; i < t.count; i++) want += g[i] * d[i];
+                for (int k = -3; k <= 3; k++) {
+                    Vec moved = params;
+                    for (size_t i = 0; i < t.count; i++) moved[t.offset + i] += k * h * d[i];
+                    Outputs out;
+                    twin_model(out, c, moved, b);
+                    f[k + 3] = out.loss;
+                    same = same && expert_sets(out.experts, c.K) == expert_sets(base.experts, c.K);
+                }
+            }
+            double error = fabs(central_difference(f, h) - want), scale = std::max(fabs(want), l2(g) / sqrt((double)t.count));
+            (error <= 1e-7 * scale ? passed : failed)++;
+            printf("%-64s derivative % .6e  error %.1e  %s\n", ("twin's gradient " + t.name).c_str(), want, scale > 0 ? error / scale : error, error <= 1e-7 * scale ? "ok" : "FAILED");
+        }
+    }
+}
+
+// For each tensor, along its gradient and 8 random directions. The step is 4 % of the tensor's norm at first, so that the
+// roundings of an fp32 loss near 3, some 1e-7, move the derivative of n elements by less than 1e-3 |gradient| / sqrt(n); it is
+// halved, at most four times, while the two orders of extrapolation differ by more than a quarter of the tolerance, and the step
+// at which they differ least is taken. The gradient under test has no say in this. Directions that change a token's experts
+// are drawn again, with a step a tenth shorter; the gradient, of which there is one, is kept.
+static void gradient_differences(double lb_coef, double z_coef) {
+    OlmoeConfig c = model_shape(2, 12, 2, 23, 5, 2, 9);
+    Model model(c, 3, 8);
+    model.set(random_params(c));
+    Batch b = decisive_batch(model, 3, 8, 0.25);
+    b.lb_coef = lb_coef; b.z_coef = z_coef;
+    Outputs base = model.run(b);
+    const Ints sets = expert_sets(base.experts, c.K);
+    const Vec params = model.params;
+    int redrawn = 0;
+    for (const HfTensor& t : hf_tensors(c)) {
+        auto after = std::upper_bound(model.m.param_spans.begin(), model.m.param_spans.end(), t.offset, [](size_t o, const Span& s) { return o < s.offset; });
+        Vec g(base.grads.begin() + t.offset, base.grads.begin() + t.offset + t.count), p(params.begin() + t.offset, params.begin() + t.offset + t.count);
+        double norm = l2(g), worst = 0, at_worst = 0;
+        for (int direction = 0; direction < 9; direction++) {
+            Vec d = direction == 0 && norm > 0 ? g : random_direction(t.count);
+            if (direction == 0 && norm > 0) for (double& x : d) x /= norm;
+            double f[7], start = 0.04 * l2(p), step = start, got = NAN, least = INFINITY;
+            for (int halvings = 0; halvings <= 4;) {
+                bool same = true;
+                for (int k : {-3, 3, -2, 2, -1, 1}) {
+                    Ints chosen;
+                    for (size_t i = 0; i < t.count; i++) model.params[t.offset + i] = params[t.offset + i] + k * step * d[i];
+                    model.put(after[-1], t.offset, t.count);
+                    f[k + 3] = model.loss(b, &chosen);
+                    same = same && expert_sets(chosen, c.K) == sets;
+                    if (!same) break;
+                }
+                if (!same) {
+                    if (++redrawn > 3000) die("test: %s: no direction keeps the experts", t.name.c_str());
+                    if (direction > 0) d = random_direction(t.count);
+                    step = start *= 0.9;
+                    halvings = 0;
+                    continue;
+                }
+                double derivative = central_difference(f, step), apart = fabs(derivative - central_difference_4(f, step));
+                if (apart < least || halvings == 0) { least = apart; got = derivative; }
+                if (apart <= 0.25e-3 * std::max(fabs(derivative), norm / sqrt((double)t.count))) break;
+                step *= 0.5;
+                halvings++;
+            }
+            double want = 0;
+            for (size_t i = 0; i < t.count; i++) want += g[i] * d[i];
+            double scale = std::max(fabs(got), norm / sqrt((double)t.count)), error = got == want ? 0 : fabs(got - want) / scale;
+            if (!(error <= worst)) { worst = error; at_worst = want; }
+        }
+        model.params = params;
+        model.put(after[-1], t.offset, t.count);
+        (worst <= 1e-3 ? passed : failed)++;
+        printf("%-64s derivative % .2e  error %.1e  %5.1f %% of its tolerance  %s\n", text("lb %g z %g %s", lb_coef, z_coef, t.name.c_str()).c_str(), at_worst, worst,
+               100 * worst / 1e-3, worst <= 1e-3 ? "ok" : "FAILED");
+    }
+    printf("%d directions changed an expert and were drawn again\n", redrawn);
+}
+
+static void gradient_as_trained() { gradient_differences(0.01, 0.001); }
+static void gradient_raised() { gradient_differences(1, 1); }
+
+// ------------------------------------------------------------------------------------------------
+// PyTorch's numbers (scripts/reference.py)
+
+static std::string fixtures = "tests/fixtures";
+
+static Vec reference(const Safetensors& f, const std::string& name) {
+    const SafeTensor* t = f.find(name);
+    if (!t) die("%s: has no tensor %s", f.path.c_str(), name.c_str());
+    Vec v;
+    if (t->dtype == "I32") {
+        std::vector<int> x(t->bytes / 4);
+        memcpy(x.data(), t->data, t->bytes);
+        v.assign(x.begin(), x.end());
+    } else {
+        std::vector<float> x(t->bytes / dtype_bytes(t->dtype));
+        tensor_to_float(x.data(), *t, 0, x.size());
+        v.assign(x.begin(), x.end());
+    }
+    return v;
+}
+
+static Ints reference_ints(const Safetensors& f, const std::string& name) {
+    Vec v = reference(f, name);
+    return Ints(v.begin(), v.end());
+}
+
+static void fixture(const std::string& shape) {
+    std::string dir = fixtures + "/" + shape, name = shape + " ";
+    Safetensors f;
+    safetensors_open(&f, dir + "/reference.safetensors");
+    auto number = [&](const char* key) {
+        auto it = f.metadata.find(key);
+        if (it == f.metadata.end()) die("%s: its metadata has no %s", f.path.c_str(), key);
+        return atof(it->second.c_str());
+    };
+    OlmoeConfig c;
+    config_read(&c, dir + "/config.json");
+    Batch b;
+    b.B = (int)f.find("inputs")->shape.at(0); b.T = (int)f.find("inputs")->shape.at(1);
+    b.inputs = reference_ints(f, "inputs");
+    b.targets = reference_ints(f, "targets");
+    b.lb_coef = number("lb_coef"); b.z_coef = number("z_coef");
+    int N = b.B * b.T, valid = 0;
+    for (int target : b.targets) valid += target >= 0;
+    b.ce_scale = 1. / (f.metadata.at("ce_divisor") == "all" ? N : valid);
+
+    Model model(c, b.B, b.T);
+    olmoe_load(&model.m, dir);
+    Outputs got = model.run(b);
+    Losses losses = olmoe_losses(&model.m, b.ce_scale, b.lb_coef, b.z_coef);
+
+    int differ = 0;
+    for (int l = 0; l < c.L; l++) {
+        Vec z = reference(f, text("router.%d.logits", l)), ours = Device<float>::get_from(model.m.acts.layers[l].router_logits, (size_t)N * c.E);
+        check(name + text("router logits of layer %d", l), ours, z, BF16 ? 12 * (l + 1) * UX : 1e-5);
+        Ints want = reference_ints(f, text("router.%d.experts", l)), chosen(got.experts.begin() + (size_t)l * N * c.K, got.experts.begin() + (size_t)(l + 1) * N * c.K);
+        if (BF16) { want = expert_sets(want, c.K); chosen = expert_sets(chosen, c.K); }
+        for (size_t i = 0; i < want.size(); i++)                // in fp32 the order too, but where the reference's own rounding may decide it
+            differ += !(want[i] == chosen[i] || (!BF16 && fabs(z[i / c.K * c.E + want[i]] - z[i / c.K * c.E + chosen[i]]) < 1e-5));
+    }
+    check_true(name + text("routing, %d of %zu differ", differ, got.experts.size()), differ == 0);
+
+    // In BF16 the bars are PyTorch's own errors, of the worse of its two attention paths
+    Vec logits = reference(f, "logits"), grads;
+    for (const HfTensor& t : hf_tensors(c)) {
+        Vec g = reference(f, "grad." + t.name);
+        grads.insert(grads.end(), g.begin(), g.end());
+    }
+    double loss_tolerance = BF16 ? 0x1p-8 : 1e-5;
+    check(name + "logits", got.logits, logits, BF16 ? 1.25 * std::max(number("bf16_eager_logits"), number("bf16_sdpa_logits")) : 1e-5);
+    check(name + "loss", losses.loss, reference(f, "loss")[0], loss_tolerance);
+    check(name + "cross entropy", losses.nll * b.ce_scale, reference(f, "ce_loss")[0], loss_tolerance);
+    check(name + "load-balancing loss", losses.lb, reference(f, "lb_loss")[0], loss_tolerance);
+    check(name + "z-loss", losses.z, reference(f, "z_loss")[0], loss_tolerance);
+    if (BF16) check(name + "gradients", got.grads, grads, 1.25 * std::max(number("bf16_eager_grads"), number("bf16_sdpa_grads")));
+    else check_grads(name, c, got.grads, grads, 1e-4);
+
+    AdamWOptions o;
+    o.lr = number("lr"); o.beta1 = number("beta1"); o.beta2 = number("beta2"); o.eps = number("eps");
+    o.weight_decay = number("weight_decay"); o.grad_clip = number("grad_clip");
+    Vec want = reference(f, "losses");
+    for (size_t step = 0; step < want.size(); step++) {
+        Outputs out = model.run(b);
+        check(name + text("loss after %zu steps", step), out.loss, want[step], loss_tolerance);
+        olmoe_update(&model.m, (int64_t)step + 1, olmoe_grad_norm(&model.m), o);
+    }
+    safetensors_close(&f);
+}
+
+static void fixture_regular() { fixture("regular"); }
+static void fixture_odd() { fixture("odd"); }
+static void fixture_all_experts() { fixture("all_experts"); }
+static void fixture_normalized() { fixture("normalized"); }
+static void fixture_bf16() { fixture("bf16"); }
+
+// ------------------------------------------------------------------------------------------------
+
+struct Test { const char* name; void (*run)(); bool bf16; };    // bf16: also where floatX is bf16
+static const Test tests[] = {
+    {"kernel linear", test_linear, true},
+    {"kernel embedding", test_embedding, true},
+    {"kernel rmsnorm", test_rmsnorm, true},
+    {"kernel qk-norm and rope", test_qk_norm_rope, true},
+    {"kernel attention", test_attention, true},
+    {"kernel router", test_router, true},
+    {"kernel dispatch and combine", test_dispatch, true},
+    {"kernel swiglu", test_swiglu, true},
+    {"kernel experts", test_experts, true},
+    {"kernel cross entropy", test_cross_entropy, true},
+    {"kernel adamw", test_adamw, true},
+    {"kernel square sum", test_square_sum, true},
+    {"kernel init", test_init, true},
+    {"vectors router", vectors_router, true},
+    {"vectors rmsnorm", vectors_rmsnorm, true},
+    {"vectors rope", vectors_rope, true},
+    {"vectors swiglu", vectors_swiglu, true},
+    {"vectors attention", vectors_attention, true},
+    {"vectors adamw", vectors_adamw, true},
+    {"vectors schedule", vectors_schedule, true},
+    {"vectors losses", vectors_losses, true},
+    {"model shapes", model_shapes, true},
+    {"model batches", model_batches, true},
+    {"model recompute", model_recompute, true},
+    {"model ties", model_ties, true},
+    {"model update", model_update, true},
+    {"model nan", model_nan, true},
+    {"fixture regular", fixture_regular, false},
+    {"fixture odd", fixture_odd, false},
+    {"fixture all_experts", fixture_all_experts, false},
+    {"fixture normalized", fixture_normalized, false},
+    {"fixture bf16", fixture_bf16, true},
+    {"gradient of the twin", gradient_of_twin, false},
+    {"gradient as trained", gradient_as_trained, false},
+    {"gradient with raised coefficients", gradient_raised, false},
+};
+
+int main(int argc, char** argv) {
+    std::vector<std::string> only, without;
+    bool list = false;
+    for (int i = 1; i < argc; i++) {
+        std::string arg = argv[i];
+        if (arg == "--list") list = true;
+        else if (arg == "--only" && i + 1 < argc) only.push_back(argv[++i]);
+        else if (arg == "--without" && i + 1 < argc) without.push_back(argv[++i]);
+        else if (arg == "--fixtures" && i + 1 < argc) fixtures = argv[++i];
+        else die("usage: test_olmoe [--list] [--only SUBSTRING]... [--without SUBSTRING]... [--fixtures DIR]; '%s' is none of it", argv[i]);
+    }
+    auto any = [](const std::vector<std::string>& parts, const char* name) {
+        for (const std::string& part : parts) if (strstr(name, part.c_str())) return true;
+        return false;
+    };
+    int run = 0;
+    if (!list) device_open();
+    for (const Test& t : tests) {
+        if ((BF16 && !t.bf16) || (!only.empty() && !any(only, t.name)) || any(without, t.name)) continue;
+        run++;
+        if (list) { printf("%s\n", t.name); continue; }
+        double start = seconds_now();
+        uint64_t seed = 14695981039346656037u;                  // of the name, so that a test alone is the same test
+        for (const char* c = t.name; *c; c++) seed = (seed ^ (unsigned char)*c) * 1099511628211u;
+        engine.seed(seed);
+        printf("\n%s\n", t.name);
+        t.run();
+        fflush(stdout);
+        fprintf(stderr, "%-36s %6.2f s\n", t.name, seconds_now() - start);
+    }
+    if (run == 0) die("test: nothing has such a name; see --list");
+    if (list) return 0;
+    device_close();
+    printf("\nchecksum %016llx\n%d passed, %d failed\n", (unsigned long long)checksum, passed, failed);
+    return failed > 0;
+}
