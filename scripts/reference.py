@@ -45,7 +45,7 @@ except ImportError as error:
 # The committed fixtures. Whatever a shape does not name is as in DEFAULTS.
 DEFAULTS = dict(
     layers=2, hidden=32, heads=2, vocab=128, experts=8, topk=2, width=32, batch=2, seq=32,
-    rope_theta=10000.0, rms_norm_eps=1e-5, norm_topk_prob=False, bf16=False, ignore=0.0, margin=0.02,
+    rope_theta=10000.0, rms_norm_eps=1e-5, norm_topk_prob=False, bf16=False, ignore=0.0, margin=0.01,
     lb_coef=0.01, z_coef=0.001, lr=3e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_clip=1.0,
     ce_divisor="valid", steps=10, seed=1)
 SHAPES = {
@@ -61,7 +61,7 @@ SHAPES = {
                        grad_clip=0.0, seed=4),
     # bf16 logits are right to two or three digits: a margin that such errors don't cross. With a small eps every weight
     # would move by lr at once, and bf16 would round whole steps away.
-    "bf16": dict(bf16=True, margin=0.3, lr=1e-2, eps=1e-2, seed=5),
+    "bf16": dict(bf16=True, margin=0.3, lr=1e-2, eps=1e-2, seed=6),
 }
 RECIPE = ("lb_coef", "z_coef", "lr", "beta1", "beta2", "eps", "weight_decay", "grad_clip", "ce_divisor")
 
@@ -125,11 +125,11 @@ def forward(model, inputs):
 
 
 def margins(routers, K):
-    """(B, T): the smallest gap over the layers between the K-th router logit and the next."""
+    """(B, T): the smallest gap over the layers between the logits of a rank, up to the K-th, and the next."""
     gaps = []
     for z in routers:
-        z = z.detach().double().sort(dim=-1, descending=True).values
-        gaps.append(z[..., K - 1] - z[..., K] if K < z.shape[-1] else torch.full(z.shape[:-1], torch.inf).double())
+        z = F.pad(z.detach().double().sort(dim=-1, descending=True).values, (0, 1), value=-torch.inf)
+        gaps.append((z[..., :K] - z[..., 1:K + 1]).amin(dim=-1))
     return torch.stack(gaps).amin(dim=0)
 
 
@@ -230,7 +230,7 @@ def errors(ours, reference):
 
 
 def same_routing(a, b):
-    return all(torch.equal(x.sort(dim=-1).values, y.sort(dim=-1).values) for x, y in zip(a["choices"], b["choices"]))
+    return all(torch.equal(x, y) for x, y in zip(a["choices"], b["choices"]))
 
 
 def write_safetensors(path, tensors, metadata):
