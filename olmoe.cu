@@ -2047,8 +2047,10 @@ int command_train(int argc, char** argv) {
     dataloader_open(&data, o.data, (int)o.T, config.V, o.order == "global" ? DataOrder::global : DataOrder::sequential, o.seed, !o.no_filter);
     if (!o.val.empty()) dataloader_open(&val, o.val, (int)o.T, config.V, DataOrder::sequential, 0, false);
     if (mkdir(o.out.c_str(), 0777) != 0 && errno != EEXIST) die("cannot make the directory %s: %s", o.out.c_str(), strerror(errno));
+    auto existing = checkpoint_list(o.out);                  // (step, directory), newest first
+    if (o.resume.empty() && !existing.empty()) die("%s holds checkpoints already; go on from them with --resume, or choose another --out", o.out.c_str());
     std::string from = o.resume == "newest" ? checkpoint_newest(o.out) : o.resume;
-    if (o.resume.empty() && !checkpoint_list(o.out).empty()) die("%s holds checkpoints already; go on from them with --resume, or choose another --out", o.out.c_str());
+    if (!from.empty() && o.resume != "newest") checkpoint_check(from);
 
     device_open();
     Olmoe m;
@@ -2059,8 +2061,9 @@ int command_train(int argc, char** argv) {
         OlmoeConfig theirs;
         config_read(&theirs, from);
         if (config_json(theirs, BF16) != config_json(config, BF16)) die("%s is a checkpoint of another config than %s", from.c_str(), (o.config.empty() ? o.model : o.config).c_str());
-        checkpoint_check(from);
         resume(&m, from, o, &data, &step, &updates, &spikes);
+        if (o.resume != "newest" && !existing.empty() && existing[0].first > step)
+            die("%s holds checkpoints of later steps than %s; choose another --out, or remove them", o.out.c_str(), from.c_str());
     } else if (!o.model.empty()) {
         olmoe_load(&m, o.model);
     } else {
@@ -2104,6 +2107,7 @@ int command_train(int argc, char** argv) {
     action.sa_flags = SA_RESETHAND;         // a second Ctrl-C ends the program at once
     sigaction(SIGINT, &action, nullptr);
     sigaction(SIGTERM, &action, nullptr);
+    signal(SIGXFSZ, SIG_IGN);               // a limit on file sizes is an error of the write, not the end of the program
     if (step >= steps) printf("nothing to do: %s is at step %lld of %lld\n", from.c_str(), (long long)step, (long long)steps);
 
     int micro_batches = (int)(o.global_batch / o.B);

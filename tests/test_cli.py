@@ -178,6 +178,15 @@ def test_resume_of_another_run(data, straight):
     refused(*train_args(data, straight, "--steps", 30, "--resume", "--order", "sequential"), words=["order"])
 
 
+def test_resume_from_a_directory(data, straight, tmp_path):
+    """An earlier checkpoint goes on in another --out; in its own, later ones would be taken for its successors."""
+    ok(*train_args(data, tmp_path / "a", "--steps", 4, "--save-every", 2, "--schedule", "constant"))
+    refused(*train_args(data, tmp_path / "a", "--steps", 4, "--schedule", "constant", "--resume", tmp_path / "a" / "step-00000002"), words=["later steps"])
+    ok(*train_args(data, tmp_path / "b", "--steps", 4, "--schedule", "constant", "--resume", tmp_path / "a" / "step-00000002"))
+    assert files(tmp_path / "a" / "step-00000004") == files(tmp_path / "b" / "step-00000004")
+    refused(*train_args(data, tmp_path / "c", "--resume", tmp_path / "nothing"), words=["nothing"])
+
+
 def test_resume_on_other_data(data, straight, tmp_path):
     tokens = bytearray((data / "train.npy").read_bytes())
     (tmp_path / "other.npy").write_bytes(tokens[: len(tokens) // 2 * 1 // 2 * 2])
@@ -190,7 +199,7 @@ def test_fine_tune_from_directory(data, straight, tmp_path):
     args = train_args(data, tmp_path, "--steps", 2)
     args[1:3] = ["--model", straight / "step-00000020"]
     ok(*args)
-    assert steps(tmp_path)[0]["ce_loss"] < 0.9 * steps(straight)[0]["ce_loss"]
+    assert steps(tmp_path)[0]["ce_loss"] < steps(straight)[0]["ce_loss"] - 0.2      # it goes on where training was, not at ln 320
 
 
 # ------------------------------------------------------------------------------------------------
@@ -244,7 +253,6 @@ def test_kill(data, tmp_path):
 
 def test_full_disk(data, tmp_path):
     def small_files():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000))
     refused(*train_args(data, tmp_path, "--steps", 2), preexec_fn=small_files, words=["write"])
     assert not list(tmp_path.glob("*step-*"))
@@ -319,7 +327,7 @@ def test_skip_spikes(data, tmp_path):
     ok(*train_args(data, tmp_path / "a", "--steps", 80, *more))
     skipped = [line["step"] for line in steps(tmp_path / "a") if line.get("skipped")]
     assert skipped and min(skipped) > 64
-    state = json.loads((tmp_path / "a" / "step-00000080" / "trainer_state.json").read_text())
+    state = json.loads((tmp_path / "a" / "step-00000080" / "trainer_state.json").read_text())["trainer"]
     assert state["updates"] == 80 - len(skipped)
     ok(*train_args(data, tmp_path / "b", "--steps", 70, *more))
     ok(*train_args(data, tmp_path / "b", "--steps", 80, *more, "--resume"))
@@ -470,7 +478,7 @@ def test_verify_bad_references(tmp_path):
 
 def test_info():
     out = ok("info", "--config", ROOT / "configs" / "olmoe-1b-7b.json")
-    assert "6919161856" in out and "1282017280" in out and "7.88 GFLOP" in out
+    assert "6919161856" in out and "1282017280" in out and "7.879 GFLOP" in out
 
 
 def test_info_model(straight):
