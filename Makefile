@@ -161,3 +161,43 @@ endef
 -include $(wildcard build/cuda-*/*.d build/ptx-*/*.d)
 
 # ------------------------------------------------------------------------------------------------
+# Train on the embedded corpus, or on any text: make train DATA=my.txt. What is saved goes on when it is called again.
+
+ifdef DATA
+RUN := build/train-$(basename $(notdir $(DATA)))
+else
+RUN := build/train
+endif
+TRAIN_OPTIONS ?= --steps 2200 --batch 8 --lr 4e-3 --warmup 100
+
+.PHONY: train
+train: olmoe $(RUN)/train.npy $(RUN)/val.npy
+	./olmoe train --config configs/tiny.json --tokenizer bytes --data $(RUN)/train.npy --val $(RUN)/val.npy --out $(RUN)/run --resume \
+	  --val-every 500 --sample-every 500 --save-every 500 --keep-last 1 --log-every 25 $(TRAIN_OPTIONS)
+	$(PYTHON) scripts/learned.py $(RUN) $(RUN)/run
+
+ifdef DATA
+# The last twentieth is for validation.
+$(RUN)/train.txt: $(DATA)
+	@mkdir -p $(@D)
+	@test $$(wc -c < $(DATA)) -ge 200000 || { echo "make train: $(DATA) is too small to learn from; give at least 200 kB of text" >&2; exit 1; }
+	tail -c $$(($$(wc -c < $(DATA)) / 20)) $(DATA) > $(RUN)/val.txt
+	head -c -$$(($$(wc -c < $(DATA)) / 20)) $(DATA) > $@
+$(RUN)/val.txt: $(RUN)/train.txt
+$(RUN)/%.npy: $(RUN)/%.txt | olmoe
+	./olmoe tokenize --tokenizer bytes --out $@ $<
+else
+$(RUN)/train.jsonl: scripts/make_corpus.py
+	$(PYTHON) scripts/make_corpus.py --out $(RUN)
+$(RUN)/val.jsonl: $(RUN)/train.jsonl
+$(RUN)/%.npy: $(RUN)/%.jsonl | olmoe
+	./olmoe tokenize --tokenizer bytes --out $@ $<
+endif
+
+# ------------------------------------------------------------------------------------------------
+# Tests
+
+# Everything on this machine, in a table; ends with: N passed, M failed
+.PHONY: test test-peers test-mutants
+test: olmoe
+	$(PYTHON) tests/run.py tests --ignore=tests/test_peers.py --ignore=tests/test_ptxrun.py --ignore=tests/test_mutants.py
