@@ -197,7 +197,9 @@ endif
 # ------------------------------------------------------------------------------------------------
 # Tests
 
-# Everything on this machine, in a table; ends with: N passed, M failed
-.PHONY: test test-peers test-mutants
+# Each ends with a table and: N passed, M failed. TALLY=FILE adds the counts to a file.
+RUN_TESTS = $(PYTHON) tests/run.py $(if $(TALLY),--tally $(TALLY))
+
+.PHONY: test test-peers test-ptx test-mutants
 test: olmoe
-	$(PYTHON) tests/run.py tests --ignore=tests/test_peers.py --ignore=tests/test_ptxrun.py --ignore=tests/test_mutants.py
+	$(RUN_TESTS) $(filter-out tests/test_peers.py tests/test_ptxrun.py tests/test_mutants.py,$(sort $(wildcard tests/test_*.py))) tests/machine

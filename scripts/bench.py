@@ -1,0 +1,148 @@
+#!/usr/bin/env python3
+"""Times a training step: bench.py [--shapes tiny,small] [--precisions FP32,BF16] [--steps 12] [--no-transformers]
+
+For each shape of configs/ and each precision, on this machine's CPU:
+  - tokens/s and ms of a step: the median over the steps behind the third;
+  - that step's matmuls alone: its recorded list of shapes, transposes and accumulations, in order, on the same buffers;
+  - time, calls and GB/s of each kernel (bytes by the formulas below: what has to be moved, not what is);
+  - peak resident memory over what `olmoe info` planned;
+  - tokens/s of transformers on PyTorch, in the same run (scripts/bench_transformers.py, in build/venv).
+Prints tables and writes build/bench.json. Run it on an idle machine. Standard library only.
+"""
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPES = {"tiny": (8, 256), "small": (4, 512)}
+
+# Bytes that a step has to move, by kernel. x = sizeof(floatX); one dimension a letter as in olmoe.cu; P parameters; A = entries of
+# attention's score blocks, N/T sequences x H heads x sum over blocks of n S; S = slabs of rows
+BYTES = {
+    "embedding_forward_kernel": "2*N*C*x",
+    "embedding_backward_kernel": "N*C*x + 2*min(N,V)*C*x",
+    "rmsnorm_forward_kernel": "(2*L+1)*2*N*C*x",
+    "rmsnorm_backward_input_kernel": "(2*L+1)*4*N*C*x",
+    "rmsnorm_backward_weight_kernel": "(2*L+1)*(2*N*C*x + S*C*4)",
+    "sum_slabs_kernel": "(4*L+1)*S*C*4",
+    "qk_norm_rope_forward_kernel": "L*4*N*C*x",
+    "qk_norm_rope_backward_kernel": "L*(5*N*C*4 + 2*N*C*x + 3*N*C*x)",
+    "qk_norm_backward_weight_kernel": "L*(2*N*C*4 + 2*N*C*x + 2*S*C*4)",
+    "attention_softmax_forward_kernel": "L*A*(4+x)",
+    "attention_softmax_backward_kernel": "L*A*(8+2*x)",
+    "router_forward_kernel": "L*N*E*8",
+    "router_mean_kernel": "L*N*E*4",
+    "router_backward_kernel": "L*N*E*(8+x)",
+    "dispatch_count_kernel": "L*R*4",
+    "dispatch_place_kernel": "L*R*12",
+    "gather_kernel": "2*L*2*R*C*x",
+    "swiglu_forward_kernel": "L*3*R*F*x",
+    "swiglu_backward_kernel": "L*6*R*F*x",
+    "combine_kernel": "L*(2*R*C*x + 3*N*C*x)",
+    "cross_entropy_kernel": "2*N*V*x",
+    "square_sum_kernel": "P*x",
+    "adamw_kernel": "P*(16 + 3*x + (8 if x == 2 else 0))",
+}
+
+
+def run(args, env=None):
+    result = subprocess.run([str(a) for a in args], cwd=ROOT, env={**os.environ, **(env or {})}, capture_output=True, text=True)
+    if result.returncode != 0:
+        sys.exit(f"bench.py: {' '.join(map(str, args))} failed: {(result.stderr or result.stdout).strip().splitlines()[-1:]}")
+    return result.stdout
+
+
+def dimensions(shape, precision, batch, seq):
+    c = json.loads((ROOT / f"configs/{shape}.json").read_text())
+    d = {"L": c["num_hidden_layers"], "C": c["hidden_size"], "H": c["num_attention_heads"], "E": c["num_experts"], "K": c["num_experts_per_tok"],
+         "F": c["intermediate_size"], "V": c["vocab_size"], "N": batch * seq, "T": seq, "x": 2 if precision == "BF16" else 4, "min": min}
+    d["R"] = d["N"] * d["K"]
+    d["S"] = min(256, -(-d["N"] // 16))
+    d["P"] = 2 * d["V"] * d["C"] + d["L"] * (4 * d["C"] ** 2 + 4 * d["C"] + d["E"] * d["C"] + 3 * d["E"] * d["C"] * d["F"]) + d["C"]
+    d["A"] = batch * d["H"] * sum(min(256, seq - t) * min(t + 256, seq) for t in range(0, seq, 256))
+    return d
+
+
+def bench(shape, precision, steps, out):
+    batch, seq = SHAPES[shape]
+    run(["make", "DEVICE=cpu", f"PRECISION={precision}", "olmoe"])
+    program = ROOT / f"build/cpu-{precision.lower()}/olmoe"
+    folder = ROOT / "build/bench"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "train.npy").exists():
+        run([sys.executable, "scripts/make_corpus.py", "--out", folder])
+        run([program, "tokenize", "--tokenizer", "bytes", "--out", folder / "train.npy", folder / "train.jsonl"])
+    name = f"{shape}_{precision.lower()}"
+    profile_path, run_dir = folder / f"{name}.json", folder / name
+    run(["rm", "-rf", run_dir])
+    info = run([program, "info", "--config", f"configs/{shape}.json", "--batch", batch, "--seq", seq])
+    number, unit = re.search(r"memory: sum *\| ([0-9.]+) (.)B", info).groups()
+    planned = float(number) * {"k": 1e3, "M": 1e6, "G": 1e9}[unit]
+    time_path = folder / "rss"
+    # a process of its own, so that its peak memory is known
+    code = ("import resource, subprocess, sys; r = subprocess.run(sys.argv[2:], stdout=subprocess.DEVNULL).returncode; "
+            "open(sys.argv[1], 'w').write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)); sys.exit(r)")
+    run([sys.executable, "-c", code, time_path, program, "train", "--config", f"configs/{shape}.json", "--data", folder / "train.npy", "--out", run_dir, "--steps", steps,
+         "--batch", batch, "--seq", seq, "--warmup", 1], {"CUDA_PROFILE": str(profile_path)})
+    lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    ms = statistics.median(line["ms"] for line in lines[1:] if 3 < line["step"] < steps)
+    profile, d = json.loads(profile_path.read_text()), dimensions(shape, precision, batch, seq)
+    gflop = sum(g["gflop"] for g in profile["gemms"])
+
+    print(f"\n{shape} {precision}: {batch} x {seq} tokens, {profile['threads']} threads: {ms:.1f} ms a step, {batch * seq / ms * 1000:.0f} tokens/s")
+    print(f"  {'matmuls in the step':36} {sum(g['calls'] for g in profile['gemms']):6} calls {profile['gemm_ms_in_step']:8.1f} ms {gflop / profile['gemm_ms_in_step'] * 1000:7.0f} GFLOP/s")
+    print(f"  {'the same matmuls alone':36} {'':12} {profile['gemm_ms_alone']:8.1f} ms {gflop / profile['gemm_ms_alone'] * 1000:7.0f} GFLOP/s")
+    for kernel, k in sorted(profile["kernels"].items(), key=lambda item: -item[1]["ms"]):
+        rate = f"{eval(BYTES[kernel], d) / k['ms'] / 1e6:7.1f} GB/s" if kernel in BYTES else ""
+        print(f"  {kernel:36} {k['calls']:6} calls {k['ms']:8.1f} ms {rate}")
+    print(f"  {'copies and fills':36} {'':12} {profile['memcpy_memset_ms']:8.1f} ms")
+    rss = float(time_path.read_text())
+    out[f"{name}_step_ms"] = ms
+    out[f"{name}_tokens_per_s"] = batch * seq / ms * 1000
+    out[f"{name}_gemm_ms"] = profile["gemm_ms_alone"]
+    out[f"{name}_step_over_gemms"] = ms / profile["gemm_ms_alone"]
+    out[f"{name}_rss_over_plan"] = rss / planned
+    for kernel, k in profile["kernels"].items():
+        out[f"{name}_{kernel}_ms"] = k["ms"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", default="tiny,small")
+    parser.add_argument("--precisions", default="FP32,BF16")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--no-transformers", action="store_true")
+    o = parser.parse_args()
+    out = {}
+    for shape in o.shapes.split(","):
+        for precision in o.precisions.split(","):
+            bench(shape, precision, o.steps, out)
+        python = ROOT / "build/venv/bin/python"
+        if o.no_transformers:
+            continue
+        if not python.exists():
+            print(f"  (transformers is not compared: no {python.relative_to(ROOT)}; make venv)")
+            continue
+        path = ROOT / f"build/bench/transformers_{shape}.json"
+        print("\n" + run([python, "scripts/bench_transformers.py", "--config", f"configs/{shape}.json", "--batch", SHAPES[shape][0], "--seq", SHAPES[shape][1], "--json", path]).rstrip())
+        best = json.loads(path.read_text())["best"]
+        for precision, theirs in best.items():
+            out[f"{shape}_transformers_{precision}_tokens_per_s"] = theirs["tokens_per_s"]
+            for ours in o.precisions.split(","):
+                key = f"{shape}_{ours.lower()}_tokens_per_s"
+                out[f"{shape}_{ours.lower()}_over_transformers_{precision}"] = out[key] / theirs["tokens_per_s"]
+
+    print(f"\n{'figure':52} value")
+    for name, value in out.items():
+        if "kernel" not in name:
+            print(f"{name:52} {value:.4g}")
+    (ROOT / "build/bench.json").write_text(json.dumps(out, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
