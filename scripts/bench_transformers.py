@@ -102,8 +102,8 @@ def main():
     parser.add_argument("--seq", type=int, required=True, metavar="T")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each run (default 3)")
     parser.add_argument("--data", metavar="FILE", help="uint16 tokens without a header (default: random tokens)")
-    parser.add_argument("--time-limit", type=float, default=150, metavar="SECONDS",
-                        help="start nothing new, and stop what runs, after this time (default 150)")
+    parser.add_argument("--time-limit", type=float, default=170, metavar="SECONDS",
+                        help="start nothing new, and stop what runs, after this time (default 170)")
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
     parser.add_argument("--worker", metavar="RUNS", help=argparse.SUPPRESS)
     o = parser.parse_args()

@@ -1,0 +1,140 @@
+"""olmoe against transformers on PyTorch, on shapes drawn by a seed, both ways:
+
+  their directory -> our logits, routing, losses, gradients, AdamW steps (olmoe verify)
+  our training -> a directory that transformers opens whole, and their logits, losses and gradients from it are ours
+
+Run by `make test-peers`: build/venv/bin/python -m pytest tests/test_peers.py. PEER_SEED repeats a run, PEER_SHAPES sets
+the number of shapes, OLMOE is the FP32 program (default ./olmoe); with OLMOE_BF16, directories that a BF16 program
+writes are opened, too.
+"""
+import array
+import json
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.peers
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+OLMOE = os.path.abspath(os.environ.get("OLMOE", os.path.join(ROOT, "olmoe")))
+PROGRAMS = {"fp32": OLMOE}
+if os.environ.get("OLMOE_BF16"):
+    PROGRAMS["bf16"] = os.path.abspath(os.environ["OLMOE_BF16"])
+SEED = int(os.environ.get("PEER_SEED") or random.SystemRandom().randrange(10**6))
+SHAPES = int(os.environ.get("PEER_SHAPES", 6))
+
+
+def draw(number):
+    """Options of reference.py. The first shapes each hold one special case."""
+    r = random.Random(f"{SEED} {number}")
+    heads, E = r.randint(1, 4), r.randint(2, 12)
+    o = dict(layers=r.randint(1, 3), heads=heads, hidden=heads * r.choice([4, 6, 10, 16]), vocab=r.randint(16, 300),
+             experts=E, topk=r.randint(1, E), width=r.randint(1, 40), batch=r.randint(1, 4), seq=r.randint(2, 70),
+             rope_theta=r.choice([100.0, 10000.0, 500000.0]), rms_norm_eps=r.choice([1e-6, 1e-5, 1e-3]),
+             norm_topk_prob=r.random() < 0.5, ignore=r.choice([0.0, 0.3]), lb_coef=10 ** r.uniform(-3, 0),
+             z_coef=10 ** r.uniform(-3, 0), lr=10 ** r.uniform(-4, -2.5), beta1=r.choice([0.8, 0.9]),
+             beta2=r.choice([0.95, 0.999]), eps=r.choice([1e-8, 1e-5]), weight_decay=r.choice([0.0, 0.1]),
+             grad_clip=r.choice([0.0, 0.3, 1.0]), ce_divisor=r.choice(["valid", "all"]), seed=r.randrange(10**6))
+    special = [dict(topk=1, norm_topk_prob=False), dict(topk=E), dict(seq=1), dict(seq=r.randint(257, 400), batch=1, layers=1),
+               dict(experts=24, topk=2, batch=1, seq=5), dict(experts=1, topk=1)]
+    return {**o, **(special[number] if number < len(special) else {})}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def peers(request):
+    """scripts/reference.py as a module. The seed is printed once, and with every failure."""
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\nPEER_SEED={SEED}: {SHAPES} shapes, {' and '.join(PROGRAMS)} program", flush=True)
+    try:
+        sys.path.insert(0, os.path.join(ROOT, "scripts"))
+        import reference
+    except SystemExit:
+        pytest.fail("test_peers.py needs torch and transformers: run it by `make test-peers`", pytrace=False)
+    for program in PROGRAMS.values():
+        if not os.access(program, os.X_OK):
+            pytest.fail(f"{program} is not there; build it, or name it by OLMOE or OLMOE_BF16", pytrace=False)
+    reference.quiet()
+    return reference
+
+
+def reference_directory(peers, path, options):
+    """PyTorch's own float32 run has to agree with float64 on a shape; where a draw is too close to a tie, the next one is taken."""
+    for attempt in range(5):
+        words = ["--out", str(path), "--seed", str(options["seed"] + attempt)]
+        for key, value in options.items():
+            option = "--" + key.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(option if value else option.replace("--", "--no-", 1))
+            elif key != "seed":
+                words += [option, str(value)]
+        try:
+            peers.main(words)
+            return path
+        except SystemExit:
+            print(f"seed {options['seed'] + attempt} is unfit, drawing again")
+    pytest.fail(f"no fit reference in five draws: {options}", pytrace=False)
+
+
+def olmoe(*words, program=OLMOE):
+    words = [program, *map(str, words)]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, f"PEER_SEED={SEED} {' '.join(words)}: exit {result.returncode}\n{result.stderr}{result.stdout}"
+    return result.stdout
+
+
+def without_gradients(peers, source, path, keep):
+    """The same reference without its gradients, for the tighter limit of logits and losses."""
+    with peers.safe_open(str(source), "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys() if not name.startswith("grad.") and keep(name)}
+        peers.write_safetensors(str(path), tensors, file.metadata())
+    return path
+
+
+@pytest.mark.parametrize("number", range(SHAPES))
+def test_theirs_in_ours(peers, tmp_path, number):
+    options = draw(number)
+    print(f"PEER_SEED={SEED} {json.dumps(options)}")
+    model = reference_directory(peers, tmp_path / "model", options)
+    table = olmoe("verify", "--model", model, "--reference", model / "reference.safetensors")
+    print(table)
+    assert "they agree" in table.splitlines()[-1]
+    losses = without_gradients(peers, model / "reference.safetensors", tmp_path / "losses.safetensors", lambda name: True)
+    olmoe("verify", "--model", model, "--reference", losses, "--rtol", "1e-5")
+
+
+@pytest.mark.parametrize("precision", PROGRAMS)
+@pytest.mark.parametrize("number", range(SHAPES))
+def test_ours_in_theirs(peers, tmp_path, number, precision):
+    import torch
+    options = {**draw(number), "seq": 32}
+    print(f"PEER_SEED={SEED} {json.dumps(options)}")
+    shape = reference_directory(peers, tmp_path / "shape", {**options, "steps": 0})
+    r = random.Random(f"{SEED} {number} tokens")
+    tokens = array.array("H", [r.randrange(options["vocab"]) for _ in range(64 * 32)])
+    (tmp_path / "tokens.npy").write_bytes(tokens.tobytes())
+    olmoe("train", "--config", shape / "config.json", "--data", tmp_path / "tokens.npy", "--steps", 3, "--batch", 2, "--seq", 32,
+          "--lr", 0.01, "--warmup", 0, "--eps", 1e-3, "--peak-tflops", 1, "--seed", options["seed"], "--out", tmp_path / "run",
+          program=PROGRAMS[precision])
+    ours = tmp_path / "run" / "step-00000003"
+
+    model, loading = peers.OlmoeForCausalLM.from_pretrained(ours, output_loading_info=True, local_files_only=True)
+    assert not any(loading.values()), loading
+    assert model.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+    config = peers.OlmoeConfig.from_pretrained(shape)
+    for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_experts",
+                  "num_experts_per_tok", "max_position_embeddings", "rms_norm_eps", "norm_topk_prob", "rope_parameters",
+                  "eos_token_id", "pad_token_id", "tie_word_embeddings"):
+        assert getattr(model.config, field) == getattr(config, field), field
+
+    # Fresh routers choose by small differences: a margin that they reach, and that float32's rounding does not.
+    theirs = reference_directory(peers, tmp_path / "theirs", {
+        **options, "model": ours, "batch": 2, "margin": 0.001})
+    full = theirs / "reference.safetensors"
+    if precision == "fp32":
+        print(olmoe("verify", "--model", ours, "--reference", full))
+    logits = without_gradients(peers, full, tmp_path / "logits.safetensors", lambda name: precision == "fp32" or name != "losses")
+    rtol = ["--rtol", "1e-5"] if precision == "fp32" else []
+    print(olmoe("verify", "--model", ours, "--reference", logits, *rtol, program=PROGRAMS[precision]))
