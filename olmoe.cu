@@ -170,6 +170,17 @@ void join_expert_streams() {
     }
 }
 
+// Copies in the main stream's order. Plain cudaMemcpy and cudaMemset work in the default stream, for which the main stream,
+// being non-blocking, does not wait. `from` may change as soon as copy_to_device returns.
+template <typename T> void copy_to_device(T* to, const T* from, size_t n) {
+    cudaCheck(cudaMemcpyAsync(to, from, n * sizeof(T), cudaMemcpyHostToDevice, main_stream.stream));
+}
+
+template <typename T> void copy_to_host(T* to, const T* from, size_t n) {
+    cudaCheck(cudaMemcpyAsync(to, from, n * sizeof(T), cudaMemcpyDeviceToHost, main_stream.stream));
+    cudaCheck(cudaStreamSynchronize(main_stream.stream));
+}
+
 // ------------------------------------------------------------------------------------------------
 // The model's shape; its files, its data, its tokenizer
 
@@ -1204,8 +1215,8 @@ void olmoe_allocate(Olmoe* m, const OlmoeConfig& config, int B, int T, int recom
         m->grads_memory.allocate("gradients");
         m->optimizer_memory.allocate("optimizer state");
         m->backward_memory.allocate("backward");
-        cudaCheck(cudaMemset(m->m, 0, num_parameters(config) * sizeof(float)));
-        cudaCheck(cudaMemset(m->v, 0, num_parameters(config) * sizeof(float)));
+        cudaCheck(cudaMemsetAsync(m->m, 0, num_parameters(config) * sizeof(float), main_stream.stream));
+        cudaCheck(cudaMemsetAsync(m->v, 0, num_parameters(config) * sizeof(float), main_stream.stream));
     }
     share_activations(m, training);
 
@@ -1220,8 +1231,8 @@ void olmoe_allocate(Olmoe* m, const OlmoeConfig& config, int B, int T, int recom
             sine[(size_t)t * half + j] = (float)sin((double)angle);
         }
     }
-    cudaCheck(cudaMemcpy(m->acts.cosine, cosine.data(), cosine.size() * sizeof(float), cudaMemcpyHostToDevice));
-    cudaCheck(cudaMemcpy(m->acts.sine, sine.data(), sine.size() * sizeof(float), cudaMemcpyHostToDevice));
+    copy_to_device(m->acts.cosine, cosine.data(), cosine.size());
+    copy_to_device(m->acts.sine, sine.data(), sine.size());
 }
 
 void olmoe_free(Olmoe* m) {
@@ -1255,8 +1266,8 @@ void olmoe_load(Olmoe* m, const std::string& dir) {
             narrow.resize(n);
             tensor_to_float(chunk.data(), weights_tensor(weights, i), begin, n);
             for (size_t j = 0; j < n; j++) narrow[j] = (floatX)chunk[j];
-            cudaCheck(cudaMemcpy(parameter_at(m->param_spans, offset), narrow.data(), n * sizeof(floatX), cudaMemcpyHostToDevice));
-            if (m->master) cudaCheck(cudaMemcpy(m->master + offset, chunk.data(), n * sizeof(float), cudaMemcpyHostToDevice));
+            copy_to_device(parameter_at(m->param_spans, offset), narrow.data(), n);
+            if (m->master) copy_to_device(m->master + offset, chunk.data(), n);
         }
     weights_close(&weights);
 }
@@ -1366,9 +1377,9 @@ void index_tokens(Olmoe* m, const int* inputs) {
         if (i == 0 || inputs[tokens[i]] != inputs[tokens[i - 1]]) { touched.push_back(inputs[tokens[i]]); start.push_back(i); }
     start.push_back(m->N);
     m->touched = (int)touched.size();
-    cudaCheck(cudaMemcpy(m->acts.touched, touched.data(), touched.size() * sizeof(int), cudaMemcpyHostToDevice));
-    cudaCheck(cudaMemcpy(m->acts.touched_start, start.data(), start.size() * sizeof(int), cudaMemcpyHostToDevice));
-    cudaCheck(cudaMemcpy(m->acts.touched_tokens, tokens.data(), tokens.size() * sizeof(int), cudaMemcpyHostToDevice));
+    copy_to_device(m->acts.touched, touched.data(), touched.size());
+    copy_to_device(m->acts.touched_start, start.data(), start.size());
+    copy_to_device(m->acts.touched_tokens, tokens.data(), tokens.size());
 }
 
 // layer_forward backwards. dx is the gradient of the residual stream: behind the layer when this is called, before it afterwards.
@@ -1897,7 +1908,7 @@ void spike_window_push(std::vector<double>* window, double x) {
 std::string find_non_finite(Olmoe* m) {
     auto bad = [&](const auto* device, size_t n) {
         std::vector<std::decay_t<decltype(*device)>> host(n);
-        cudaCheck(cudaMemcpy(host.data(), device, n * sizeof(*device), cudaMemcpyDeviceToHost));
+        copy_to_host(host.data(), device, n);
         for (auto x : host) if (!std::isfinite((float)x)) return true;
         return false;
     };
@@ -1925,8 +1936,8 @@ void request_stop(int) { stop_requested = 1; }
 void save_checkpoint(Olmoe* m, const TrainOptions& o, int64_t step, const Json& state) {
     cudaCheck(cudaDeviceSynchronize());
     checkpoint_save(o.out, step, m->config, BF16, [&](State which, size_t offset, size_t count, void* dst) {
-        if (which == State::weights) cudaCheck(cudaMemcpy(dst, parameter_at(m->param_spans, offset), count * sizeof(floatX), cudaMemcpyDeviceToHost));
-        else cudaCheck(cudaMemcpy(dst, (which == State::m ? m->m : which == State::v ? m->v : m->master) + offset, count * sizeof(float), cudaMemcpyDeviceToHost));
+        if (which == State::weights) copy_to_host((floatX*)dst, parameter_at(m->param_spans, offset), count);
+        else copy_to_host((float*)dst, (which == State::m ? m->m : which == State::v ? m->v : m->master) + offset, count);
     }, state, o.tokenizer == "bytes" ? "" : o.tokenizer);
     checkpoint_prune(o.out, (int)o.keep_last, (int)o.keep_every);
 }
@@ -1995,7 +2006,7 @@ void resume(Olmoe* m, const std::string& dir, const TrainOptions& o, DataLoader*
     olmoe_load(m, dir);
     checkpoint_optimizer_read(dir, m->config, BF16, [&](State which, size_t offset, size_t count, const float* src) {
         float* to = which == State::m ? m->m : which == State::v ? m->v : m->master;
-        cudaCheck(cudaMemcpy(to + offset, src, count * sizeof(float), cudaMemcpyHostToDevice));
+        copy_to_device(to + offset, src, count);
     });
 }
 
@@ -2239,7 +2250,7 @@ void verify_tensor(Verify* v, const std::string& name, const std::vector<float>&
 
 std::vector<float> device_floats(const floatX* device, size_t n) {
     std::vector<floatX> host(n);
-    cudaCheck(cudaMemcpy(host.data(), device, n * sizeof(floatX), cudaMemcpyDeviceToHost));
+    copy_to_host(host.data(), device, n);
     return std::vector<float>(host.begin(), host.end());
 }
 
@@ -2360,14 +2371,14 @@ int command_verify(int argc, char** argv) {
         std::vector<float> ref_logits;
         if (logits_ref) {
             std::vector<float> z((size_t)B * T * c.E);
-            cudaCheck(cudaMemcpy(z.data(), m.acts.layers[l].router_logits, z.size() * sizeof(float), cudaMemcpyDeviceToHost));
+            copy_to_host(z.data(), m.acts.layers[l].router_logits, z.size());
             ref_logits = floats(logits_ref);
             verify_tensor(&v, prefix + ".logits", z, ref_logits);
         }
         if (experts_ref) {
             // a rank may differ where the reference's own logits of the two experts are as good as equal
             std::vector<int> ids((size_t)B * T * c.K), ref = ints(experts_ref);
-            cudaCheck(cudaMemcpy(ids.data(), m.acts.layers[l].experts, ids.size() * sizeof(int), cudaMemcpyDeviceToHost));
+            copy_to_host(ids.data(), m.acts.layers[l].experts, ids.size());
             size_t differ = 0, first = 0;
             for (size_t i = 0; i < ids.size(); i++) {
                 if (ref[i] < 0 || ref[i] >= c.E) die("%s: %s.experts holds the id %d, there are %d experts", reference.c_str(), prefix.c_str(), ref[i], c.E);
