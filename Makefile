@@ -206,4 +206,32 @@ RUN_TESTS = $(PYTHON) tests/run.py $(if $(TALLY),--tally $(TALLY))
 
 .PHONY: test test-peers test-ptx test-mutants
 test: olmoe
+	OLMOE=$(BUILD)/olmoe \
 	$(RUN_TESTS) $(filter-out tests/test_peers.py tests/test_ptxrun.py tests/test_mutants.py,$(sort $(wildcard tests/test_*.py))) tests/machine
+
+# Against transformers on PyTorch, in an environment of its own
+build/venv/made: scripts/requirements.txt
+	$(PYTHON) -m venv build/venv
+	build/venv/bin/pip install -q --disable-pip-version-check -r scripts/requirements.txt
+	@touch $@
+.PHONY: venv bench
+venv: build/venv/made
+
+test-peers: build/venv/made
+	$(MAKE) DEVICE=cpu PRECISION=BF16 olmoe
+	$(MAKE) DEVICE=cpu PRECISION=FP32 olmoe
+	OLMOE=build/cpu-fp32/olmoe OLMOE_BF16=build/cpu-bf16/olmoe build/venv/bin/python tests/run.py $(if $(TALLY),--tally $(TALLY)) tests/test_peers.py
+
+# The nvcc-built tests on an emulator of PTX: PTXRUN=FOLDER
+export OLMOE_DATA ?= $(wildcard ../shared/data)
+export PTXRUN ?= $(wildcard ../shared/tools/ptxrun)
+test-ptx: ptx
+	$(RUN_TESTS) tests/test_ptxrun.py
+
+# One-line faults, each of which has to turn a named test red
+test-mutants:
+	$(RUN_TESTS) tests/test_mutants.py
+
+# Times per kernel, matmuls alone, transformers; on an idle machine
+bench: build/venv/made
+	$(PYTHON) scripts/bench.py

@@ -78,6 +78,7 @@ inline void pcg64_seed(Pcg64* g, uint64_t seed) {
     };
     g->increment = word128(4) << 1 | 1;
     g->state = 0;
+    g->spare = 0;
     g->has_spare = false;
     pcg64_next(g);
     g->state += word128(0);

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-OLMOE = os.environ.get("OLMOE", str(ROOT / "olmoe"))
+OLMOE = os.path.abspath(os.environ.get("OLMOE", ROOT / "olmoe"))
 FIXTURES = ROOT / "tests" / "fixtures"
 
 CONFIG = {"architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 3,
