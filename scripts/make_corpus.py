@@ -63,63 +63,53 @@ def capital(text):
 # Words
 
 def words(text):
-    return [w.strip() for w in text.split(",")]
+    return [" ".join(w.split()) for w in text.split(",")]
 
 
-SHE = words("Anna, Bella, Clara, Dora, Ella, Flora, Greta, Hanna, Ida, Julia, Kira, Lina, Mia, Nora, Olga, Rosa, Sara, Tilda, Vera, Wilma")
-HE = words("Adam, Ben, Carl, David, Emil, Felix, Hugo, Ivan, Jonas, Konrad, Leo, Max, Noah, Oscar, Paul, Ralf, Simon, Tom, Victor, Willi")
+SHE = words("Anna, Bella, Clara, Dora, Ella, Flora, Greta, Hanna, Ida, Julia, Kira, Lina, Mia, Nora, Olga, Rosa")
+HE = words("Adam, Ben, Carl, David, Emil, Felix, Hugo, Ivan, Jonas, Konrad, Leo, Max, Noah, Oscar, Paul, Ralf")
 KINDS = words("""fox, mouse, owl, hare, mole, otter, bear, frog, squirrel, badger, duck, goat, robin, beaver, hedgehog, donkey, wolf, deer, raven,
-    lizard, turtle, goose, pony, rabbit, sparrow, snail, cat, dog, camel, monkey, tiger, pigeon, lion, seal, whale, crab, eagle, falcon, parrot,
-    penguin, swan, stork, toad, weasel, spider, cricket, sheep, horse""")
+    lizard, turtle, goose, pony, rabbit, sparrow, snail, cat, dog, camel, monkey, tiger, pigeon""")
 CAST = dict(zip(SHE + HE, KINDS))     # who is what is the same in every story
-TRAITS = words("""small, brave, shy, clever, old, young, lazy, gentle, quiet, merry, proud, curious, hungry, tired, grumpy, friendly, nervous,
-    polite, careful, clumsy, patient, sleepy, noisy, stubborn, lonely, famous, greedy, wise, happy, sad, angry, worried, rich, poor, tall, thin,
-    fat, strong, weak, fast, slow, kind, rude, silly, serious, jolly, timid, bold""")
+TRAITS = words("""small, brave, shy, clever, old, young, lazy, gentle, quiet, merry, proud, curious, hungry, tired, grumpy, friendly, nervous, polite,
+    careful, clumsy, patient, sleepy, noisy, stubborn, lonely, famous, greedy, wise, happy, sad, angry, worried""")
 PLACES = words("""market, mill, lake, forest, harbour, meadow, village, castle, bridge, orchard, river, tower, garden, school, bakery, station,
-    library, theatre, museum, farm, island, valley, beach, cave, desert, swamp, temple, palace, park, quarry, vineyard, lighthouse, canyon,
-    chapel, cottage, factory, fortress, glacier, inn, jungle, kitchen, mountain, prison, square, stadium, tavern, tunnel, zoo""")
+    library, theatre, museum, farm, island, valley, beach, cave, desert, swamp, temple, palace, park, quarry, vineyard, lighthouse""")
 LOOKS = words("""golden, silver, wooden, broken, rusty, tiny, heavy, shiny, dusty, painted, red, blue, green, yellow, black, white, brown, grey,
     purple, orange, round, square, long, short, soft, hard, warm, cold, wet, dry, clean, dirty, cheap, precious, ancient, modern, bent, cracked,
-    empty, hollow, magic, plain, sharp, smooth, sticky, strange, striped, useful, dark, bright, thick, thin, large, narrow, wide, light, sweet,
-    bitter, fresh, rotten, frozen, burnt, hidden, famous""")
-THINGS = words("""key, bell, lantern, crown, drum, ring, clock, boat, mirror, spoon, flute, coin, map, kite, hammer, umbrella, book, hat, cup,
-    basket, coat, letter, ball, lamp, chair, bag, knob, table, rope, wheel, candle, ladder, bottle, button, pencil, blanket, bucket, shovel,
-    needle, violin, trumpet, puppet, statue, ticket, carpet, pillow, kettle, helmet, shield, anchor, cart, feather, pebble, ribbon, mask,
-    glove, boot, whistle, magnet, marble, telescope, wagon, barrel, bracelet, broom, cage, chain, curtain, diamond, door, engine, fork, guitar,
-    harp, jacket, jug, lid, medal, necklace, oar, pipe, plate, purse, quilt, rug, saddle, sail, shell, shirt, sock, sword, tent, towel, vase,
-    wallet, window""")
-SPOTS = words("""fence, well, oak, rock, gate, barn, stove, bench, hedge, wall, statue, fountain, haystack, chimney, window, door, roof, bush,
-    pond, stable, cupboard, tent, wagon, stage, ladder, altar, tomb, ditch, stump, counter, piano, sofa""")
+    empty, hollow""")
+THINGS = words("""key, bell, lantern, crown, drum, ring, clock, boat, mirror, spoon, flute, coin, map, kite, hammer, umbrella, book, hat, cup, basket,
+    coat, letter, ball, lamp, chair, bag, knob, table, rope, wheel, candle, ladder, bottle, button, pencil, blanket, bucket, shovel, needle, violin,
+    trumpet, puppet, statue, ticket, carpet, pillow, kettle, helmet, shield, anchor, cart, feather, pebble, ribbon, mask, glove""")
+SPOTS = words("""fence, well, oak, rock, gate, barn, stove, bench, hedge, wall, statue, fountain, haystack, chimney, window, door, roof, bush, pond,
+    stable, cupboard, tent, wagon, stage""")
 WHERE = words("under, behind, beside, near, above, below, inside, opposite")
 STUFF = words("""clay, straw, brick, leather, sand, paper, glass, wool, copper, snow, moss, cotton, rope, oak, stone, mud, iron, silk, bone, wax, ice,
-    cork, pine, linen, gold, silver, amber, chalk, salt, soap, sugar, steel""")
+    cork, pine, linen""")
 FOODS = words("""apples, pears, eggs, plums, lemons, onions, cakes, tomatoes, cherries, nuts, beans, carrots, figs, grapes, melons, pies, rolls,
-    cookies, berries, olives, peaches, turnips, waffles, potatoes, dates, limes, peas, leeks, mushrooms, noodles, pancakes, sausages, shrimps,
-    snails, tarts, almonds, bananas, crabs, dumplings, radishes""")
+    cookies, berries, olives, peaches, turnips, waffles, potatoes, dates, limes, peas, leeks, mushrooms, noodles, pancakes, sausages""")
 FEEL = words("""glad, sad, proud, angry, afraid, bored, calm, cheerful, confused, jealous, sleepy, surprised, thirsty, thankful, upset, worried,
-    amused, ashamed, curious, dizzy, eager, furious, guilty, hopeful, lonely, lucky, nervous, pleased, relaxed, restless, sick, tired""")
-MOVES = words("""walked, ran, crept, marched, hurried, wandered, rode, sailed, danced, climbed, limped, strolled, travelled, jumped, swam, drove,
-    raced, crawled, floated, flew, rolled, skated, sneaked, stumbled""")
-FINDS = words("""found, saw, hid, dropped, noticed, buried, picked up, bought, sold, lost, painted, cleaned, broke, mended, borrowed, stole,
-    burned, caught, drew, kicked, opened, polished, traded, washed""")
+    amused, ashamed, curious, dizzy""")
+MOVES = words("walked, ran, crept, marched, hurried, wandered, rode, sailed, danced, climbed, limped, strolled, travelled, jumped, swam, drove")
+FINDS = words("""found, saw, hid, dropped, noticed, buried, picked up, bought, sold, lost, painted, cleaned, broke, mended, borrowed, stole, burned,
+    caught, drew, kicked""")
 HOW = words("""slowly, quickly, loudly, quietly, bravely, sadly, gladly, politely, carefully, suddenly, kindly, proudly, softly, angrily, calmly,
-    shyly, boldly, coldly, eagerly, firmly, gently, happily, lazily, nervously, patiently, rudely, sleepily, sternly, sweetly, warmly, weakly, wisely""")
-TIMES = words("""one morning, after lunch, at noon, the next day, before sunrise, late at night, on Monday, on Friday, on Sunday, in spring,
-    in summer, in autumn, in winter, a week later, at midnight, that evening, in May, at dawn, in June, one day, after work, long ago, at sunset, in March""")
+    shyly, boldly, coldly, eagerly, firmly, gently, happily, lazily, nervously""")
+TIMES = words("""one morning, after lunch, at noon, the next day, before sunrise, late at night, on Monday, on Friday, on Sunday, in spring, in
+    summer, in autumn, in winter, a week later, at midnight, that evening, in May, at dawn, in June, one day, after work, long ago, at sunset, in
+    March""")
 WHEN = words("""today, tomorrow, tonight, on Monday, on Tuesday, on Friday, on Sunday, next week, in May, at noon, after work, before lunch,
     in June, soon, at dawn, next year""")
 STORMS = words("storm, breeze, cloud, fog, blizzard, shower, flood, whirlwind")
 JOBS = words("""baker, farmer, tailor, fisher, florist, potter, smith, printer, teacher, doctor, painter, singer, pilot, judge, carpenter, gardener,
-    miller, sailor, cook, dentist, nurse, writer, dancer, barber, king, queen, pirate, soldier, wizard, witch, knight, clown, banker, butcher,
-    captain, hunter, lawyer, mason, monk, porter""")
-TASKS = words("""mend, paint, sell, clean, buy, find, hide, fetch, carry, open, borrow, draw, drop, move, measure, wrap, burn, polish, weigh, wash,
-    lend, bury, count, trade""")
+    miller, sailor, cook, dentist, nurse, writer, dancer, barber, king, queen, pirate, soldier""")
+TASKS = words("mend, paint, sell, clean, buy, find, hide, fetch, carry, open, borrow, draw, drop, move, measure, wrap, burn, polish, weigh, wash")
 NUMBERS = words("no, one, two, three, four, five, six, seven, eight, nine, ten")
 FAMILY = words("brother, sister, mother, father, uncle, aunt, cousin, friend")
 
 
 def a(text):
-    return ("an " if text[0] in "aeiou" and not text.startswith("useful") else "a ") + text
+    return ("an " if text[0] in "aeiou" else "a ") + text
 
 
 class Phrases:
