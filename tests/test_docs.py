@@ -8,6 +8,7 @@ is meant where it occurs more than once, or a piece of code that occurs on one l
 import math
 import re
 import sys
+from collections import namedtuple
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,9 +55,12 @@ def find(lines, name):
     return found[0] + 1
 
 
-def check_line_links(root):
-    """Every link to a line: (document, its line, name, target, number that stands there, right number or None, what is wrong)."""
-    rows = []
+# A link: where it is, what it says, the right number (None where there is none), and what is wrong ("" where nothing is)
+LineLink = namedtuple("LineLink", "document at name target number right wrong")
+
+
+def line_links(root):
+    links = []
     for document in documents(root):
         text = prose(document.read_text())
         for match in LINE_LINK.finditer(text):
@@ -68,24 +72,25 @@ def check_line_links(root):
                     wrong = f"stands on line {right}, not {number}; run: python3 tests/test_docs.py --fix"
             except (OSError, ValueError) as error:
                 wrong = str(error)
-            rows.append((document, text.count("\n", 0, match.start()) + 1, name, target, number, right, wrong))
-    return rows
+            at = f"{document.relative_to(root)}:{text.count(chr(10), 0, match.start()) + 1}"
+            links.append(LineLink(document, at, name, target, number, right, wrong))
+    return links
 
 
 def fix(root):
-    rows = check_line_links(root)
-    unclear = [row for row in rows if row[5] is None]
-    for document, line, name, target, _, _, wrong in unclear:
-        print(f"{document.relative_to(root)}:{line}: `{name}` in {target}: {wrong}", file=sys.stderr)
+    links = line_links(root)
+    unclear = [link for link in links if link.right is None]
+    for link in unclear:
+        print(f"{link.at}: `{link.name}` in {link.target}: {link.wrong}", file=sys.stderr)
     if unclear:
         return 1
     for document in documents(root):
         text = document.read_text()
-        numbers = {(name, target): right for where, _, name, target, _, right, _ in rows if where == document}
+        numbers = {(link.name, link.target): link.right for link in links if link.document == document}
         fixed = LINE_LINK.sub(lambda m: f"[`{m[1]}`]({m[2]}#L{numbers.get((m[1], m[2]), m[3])})", text)
         if fixed != text:
             document.write_text(fixed)
-    print(f"{len(rows)} links to lines, {sum(row[4] != row[5] for row in rows)} changed")
+    print(f"{len(links)} links to lines, {sum(link.number != link.right for link in links)} changed")
     return 0
 
 
@@ -93,9 +98,9 @@ def fix(root):
 # Tests
 
 def test_links_to_lines():
-    rows = check_line_links(ROOT)
-    assert any(row[0].name == "tour.md" for row in rows)
-    wrong = [f"{row[0].relative_to(ROOT)}:{row[1]}: `{row[2]}` in {row[3]}: {row[6]}" for row in rows if row[6]]
+    links = line_links(ROOT)
+    assert {"tour.md", "derivations.md"} <= {link.document.name for link in links}
+    wrong = [f"{link.at}: `{link.name}` in {link.target}: {link.wrong}" for link in links if link.wrong]
     assert not wrong, "\n".join(wrong)
 
 
@@ -209,12 +214,12 @@ def test_fix_writes_the_lines_of_definitions(tmp_path, capsys):
     (tmp_path / "a.cu").write_text(SOURCE)
     page = tmp_path / "docs" / "page.md"
     page.write_text(PAGE)
-    assert [bool(row[6]) for row in check_line_links(tmp_path)] == [True] * 5
+    assert [bool(link.wrong) for link in line_links(tmp_path)] == [True] * 5
     assert fix(tmp_path) == 0
     assert re.findall(r"L(\d+)\)", page.read_text()) == ["5", "10", "7", "1", "2", "3"]     # not in the code block
-    assert not any(row[6] for row in check_line_links(tmp_path))
+    assert not any(link.wrong for link in line_links(tmp_path))
     (tmp_path / "a.cu").write_text("\n\n" + SOURCE)
-    assert all(row[6] for row in check_line_links(tmp_path))
+    assert all(link.wrong for link in line_links(tmp_path))
     assert fix(tmp_path) == 0
     assert re.findall(r"L(\d+)\)", page.read_text()) == ["7", "12", "9", "1", "4", "5"]
     capsys.readouterr()
