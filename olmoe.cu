@@ -340,9 +340,12 @@ __global__ void rmsnorm_backward_weight_kernel(float* partial, const floatX* dy,
     size_t begin = N * slab / slabs, end = N * (slab + 1) / slabs;
     for (int column = lane; column < C; column += CHUNK) {
         float sum[PER_LANE] = {};
-        for (size_t row = begin; row < end; row++)
+        for (size_t row = begin; row < end; row++) {
+            const floatX *g = dy + row * C, *in = x + row * C;
+            float scale = r[row];
             for (int c = 0; c < PER_LANE; c++)
-                if (column + c * WARP < C) sum[c] += (float)dy[row * C + column + c * WARP] * (float)x[row * C + column + c * WARP] * r[row];
+                if (column + c * WARP < C) sum[c] += (float)g[column + c * WARP] * (float)in[column + c * WARP] * scale;
+        }
         for (int c = 0; c < PER_LANE; c++)
             if (column + c * WARP < C) partial[slab * C + column + c * WARP] = sum[c];
     }
@@ -434,8 +437,9 @@ __global__ void qk_norm_backward_weight_kernel(float* partial, const float* dqkv
             for (size_t row = begin; row < end; row++) {
                 const float* dy = dqkv32 + row * 3 * C + part * C;
                 const floatX* x = qkv + row * 3 * C + part * C;
+                float scale = r[row * 2 + part];
                 for (int c = 0; c < PER_LANE; c++)
-                    if (column + c * WARP < C) sum[c] += dy[column + c * WARP] * (float)x[column + c * WARP] * r[row * 2 + part];
+                    if (column + c * WARP < C) sum[c] += dy[column + c * WARP] * (float)x[column + c * WARP] * scale;
             }
             for (int c = 0; c < PER_LANE; c++)
                 if (column + c * WARP < C) partial[(part * slabs + slab) * C + column + c * WARP] = sum[c];
