@@ -1,0 +1,80 @@
+"""test_olmoe.cu in every build of the CPU machine: each kernel and the model against float64, PyTorch's numbers and finite
+differences; with threads in another order the same bits; with the address and undefined-behaviour sanitizers.
+
+    python3 -m pytest tests/test_kernels.py
+"""
+import os
+import re
+import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# The thousands of evaluations of the finite differences are for the fast machine.
+SHORT = ("--without", "gradient")
+
+# name: (folder under build/, options of make, arguments of the program, environment)
+RUNS = {
+    "fast FP32": ("cpu-fp32", (), (), {}),
+    "fast BF16": ("cpu-bf16", ("PRECISION=BF16",), (), {}),
+    "fast FP32, 2 threads": ("cpu-fp32", (), SHORT, {"OMP_NUM_THREADS": "2"}),
+    "fast FP32, 2 threads, again": ("cpu-fp32", (), SHORT, {"OMP_NUM_THREADS": "2"}),
+    **{f"strict FP32, seed {seed}": ("cpu-fp32-strict", ("STRICT=1",), SHORT, {"CUDA_SEED": str(seed)}) for seed in range(1, 6)},
+    **{f"strict BF16, seed {seed}": ("cpu-bf16-strict", ("PRECISION=BF16", "STRICT=1"), (), {"CUDA_SEED": str(seed)}) for seed in (1, 2)},
+    "address sanitizer": ("cpu-fp32-strict-address", ("SANITIZE=address",), SHORT, {}),
+    "undefined-behaviour sanitizer": ("cpu-fp32-strict-undefined", ("SANITIZE=undefined",), SHORT, {}),
+}
+# Runs that must give the same bits
+EQUAL = {
+    "fast": [name for name in RUNS if "2 threads" in name],
+    "strict FP32": [name for name in RUNS if name.startswith("strict FP32")],
+    "strict BF16": [name for name in RUNS if name.startswith("strict BF16")],
+}
+
+locks = {folder: threading.Lock() for folder, *_ in RUNS.values()}
+# What a make that called this one was told is not meant for the builds here.
+clean = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "CUDA_SEED")}
+
+
+def build_and_run(name):
+    folder, options, arguments, environment = RUNS[name]
+    with locks[folder]:
+        made = subprocess.run(["make", "-s", "DEVICE=cpu", *options, f"build/{folder}/test_olmoe"], cwd=ROOT, env=clean, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    return subprocess.run([f"build/{folder}/test_olmoe", *arguments], cwd=ROOT, env={**clean, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def runs(request):
+    """What the chosen tests need, name -> future, with as many at work as there are cores."""
+    needed = []
+    for item in request.session.items:
+        if item.fspath == request.node.fspath:
+            needed += [item.callspec.params["name"]] if "name" in item.callspec.params else EQUAL[item.callspec.params["group"]]
+    needed.sort(key=lambda name: -len(RUNS[name][0]))          # the sanitizers' builds take longest
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        first = {}
+        for name in needed:                                    # one of each build before the others that wait for it
+            first.setdefault(RUNS[name][0], name)
+        yield {name: pool.submit(build_and_run, name) for name in dict.fromkeys([*first.values(), *needed])}
+
+
+def result(runs, name):
+    done = runs[name].result()
+    last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
+    failures = "\n".join(line for line in done.stdout.splitlines() if line.endswith("FAILED"))
+    assert done.returncode == 0 and re.fullmatch(r"[1-9]\d* passed, 0 failed", last), f"{name}: exit code {done.returncode}, {last}\n{failures}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_olmoe(runs, name):
+    result(runs, name)
+
+
+@pytest.mark.parametrize("group", EQUAL)
+def test_same_bits(runs, group):
+    sums = {name: re.search(r"^checksum ([0-9a-f]{16})$", result(runs, name), re.M).group(1) for name in EQUAL[group]}
+    assert len(sums) >= 2 and len(set(sums.values())) == 1, sums
