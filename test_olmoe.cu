@@ -628,9 +628,9 @@ static void test_experts() {
         experts_backward(d_dx, d_dw_gate_up, d_dw_down, d_dweights, dh, weighted_h, dgate_up, dy, rows, gate_up, d_weights, assignment_of,
                          d_w_gate_up, d_w_down, counts.data(), (int)R, E, C, F);
         Ints row = row_of.ints();
-        auto by_assignment = [&](const Vec& v) {
+        auto by_assignment = [&row](const Vec& v) {
             Vec sorted(v.size());
-            for (size_t a = 0; a < R; a++) std::copy(v.begin() + row[a] * C, v.begin() + (row[a] + 1) * C, sorted.begin() + a * C);
+            for (size_t a = 0, width = v.size() / row.size(); a < row.size(); a++) std::copy(v.begin() + row[a] * width, v.begin() + (row[a] + 1) * width, sorted.begin() + a * width);
             return sorted;
         };
         // Rounded on the way: gate and up, h (twice felt, in its two factors), y; dh, dgate and dup, dx
