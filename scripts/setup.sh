@@ -3,7 +3,7 @@
 # apt-get it prints the list and stops. Installs nothing when nothing is missing.
 set -eu
 
-packages="g++ perl-base libdnnl-dev nlohmann-json3-dev zlib1g-dev python3 python3-pytest python3-matplotlib python3-venv xz-utils"
+packages="g++ perl-base libdnnl-dev nlohmann-json3-dev zlib1g-dev python3 python3-pytest python3-matplotlib python3-venv xz-utils libzstd-dev"
 
 if ! command -v apt-get >/dev/null || ! command -v dpkg-query >/dev/null; then
     cat >&2 <<END
