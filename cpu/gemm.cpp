@@ -93,12 +93,12 @@ static Product make_product(const Gemm& g) {
 }
 
 static void run_product(const Gemm& g, const void* A, const void* B, void* C) {
-    // oneDNN divides a primitive's work over threads when it is made, so those of a parallel region are their own.
-    typedef std::tuple<bool, bool, bool, int, int, int, int, int, int, float, float, int> Key;
+    // oneDNN divides a primitive's work over threads when it is made.
+    typedef std::tuple<int, bool, bool, int, int, int, int, int, int, float, float, int> Key;
     static std::map<Key, Product> cache;
     static std::mutex mutex;
     static thread_local dnnl::stream stream(engine());
-    Key key(omp_in_parallel(), g.transa, g.transb, g.m, g.n, g.k, g.lda, g.ldb, g.ldc, g.alpha, g.beta, g.typeC);
+    Key key(omp_in_parallel() ? 1 : omp_get_max_threads(), g.transa, g.transb, g.m, g.n, g.k, g.lda, g.ldb, g.ldc, g.alpha, g.beta, g.typeC);
     Product p;
     {
         std::lock_guard<std::mutex> lock(mutex);
@@ -164,6 +164,10 @@ void run_gemm(const Gemm& g) {
         if (g.typeC == CUDA_R_32F) scale<float>(g); else scale<__nv_bfloat16>(g);
         return;
     }
+    // Below some 10 microseconds of work, waking the other threads takes longer than doing without them.
+    int threads = omp_get_max_threads();
+    bool alone = flops(g) < 4e6 && threads > 1 && !omp_in_parallel();
+    if (alone) omp_set_num_threads(1);
     // One product at a time: oneDNN's own batches have no fast code for heads that lie side by side in a row.
     auto run = [&](int b) {
         char *A = (char*)g.A + b * g.strideA * (long long)bytes_of(g.typeAB), *B = (char*)g.B + b * g.strideB * (long long)bytes_of(g.typeAB);
@@ -177,4 +181,5 @@ void run_gemm(const Gemm& g) {
     } else {
         for (int b = 0; b < g.batch; b++) run(b);
     }
+    if (alone) omp_set_num_threads(threads);
 }

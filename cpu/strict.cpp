@@ -17,6 +17,7 @@
 #include <algorithm>
 #include <deque>
 #include <memory>
+#include <omp.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -84,7 +85,7 @@ constexpr unsigned char POISON = 0xff;
 struct Allocation {
     char *begin, *pages, *end_pages;
     size_t bytes;
-    bool freed;
+    bool freed, open;                   // open: may be touched now
 };
 struct Arena {
     const char* kind;
@@ -94,15 +95,18 @@ struct Arena {
 };
 static Arena device{"device", nullptr, nullptr, nullptr, {}}, pinned{"pinned host", nullptr, nullptr, nullptr, {}};
 static bool locked = true;
+static std::vector<uint32_t> opened;
 
 static void protect(const Allocation& a, int protection) {
     if (mprotect(a.pages, (size_t)(a.end_pages - a.pages), protection) != 0) { perror("mprotect"); abort(); }
 }
-static void lock_device(bool lock) {
-    if (lock == locked) return;
-    locked = lock;
-    for (const Allocation& a : device.all)
-        if (!a.freed) protect(a, lock ? PROT_NONE : PROT_READ | PROT_WRITE);
+// While device work runs, an allocation is opened when it is first touched (in on_fault): most are not.
+static void lock_device() {
+    locked = true;
+    if (opened.empty()) return;
+    for (uint32_t i : opened) device.all[i].open = false;
+    opened.clear();
+    if (mprotect(device.begin, (size_t)(device.next - device.begin), PROT_NONE) != 0) { perror("mprotect"); abort(); }
 }
 
 // The last allocation that begins at or before p, or the first one.
@@ -110,6 +114,15 @@ static const Allocation* nearest(const Arena& arena, const void* p) {
     if (arena.all.empty()) return nullptr;
     auto after = std::upper_bound(arena.all.begin(), arena.all.end(), (const char*)p, [](const char* address, const Allocation& a) { return address < a.pages; });
     return after == arena.all.begin() ? &*after : &*(after - 1);
+}
+
+static bool open_allocation(const void* p) {
+    Allocation* a = locked || !device.holds(p) ? nullptr : (Allocation*)nearest(device, p);
+    if (!a || a->freed || a->open || (char*)p < a->pages || (char*)p >= a->end_pages) return false;
+    protect(*a, PROT_READ | PROT_WRITE);
+    a->open = true;
+    opened.push_back((uint32_t)(a - device.all.data()));
+    return true;
 }
 
 static const char* describe(const void* address) {
@@ -139,15 +152,16 @@ static cudaError_t allocate(Arena& arena, void** pointer, size_t bytes) {
     if (bytes == 0) return cudaSuccess;
     size_t rounded = (bytes + 15) / 16 * 16, size = (rounded + PAGE - 1) / PAGE * PAGE;
     if (bytes > (size_t)(arena.end - arena.next) || size + GUARD > (size_t)(arena.end - arena.next)) return cudaErrorMemoryAllocation;
-    Allocation a{arena.next + size - rounded, arena.next, arena.next + size, bytes, false};
+    Allocation a{arena.next + size - rounded, arena.next, arena.next + size, bytes, false, &arena == &pinned};
     protect(a, PROT_READ | PROT_WRITE);
     memset(a.pages, POISON, size);
 #ifdef __SANITIZE_ADDRESS__
     ASAN_POISON_MEMORY_REGION(a.pages, a.begin - a.pages);
     ASAN_POISON_MEMORY_REGION(a.begin + bytes, a.end_pages - a.begin - bytes);
 #endif
-    if (&arena == &device && locked) protect(a, PROT_NONE);
+    if (&arena == &device) protect(a, PROT_NONE);
     arena.all.push_back(a);
+    opened.reserve(device.all.capacity());          // the handler of faults must not allocate
     arena.next += size + GUARD;
     *pointer = a.begin;
     return cudaSuccess;
@@ -168,7 +182,7 @@ static void check_slack() {
 #ifndef __SANITIZE_ADDRESS__        // which sees each access to them
     for (Arena* arena : {&device, &pinned})
         for (const Allocation& a : arena->all) {
-            if (a.freed) continue;
+            if (a.freed || !a.open) continue;
             char* from = std::max(a.pages, a.begin - CHECKED);
             for (char* p = from; p < a.begin; p++)
                 if (*p != (char)POISON) report("overwritten: %s", describe(p));
@@ -286,6 +300,7 @@ static void on_fault(int signal_number, siginfo_t* info, void* context) {
     (void)context;
 #endif
     const void* p = info->si_addr;
+    if (open_allocation(p)) return;
     if (running_kernel && p >= current_fiber->stack - PAGE && p < current_fiber->stack)
         report("a thread needs more than the %zu bytes of its stack", STACK);
     if (running_kernel || running_call) report("invalid %s: %s", access, describe(p));
@@ -306,7 +321,7 @@ static void on_fault(int signal_number, siginfo_t* info, void* context) {
 
 struct Thread {
     Fiber* fiber;                        // where it waits; null: has not begun
-    bool done, waiting;
+    bool waiting;
     Collective kind;
     unsigned mask;
     int lane_asked;                      // or xored
@@ -314,7 +329,14 @@ struct Thread {
     void* tsan;
 };
 constexpr int WARP_LANES = 32;
+struct Warp {
+    unsigned lanes, done, waiting;       // bits of those that exist, have returned, wait
+    bool uniform;                        // all that wait do so for `kind` and `mask`: nearly always
+    Collective kind;
+    unsigned mask;
+};
 static std::vector<Thread> threads;
+static std::vector<Warp> warps;
 static std::vector<int> ready;
 static int current, unfinished, handed_over;
 static const std::function<void()>* body;
@@ -352,21 +374,18 @@ static void describe_warp(int warp, char* text, size_t size) {
             if (threads[i].waiting && threads[i].kind == kind) { lanes |= 1u << (i - first); mask = threads[i].mask; }
         if (lanes && n < size) n += (size_t)snprintf(text + n, size - n, "; lanes %08x wait in %s with mask %08x", lanes, names[kind], mask);
     }
-    unsigned done = 0;
-    for (int i = first; i < last; i++) if (threads[i].done) done |= 1u << (i - first);
-    if (done && n < size) snprintf(text + n, size - n, "; lanes %08x have returned", done);
+    if (warps[warp].done && n < size) snprintf(text + n, size - n, "; lanes %08x have returned", warps[warp].done);
 }
 
 // Lets the lanes go on that wait for each other under `mask`, if all of them have come. Those that returned are not waited for.
 static void try_complete(int warp, unsigned mask) {
     int first = warp * WARP_LANES;
-    unsigned here = 0;
-    for (int lane = 0; lane < WARP_LANES && first + lane < (int)threads.size(); lane++) {
-        if (!(mask >> lane & 1)) continue;
-        Thread& t = threads[first + lane];
-        if (t.waiting && t.mask == mask) here |= 1u << lane;
-        else if (!t.done) return;
-    }
+    Warp& w = warps[warp];
+    unsigned here = w.waiting & mask;
+    if (!w.uniform)
+        for (int lane = 0; lane < WARP_LANES; lane++)
+            if ((here >> lane & 1) && threads[first + lane].mask != mask) here &= ~(1u << lane);
+    if (mask & w.lanes & ~w.done & ~here) return;
     for (int lane = 0; lane < WARP_LANES; lane++) {
         if (!(here >> lane & 1)) continue;
         Thread& t = threads[first + lane];
@@ -386,6 +405,7 @@ static void try_complete(int warp, unsigned mask) {
             threads[first + lane].waiting = false;
             ready.push_back(first + lane);
         }
+    w.waiting &= ~here;
 #if defined(CUDA_TSAN)
     warp_turn[warp] ^= 1;
 #endif
@@ -430,11 +450,10 @@ static void work() {
 #else
         (*body)();
 #endif
-        Thread& t = threads[current];
-        t.done = true;
         unfinished--;
         int warp = current / WARP_LANES, first = warp * WARP_LANES;
-        for (int i = first; i < first + WARP_LANES && i < (int)threads.size(); i++)
+        warps[warp].done |= 1u << (current - first);
+        for (int i = first; warps[warp].waiting && i < first + WARP_LANES && i < (int)threads.size(); i++)
             if (threads[i].waiting) try_complete(warp, threads[i].mask);
     }
 }
@@ -462,16 +481,27 @@ uint64_t exchange(Collective kind, unsigned mask, uint64_t value, int lane_asked
     int me = current, warp = me / WARP_LANES, first = warp * WARP_LANES, lane = me - first;
     Thread& t = threads[me];
     if (!(mask >> lane & 1)) report("lane %d calls a warp function whose mask %08x leaves it out", lane, mask);
-    for (int i = 0; i < WARP_LANES && first + i < (int)threads.size(); i++) {
-        const Thread& other = threads[first + i];
-        bool meets = (mask >> i & 1) || (other.mask >> lane & 1);
-        if (other.waiting && meets && (other.mask != mask || other.kind != kind)) {
-            char text[512];
-            describe_warp(warp, text, sizeof text);
-            report("lane %d calls %s with mask %08x, but lanes that it names wait elsewhere%s", lane,
-                   kind == SYNCWARP ? "__syncwarp" : kind == SHFL ? "__shfl_sync" : "__shfl_xor_sync", mask, text);
+    Warp& w = warps[warp];
+    bool same = w.uniform && w.kind == kind && w.mask == mask;
+    if (w.waiting == 0) {
+        w.uniform = same = true;
+        w.kind = kind;
+        w.mask = mask;
+    }
+    if (!same) {
+        w.uniform = false;
+        for (int i = 0; i < WARP_LANES && first + i < (int)threads.size(); i++) {
+            const Thread& other = threads[first + i];
+            bool meets = (mask >> i & 1) || (other.mask >> lane & 1);
+            if (other.waiting && meets && (other.mask != mask || other.kind != kind)) {
+                char text[512];
+                describe_warp(warp, text, sizeof text);
+                report("lane %d calls %s with mask %08x, but lanes that it names wait elsewhere%s", lane,
+                       kind == SYNCWARP ? "__syncwarp" : kind == SHFL ? "__shfl_sync" : "__shfl_xor_sync", mask, text);
+            }
         }
     }
+    w.waiting |= 1u << lane;
     t.waiting = true;
     t.kind = kind;
     t.mask = mask;
@@ -525,6 +555,8 @@ static void run_kernel(const char* name, dim3 grid, dim3 block, const std::funct
     for (uint32_t b : order) {
         blockIdx = {b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y};
         threads.assign((size_t)size, Thread());
+        warps.assign((size_t)(size + WARP_LANES - 1) / WARP_LANES, Warp());
+        for (int i = 0; i < size; i++) warps[i / WARP_LANES].lanes |= 1u << i % WARP_LANES;
         ready.resize((size_t)size);
         for (int i = 0; i < size; i++) ready[i] = i;
         unfinished = size;
@@ -598,6 +630,7 @@ Start::Start() {
     action.sa_flags = SA_SIGINFO | SA_ONSTACK;
     sigaction(SIGSEGV, &action, nullptr);
     sigaction(SIGBUS, &action, nullptr);
+    omp_set_num_threads(1);                 // for oneDNN: the products of tests are too small for more
     streams.emplace_back(new CUstream_st);
     fibers.reserve(1025);                   // not to be moved by a fiber: TSan sees memmove
     idle.reserve(1025);
@@ -632,7 +665,7 @@ static bool blocked(const CUstream_st* s) { return s->queue.front().after && s->
 // slow), or whatever else may run first (other streams are fast), or any order between.
 static void run_until(CUstream_st* stream, uint64_t position) {
     if (stream->completed >= position) return;
-    lock_device(false);
+    locked = false;
     uint32_t manner = random_below(3);
     while (stream->completed < position) {
         CUstream_st* next = stream;
@@ -646,7 +679,7 @@ static void run_until(CUstream_st* stream, uint64_t position) {
         if (work.run) work.run();
         next->completed++;
     }
-    lock_device(true);
+    lock_device();
 }
 static void run_all() {
     for (size_t i = 0, start = random_below((uint32_t)streams.size()); i < streams.size(); i++) {
