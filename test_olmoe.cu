@@ -599,9 +599,10 @@ static void test_dispatch() {
     }
 }
 
-// Through dispatch and combine, so that the twin needs to know nothing of the order of rows
-static void test_experts() {
-    struct { int N, K, E, C, F; bool one; } shapes[] = {{1, 1, 1, 1, 1, false}, {9, 2, 5, 13, 9, false}, {21, 3, EXPERT_STREAMS + 3, 24, 33, false}, {17, 1, 6, 10, 40, true}};
+struct ExpertsShape { int N, K, E, C, F; bool one; };
+
+// Through dispatch and gather, so that the twin needs to know nothing of the order of rows
+static void check_experts(const std::vector<ExpertsShape>& shapes) {
     for (auto& [N, K, E, C, F, one] : shapes) {
         size_t R = (size_t)N * K;
         std::string name = text("experts N %d K %d E %d C %d F %d%s ", N, K, E, C, F, one ? " all to one" : "");
@@ -642,6 +643,12 @@ static void test_experts() {
         check(name + "dweights", d_dweights.get(), dweights, roundings(4, t));
     }
 }
+
+static void test_experts() { check_experts({{9, 2, 5, 14, 10, false}, {21, 3, EXPERT_STREAMS + 3, 24, 34, false}, {17, 1, 6, 10, 40, true}}); }
+
+// Of odd width: matrices of neighbouring experts, which different streams work on, meet inside a word of 4 bytes in bf16. That
+// is right, but a tool that looks for races word by word would complain, and leaves these tests out.
+static void test_experts_odd_width() { check_experts({{1, 1, 1, 1, 1, false}, {9, 2, 5, 13, 9, false}, {21, 3, EXPERT_STREAMS + 3, 24, 33, false}}); }
 
 static void test_swiglu() {
     int shapes[][2] = {{1, 1}, {6, 7}, {40, 2 * WARP + 3}};
@@ -1213,16 +1220,9 @@ static void check_grads(const std::string& name, const OlmoeConfig& c, const Vec
 
 // Shapes at the edges of what a config allows, against the twin. FP32: the bars of the fixtures. BF16: an element has passed
 // through some 12 roundings a layer forward and as many backward, and a few behind the layers.
-static void model_shapes() {
-    struct { int L, C, H, V, E, K, F, B, T; bool normalize, one_token; } shapes[] = {
-        {2, 12, 2, 23, 4, 2, 10, 2, 7, false, false},
-        {1, 10, 1, 17, 3, 1, 7, 1, 9, false, false},
-        {2, 6, 3, 11, 3, 3, 5, 2, 4, true, false},
-        {1, 8, 2, 9, 5, 2, 3, 1, 1, true, false},               // T = 1
-        {1, 4, 2, 5, 1, 1, 1, 3, 2, false, false},              // E = 1
-        {2, 12, 2, 23, 6, 1, 10, 1, 9, false, true},            // all tokens to one expert, five without any
-        {1, 4, 1, 7, 2, 1, 3, 1, ATTENTION_BLOCK + 3, false, false},
-    };
+struct ModelShape { int L, C, H, V, E, K, F, B, T; bool normalize, one_token; };
+
+static void check_models(const std::vector<ModelShape>& shapes) {
     for (auto& s : shapes) {
         std::string name = text("model L %d C %d H %d V %d E %d K %d F %d B %d T %d%s ", s.L, s.C, s.H, s.V, s.E, s.K, s.F, s.B, s.T, s.normalize ? " normalized" : "");
         OlmoeConfig c = model_shape(s.L, s.C, s.H, s.V, s.E, s.K, s.F);
@@ -1245,6 +1245,20 @@ static void model_shapes() {
         else check_grads(name, c, got.grads, want.grads, 1e-4);
     }
 }
+
+static void model_shapes() {
+    check_models({
+        {2, 12, 2, 23, 4, 2, 10, 2, 7, false, false},
+        {1, 10, 1, 17, 3, 1, 8, 1, 9, false, false},            // K = 1
+        {2, 6, 3, 11, 3, 3, 6, 2, 4, true, false},              // K = E
+        {1, 8, 2, 9, 5, 2, 4, 1, 1, true, false},               // T = 1
+        {1, 4, 2, 5, 1, 1, 1, 3, 2, false, false},              // E = 1
+        {2, 12, 2, 23, 6, 1, 10, 1, 9, false, true},            // all tokens to one expert, five without any
+        {1, 4, 1, 7, 2, 1, 4, 1, ATTENTION_BLOCK + 3, false, false},
+    });
+}
+
+static void model_odd_width() { check_models({{1, 10, 1, 17, 3, 1, 7, 1, 9, false, false}, {2, 6, 3, 11, 5, 3, 5, 2, 4, true, false}}); }
 
 // Two micro-batches of one row each add up to the formula; and a batch smaller than what was allocated, behind a larger one
 static void model_batches() {
@@ -1280,7 +1294,7 @@ static void model_batches() {
 
 // Every --recompute level, and the same again, give the same bits
 static void model_recompute() {
-    OlmoeConfig c = model_shape(3, 20, 2, 23, 7, 3, 9);
+    OlmoeConfig c = model_shape(3, 20, 2, 23, 7, 3, 10);
     Vec params = random_params(c);
     Batch b = random_batch(c, 2, 11);
     Model first(c, 2, 11);
@@ -1301,7 +1315,7 @@ static void model_recompute() {
 
 // Equal router rows give equal logits; of equal probabilities the lower id comes first
 static void model_ties() {
-    OlmoeConfig c = model_shape(2, 12, 2, 23, 6, 3, 5);
+    OlmoeConfig c = model_shape(2, 12, 2, 23, 6, 3, 6);
     Model model(c, 2, 8);
     Vec params = random_params(c);
     std::vector<HfTensor> tensors = hf_tensors(c);
@@ -1331,7 +1345,7 @@ static void model_ties() {
 
 // Perfectly undecided routers: LB is its coefficient, Z is z_coef (ln E)^2 / K; and OLMoE's numbers of parameters
 static void vectors_losses() {
-    OlmoeConfig c = model_shape(2, 4, 2, 5, 64, 8, 1);
+    OlmoeConfig c = model_shape(2, 4, 2, 5, 64, 8, 2);
     Model model(c, 1, 3);
     Vec params = random_params(c);
     for (const HfTensor& t : hf_tensors(c))
@@ -1622,6 +1636,7 @@ static const Test tests[] = {
     {"kernel dispatch and combine", test_dispatch, true},
     {"kernel swiglu", test_swiglu, true},
     {"kernel experts", test_experts, true},
+    {"kernel experts, odd width", test_experts_odd_width, true},
     {"kernel cross entropy", test_cross_entropy, true},
     {"kernel adamw", test_adamw, true},
     {"kernel square sum", test_square_sum, true},
@@ -1635,6 +1650,7 @@ static const Test tests[] = {
     {"vectors schedule", vectors_schedule, true},
     {"vectors losses", vectors_losses, true},
     {"model shapes", model_shapes, true},
+    {"model, odd width", model_odd_width, true},
     {"model batches", model_batches, true},
     {"model recompute", model_recompute, true},
     {"model ties", model_ties, true},
