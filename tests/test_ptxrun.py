@@ -32,16 +32,18 @@ def run(program, *args, timeout=1500, **env):
     return subprocess.run([EMULATOR, ROOT / "build" / program, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=timeout, env={**os.environ, **env})
 
 
-# Race detection runs on one thread and several times slower; it and the late streams see the kernels on fewer shapes.
+# The finite differences' thousands of evaluations show nothing more in the other modes. The race detector's cells are words of
+# 4 bytes, in which the odd-width matrices of neighbouring bf16 experts meet.
 MODES = {"plain": {}, "race": {"PTXRUN_RACE": "2"}, "async": {"PTXRUN_ASYNC": "1"}, "seed": {"PTXRUN_SEED": "7"}}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("mode", MODES)
 def test_kernels_and_model(precision, mode):
-    result = run(f"ptx-{precision}/test_olmoe", **MODES[mode])
+    without = ([] if mode == "plain" else ["--without", "gradient"]) + (["--without", "odd width"] if mode == "race" and precision == "bf16" else [])
+    result = run(f"ptx-{precision}/test_olmoe", *without, **MODES[mode])
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert " 0 failed" in result.stdout.splitlines()[-1]
+    assert result.stdout.splitlines()[-1].endswith(" passed, 0 failed")
 
 
 @pytest.mark.parametrize("mode", MODES)
