@@ -4,10 +4,6 @@
 # make cuda                  compile for all GPUs, warnings and register spills are errors
 # make clean
 
-# OpenMP's threads wait awake for some microseconds and then sleep: where another program wants the cores, too, a thread that
-# spins for longer keeps the one it waits for from running, and a step can take 30 times as long.
-export GOMP_SPINCOUNT ?= 1000
-
 .DEFAULT_GOAL := olmoe
 .DELETE_ON_ERROR:
 .SUFFIXES:
