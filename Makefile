@@ -173,7 +173,7 @@ TRAIN_OPTIONS ?= --steps 2200 --batch 8 --lr 4e-3 --warmup 100
 .PHONY: train
 train: olmoe $(RUN)/train.npy $(RUN)/val.npy
 	./olmoe train --config configs/tiny.json --tokenizer bytes --data $(RUN)/train.npy --val $(RUN)/val.npy --out $(RUN)/run --resume \
-	  --val-every 500 --sample-every 500 --save-every 500 --keep-last 1 --log-every 25 $(TRAIN_OPTIONS)
+	  --val-every 200 --sample-every 550 --save-every 550 --keep-last 1 --log-every 25 $(TRAIN_OPTIONS)
 	$(PYTHON) scripts/learned.py $(RUN) $(RUN)/run
 
 ifdef DATA

@@ -368,7 +368,7 @@ void rmsnorm_backward(floatX* dx /* (N, C) += */, floatX* dw /* (C) += */, float
 // ------------------------------------------------------------------------------------------------
 // QK-norm and RoPE.  q and k are normalised over the whole projection, all heads together (Dehghani et al. 2023; OLMoE
 // §4.2.5), and then rotated in pairs (j, j + D/2) of each head by the angle  t theta^(-2j/D)  at position t (Su et al. 2021).
-// Statistics, tables and rotation are fp32; the result is rounded once.
+// Statistics, tables and rotation are fp32; it is rounded where OLMo rounds: after r, after w, after the rotation.
 
 // One warp per token. qk (N, 2C) receives q and k; v stays where the projection left it.
 __global__ void qk_norm_rope_forward_kernel(floatX* qk, float* r, const floatX* qkv, const floatX* q_norm, const floatX* k_norm,
