@@ -1499,7 +1499,7 @@ struct Option {
 
 std::string option_default(const Option& o) {
     char text[64] = "";
-    if (o.kind == Option::INTEGER) snprintf(text, sizeof text, "%lld", (long long)*(int64_t*)o.value);
+    if (o.kind == Option::INTEGER) snprintf(text, sizeof text, "%ld", *(int64_t*)o.value);
     if (o.kind == Option::NUMBER) snprintf(text, sizeof text, "%g", *(double*)o.value);
     if (o.kind == Option::INTEGER || o.kind == Option::NUMBER) return text;
     if (o.kind == Option::LIST || o.kind == Option::FLAG || o.kind == Option::MAYBE) return "";
@@ -1556,7 +1556,8 @@ void options_parse(int argc, char** argv, const char* usage, const std::vector<O
 double parse_steps(const char* option, const std::string& text, double tokens_per_step) {
     char* end;
     double number = strtod(text.c_str(), &end);
-    if (end == text.c_str() || (*end && strcmp(end, "T") != 0) || !(number >= 0 && number <= 1e18)) die("option --%s: '%s' is not a number of steps, or of tokens with a T behind it (5e12T)", option, text.c_str());
+    if (end == text.c_str() || (*end && strcmp(end, "T") != 0) || !(number >= 0 && number <= 1e18))
+        die("option --%s: '%s' is not a number of steps, or of tokens with a T behind it (5e12T)", option, text.c_str());
     return *end ? number / tokens_per_step : number;
 }
 
@@ -1602,7 +1603,7 @@ std::string human_time(double seconds) {
     int64_t s = (int64_t)(seconds + 0.5);
     if (s < 60) snprintf(text, sizeof text, "%ds", (int)s);
     else if (s < 3600) snprintf(text, sizeof text, "%dm%02ds", (int)(s / 60), (int)(s % 60));
-    else snprintf(text, sizeof text, "%lldh%02dm", (long long)(s / 3600), (int)(s % 3600 / 60));
+    else snprintf(text, sizeof text, "%ldh%02dm", s / 3600, (int)(s % 3600 / 60));
     return text;
 }
 
@@ -1976,7 +1977,7 @@ Json trainer_state(const TrainOptions& o, const DataLoader& data, int64_t step, 
     s["batch"] = o.B;
     s["order"] = o.order;
     s["repetition_filter"] = !o.no_filter;
-    s["data_fingerprint"] = text("%016llx", (unsigned long long)dataloader_fingerprint(&data));
+    s["data_fingerprint"] = text("%016lx", dataloader_fingerprint(&data));
     s["precision"] = BF16 ? "BF16" : "FP32";
     s["schedule"] = {{"kind", schedule.kind}, {"lr", schedule.lr}, {"min_lr", schedule.min_lr}, {"warmup_steps", schedule.warmup}, {"decay_steps", schedule.total}};
     s["adamw"] = {{"beta1", o.adamw.beta1}, {"beta2", o.adamw.beta2}, {"eps", o.adamw.eps}, {"weight_decay", o.adamw.weight_decay}, {"grad_clip", o.adamw.grad_clip}};
@@ -1998,7 +1999,7 @@ void resume(Olmoe* m, const std::string& dir, const TrainOptions& o, DataLoader*
         same("global_batch", o.global_batch);
         same("order", o.order);
         same("repetition_filter", !o.no_filter);
-        same("data_fingerprint", text("%016llx", (unsigned long long)dataloader_fingerprint(data)));
+        same("data_fingerprint", text("%016lx", dataloader_fingerprint(data)));
         *step = s.at("step");
         *updates = s.at("updates");
         spikes->losses = s.at("skip_spikes").at("losses").get<std::vector<double>>();
@@ -2041,9 +2042,9 @@ int command_train(int argc, char** argv) {
     OlmoeConfig config;
     config_read(&config, o.config.empty() ? o.model : o.config);
     if (o.T == 0) o.T = config.max_T;
-    if (o.T > config.max_T) die("--seq %lld is longer than the config's max_position_embeddings %d", (long long)o.T, config.max_T);
+    if (o.T > config.max_T) die("--seq %ld is longer than the config's max_position_embeddings %d", o.T, config.max_T);
     if (o.global_batch == 0) o.global_batch = o.B;
-    if (o.global_batch % o.B != 0) die("--global-batch %lld is not a multiple of --batch %lld", (long long)o.global_batch, (long long)o.B);
+    if (o.global_batch % o.B != 0) die("--global-batch %ld is not a multiple of --batch %ld", o.global_batch, o.B);
     double tokens_per_step = (double)o.global_batch * o.T;
     int64_t steps = (int64_t)parse_steps("steps", o.steps, tokens_per_step);
     Schedule schedule;
@@ -2094,16 +2095,16 @@ int command_train(int argc, char** argv) {
     box.push_back({"peak", human(peak, "FLOP/s") + (o.peak_tflops > 0 ? " (given)" : " (a large matmul, measured)")});
     box_memory(&box, m);
     box.push_back({"", ""});
-    box.push_back({"data", text("%s: %s tokens, %s sequences of %lld", join(o.data).c_str(), human((double)dataloader_tokens(&data)).c_str(), human((double)data.instances).c_str(), (long long)o.T)});
+    box.push_back({"data", text("%s: %s tokens, %s sequences of %ld", join(o.data).c_str(), human((double)dataloader_tokens(&data)).c_str(), human((double)data.instances).c_str(), o.T)});
     box.push_back({"validation", o.val.empty() ? "none" : text("%s: %s tokens", join(o.val).c_str(), human((double)dataloader_tokens(&val)).c_str())});
     box.push_back({"order", o.order + (o.no_filter ? "" : ", repetitive sequences without targets")});
-    box.push_back({"step", text("%s tokens: %lld sequences of %lld in micro-batches of %lld", human(tokens_per_step).c_str(), (long long)o.global_batch, (long long)o.T, (long long)o.B)});
-    box.push_back({"steps", text("%lld (%s tokens, %.2f epochs)", (long long)steps, human(steps * tokens_per_step).c_str(), steps * (double)o.global_batch / data.instances)});
-    box.push_back({"learning rate", text("%g, %s to %g at step %.0f, warm-up %.0f", schedule.lr, schedule.kind.c_str(), schedule.kind == "constant" ? schedule.lr : schedule.kind == "anneal" ? 0 : schedule.min_lr, schedule.total, schedule.warmup)});
+    box.push_back({"step", text("%s tokens: %ld sequences of %ld in micro-batches of %ld", human(tokens_per_step).c_str(), o.global_batch, o.T, o.B)});
+    box.push_back({"steps", text("%ld (%s tokens, %.2f epochs)", steps, human(steps * tokens_per_step).c_str(), steps * (double)o.global_batch / data.instances)});
+    box.push_back({"learning rate", text("%g, %s to %g at step %.0f, warm-up %.0f", schedule.lr, schedule.kind.c_str(), learning_rate(schedule, schedule.total), schedule.total, schedule.warmup)});
     box.push_back({"AdamW", text("betas %g %g, eps %g, weight decay %g, clip %g", o.adamw.beta1, o.adamw.beta2, o.adamw.eps, o.adamw.weight_decay, o.adamw.grad_clip)});
     box.push_back({"auxiliary losses", text("load balancing %g, router z %g; cross entropy over %s targets", o.lb_coef, o.z_coef, o.ce_divisor.c_str())});
-    box.push_back({"recompute, skip spikes", text("%lld, %g", (long long)o.recompute, o.skip_spikes)});
-    box.push_back({"seed", text("%lld", (long long)o.seed)});
+    box.push_back({"recompute, skip spikes", text("%ld, %g", o.recompute, o.skip_spikes)});
+    box.push_back({"seed", text("%ld", o.seed)});
     box.push_back({"out", o.out + (from.empty() ? "" : ", resumed from " + from)});
     print_box(box);
 
@@ -2123,7 +2124,7 @@ int command_train(int argc, char** argv) {
     sigaction(SIGINT, &action, nullptr);
     sigaction(SIGTERM, &action, nullptr);
     signal(SIGXFSZ, SIG_IGN);               // a limit on file sizes is an error of the write, not the end of the program
-    if (step >= steps) printf("nothing to do: %s is at step %lld of %lld\n", from.c_str(), (long long)step, (long long)steps);
+    if (step >= steps) printf("nothing to do: %s is at step %ld of %ld\n", from.c_str(), step, steps);
 
     int micro_batches = (int)(o.global_batch / o.B);
     size_t micro = (size_t)o.B * o.T;
@@ -2148,7 +2149,7 @@ int command_train(int argc, char** argv) {
             olmoe_cross_entropy(&m, &targets[i * micro], (float)ce_scale);
             olmoe_backward(&m, &inputs[i * micro], o.lb_coef, o.z_coef, micro_batches);
             Losses l = olmoe_losses(&m, ce_scale, o.lb_coef / micro_batches, o.z_coef / micro_batches);
-            if (!std::isfinite(l.loss)) die("step %lld: the loss is not finite; first in %s. The last checkpoint in %s is untouched", (long long)step, find_non_finite(&m).c_str(), o.out.c_str());
+            if (!std::isfinite(l.loss)) die("step %ld: the loss is not finite; first in %s. The last checkpoint in %s is untouched", step, find_non_finite(&m).c_str(), o.out.c_str());
             sum.nll += l.nll; sum.valid += l.valid; sum.lb += l.lb; sum.z += l.z; sum.loss += l.loss;
             balance.add(m);
         }
@@ -2158,7 +2159,7 @@ int command_train(int argc, char** argv) {
         if (!std::isfinite(norm)) {
             std::string name = "all of them together";
             for (const HfTensor& t : hf_tensors(config)) if (bad && t.offset == bad->offset) name = t.name;
-            die("step %lld: the gradient is not finite; first in the tensor that begins with %s. The last checkpoint in %s is untouched", (long long)step, name.c_str(), o.out.c_str());
+            die("step %ld: the gradient is not finite; first in the tensor that begins with %s. The last checkpoint in %s is untouched", step, name.c_str(), o.out.c_str());
         }
         bool skip = o.skip_spikes > 0 && (is_outlier(spikes.losses, sum.loss, o.skip_spikes) || is_outlier(spikes.norms, norm, o.skip_spikes));
         if (o.skip_spikes > 0) { spike_window_push(&spikes.losses, sum.loss); spike_window_push(&spikes.norms, norm); }
@@ -2170,11 +2171,11 @@ int command_train(int argc, char** argv) {
 
         bool last = step == steps || stop_requested;
         if (step % o.log_every == 0 || last || step == first_step + 1)
-            printf("step %*lld/%lld | loss %.4f ce %.4f lb %.5f z %.5f | norm %.3f%s | lr %.2e | %.1f ms | %s tok/s | %.0f%% of peak | eta %s\n", (int)std::to_string(steps).size(), (long long)step,
-                   (long long)steps, sum.loss, sum.ce, sum.lb, sum.z, norm, skip ? " SKIPPED" : "", o.adamw.lr, 1000 * seconds, human(rate).c_str(), 100 * rate * flops / peak,
+            printf("step %*ld/%ld | loss %.4f ce %.4f lb %.5f z %.5f | norm %.3f%s | lr %.2e | %.1f ms | %s tok/s | %.0f%% of peak | eta %s\n", (int)std::to_string(steps).size(), step, steps,
+                   sum.loss, sum.ce, sum.lb, sum.z, norm, skip ? " SKIPPED" : "", o.adamw.lr, 1000 * seconds, human(rate).c_str(), 100 * rate * flops / peak,
                    human_time((seconds_now() - started) / (step - first_step) * (steps - step)).c_str());
-        fprintf(log, "{\"step\":%lld,\"loss\":%.9g,\"ce_loss\":%.9g,\"lb_loss\":%.9g,\"z_loss\":%.9g,\"grad_norm\":%.9g,\"lr\":%.9g,\"ms\":%.9g,\"tokens_per_s\":%.9g", (long long)step, sum.loss, sum.ce, sum.lb,
-                sum.z, norm, o.adamw.lr, 1000 * seconds, rate);
+        fprintf(log, "{\"step\":%ld,\"loss\":%.9g,\"ce_loss\":%.9g,\"lb_loss\":%.9g,\"z_loss\":%.9g,\"grad_norm\":%.9g,\"lr\":%.9g,\"ms\":%.9g,\"tokens_per_s\":%.9g",
+                step, sum.loss, sum.ce, sum.lb, sum.z, norm, o.adamw.lr, 1000 * seconds, rate);
         if (skip) fprintf(log, ",\"skipped\":true");
         if (last || (o.val_every > 0 && step % o.val_every == 0)) {
             if (!o.val.empty()) {
@@ -2209,8 +2210,8 @@ int command_train(int argc, char** argv) {
         }
         fflush(stdout);
     }
-    if (stop_requested && saved == step) printf("stopped at step %lld and saved; go on with --resume\n", (long long)step);
-    if (dataloader_masked(&data) > 0) printf("%lld sequences were repetitive and had no targets\n", (long long)dataloader_masked(&data));
+    if (stop_requested && saved == step) printf("stopped at step %ld and saved; go on with --resume\n", step);
+    if (dataloader_masked(&data) > 0) printf("%ld sequences were repetitive and had no targets\n", dataloader_masked(&data));
     if (fclose(log) != 0) die("cannot write %s: %s", log_path.c_str(), strerror(errno));
     olmoe_free(&m);
     device_close();
@@ -2288,7 +2289,7 @@ int command_verify(int argc, char** argv) {
     const SafeTensor *inputs_tensor = f.find("inputs"), *targets_tensor = f.find("targets");
     if (!inputs_tensor || inputs_tensor->shape.size() != 2) die("%s: needs a tensor `inputs` I32 [B, T]", reference.c_str());
     int64_t B = inputs_tensor->shape[0], T = inputs_tensor->shape[1];
-    if (B < 1 || T < 1 || B > 1 << 20 || T > c.max_T) die("%s: inputs of %lld x %lld tokens; max_position_embeddings is %d", reference.c_str(), (long long)B, (long long)T, c.max_T);
+    if (B < 1 || T < 1 || B > 1 << 20 || T > c.max_T) die("%s: inputs of %ld x %ld tokens; max_position_embeddings is %d", reference.c_str(), B, T, c.max_T);
     shaped("inputs", "I32", {B, T});
     shaped("targets", "I32", {B, T});
     auto ints = [](const SafeTensor* t) { std::vector<int> v(t->bytes / 4); memcpy(v.data(), t->data, t->bytes); return v; };
@@ -2457,9 +2458,9 @@ int command_info(int argc, char** argv) {
     std::vector<std::pair<std::string, std::string>> box = {{"model", config.empty() ? model : config}};
     box_shapes(&box, c);
     box.push_back({"", ""});
-    box.push_back({"FLOP a token", text("%s forward and backward at T = %lld, causal", human(flops_per_token(c, (int)T), "FLOP").c_str(), (long long)T)});
+    box.push_back({"FLOP a token", text("%s forward and backward at T = %ld, causal", human(flops_per_token(c, (int)T), "FLOP").c_str(), T)});
     box.push_back({"", ""});
-    box.push_back({"training", text("%s, %lld x %lld tokens a micro-batch, --recompute %lld", BF16 ? "BF16" : "FP32", (long long)B, (long long)T, (long long)recompute)});
+    box.push_back({"training", text("%s, %ld x %ld tokens a micro-batch, --recompute %ld", BF16 ? "BF16" : "FP32", B, T, recompute)});
     box_memory(&box, m);
     print_box(box);
     if (!model.empty()) {
