@@ -19,8 +19,12 @@
 // is as fast on an idle machine. libgomp reads its environment before any code of ours runs, so the program starts itself again.
 __attribute__((constructor)) static void sleep_soon(int, char** argv, char**) {
     if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
+    char path[4096];
+    ssize_t length = readlink("/proc/self/exe", path, sizeof path - 1);
+    if (length < 0) return;
+    path[length] = 0;
     setenv("GOMP_SPINCOUNT", "1000", 1);
-    execv("/proc/self/exe", argv);          // returns only where it fails, and then nothing is lost
+    execv(path, argv);                      // returns only where it fails, and then nothing is lost
 }
 
 struct CUstream_st { std::vector<Gemm> products; };
