@@ -177,12 +177,8 @@ train: olmoe $(RUN)/train.npy $(RUN)/val.npy
 	$(PYTHON) scripts/learned.py $(RUN) $(RUN)/run
 
 ifdef DATA
-# The last twentieth is for validation.
-$(RUN)/train.txt: $(DATA)
-	@mkdir -p $(@D)
-	@test $$(wc -c < $(DATA)) -ge 200000 || { echo "make train: $(DATA) is too small to learn from; give at least 200 kB of text" >&2; exit 1; }
-	tail -c $$(($$(wc -c < $(DATA)) / 20)) $(DATA) > $(RUN)/val.txt
-	head -c -$$(($$(wc -c < $(DATA)) / 20)) $(DATA) > $@
+$(RUN)/train.txt: $(DATA) scripts/split_text.py
+	$(PYTHON) scripts/split_text.py $(DATA) $(RUN)
 $(RUN)/val.txt: $(RUN)/train.txt
 $(RUN)/%.npy: $(RUN)/%.txt | olmoe
 	./olmoe tokenize --tokenizer bytes --out $@ $<
