@@ -23,7 +23,7 @@ from mutants import MUTANTS
 ROOT = Path(__file__).resolve().parent.parent
 COPIES = ROOT / "build" / "mutants"
 BASELINE = COPIES / "baseline"
-SECONDS = 300                           # for a build, or for a test
+SECONDS = 600                           # for a build, or for a test; on a busy machine, too
 
 # What test_olmoe is built for, name: (folder under build/, options of make, seeds it runs with)
 BUILDS = {
