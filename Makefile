@@ -164,7 +164,10 @@ endef
 # Train on the embedded corpus, or on any text: make train DATA=my.txt. What is saved goes on when it is called again.
 
 ifdef DATA
-RUN := build/train-$(basename $(notdir $(DATA)))
+ifneq ($(words $(DATA)),1)
+  $(error DATA="$(DATA)": one file, and no spaces in its name)
+endif
+RUN := build/train-$(subst /,_,$(DATA))
 else
 RUN := build/train
 endif
@@ -173,7 +176,7 @@ TRAIN_OPTIONS ?= --steps 2200 --batch 8 --lr 4e-3 --warmup 100
 .PHONY: train
 train: olmoe $(RUN)/train.npy $(RUN)/val.npy
 	./olmoe train --config configs/tiny.json --tokenizer bytes --data $(RUN)/train.npy --val $(RUN)/val.npy --out $(RUN)/run --resume \
-	  --val-every 200 --sample-every 550 --save-every 550 --keep-last 1 --log-every 25 $(TRAIN_OPTIONS)
+	  --val-every 200 --sample-every 550 --save-every 550 --keep-last 2 --log-every 25 $(TRAIN_OPTIONS)
 	$(PYTHON) scripts/learned.py $(RUN) $(RUN)/run
 
 ifdef DATA

@@ -942,7 +942,7 @@ __host__ __device__ inline Philox philox(uint64_t seed, uint64_t counter) {
     }
     return {{c0, c1, c2, c3}};
 }
-__host__ __device__ inline float uniform(unsigned x) { return ((float)(x >> 8) + 0.5f) * 0x1p-24f; }      // in (0, 1)
+__host__ __device__ inline float uniform(unsigned x) { return ((float)(x >> 8) + 0.5f) * 0x1p-24f; }      // in (0, 1]
 
 // One thread per element. Each gets four normal deviates (Box & Muller 1958) and takes the first within 3 std; that none of
 // them is has probability 5e-11, and gives 0.
@@ -983,7 +983,7 @@ struct Memory {
     void allocate(const char* what) {
         char* block = nullptr;
         if (!SEPARATE_ALLOCATIONS) {
-            if (cudaMalloc((void**)&block, bytes()) != cudaSuccess) die("no memory for %s (%.2f GB); use a smaller --batch or a higher --recompute", what, bytes() / 1e9);
+            if (cudaMalloc((void**)&block, bytes()) != cudaSuccess) die("no memory for %s (%.2f GB); olmoe info shows the plan, and --batch and --recompute change that of the activations", what, bytes() / 1e9);
             blocks.push_back(block);
         }
         for (Item& i : items) {
@@ -1162,7 +1162,7 @@ void olmoe_plan(Olmoe* m, const OlmoeConfig& config, int B, int T, int recompute
     Memory& mem = m->acts_memory;
     mem.add(&a.inputs, N); mem.add(&a.targets, N);
     mem.add(&a.cosine, (size_t)T * (C / config.H / 2)); mem.add(&a.sine, (size_t)T * (C / config.H / 2));
-    LayerActivations& all = a.layers[0];                     // allocated for all layers at once, see share() in olmoe_allocate
+    LayerActivations& all = a.layers[0];                     // allocated for all layers at once, see share_activations
     mem.add(&all.router_lse, L * N); mem.add(&all.router_partial, L * SLABS * E); mem.add(&all.experts, L * R); mem.add(&all.counts, L * E);
     for (LayerActivations& l : a.layers) {
         bool first = &l == &all, keep1 = first || recompute < 1, keep2 = first || recompute < 2;
@@ -1539,7 +1539,7 @@ void options_parse(int argc, char** argv, const char* usage, const std::vector<O
         const char* text = argv[++i];
         if (o->kind == Option::TEXT || o->kind == Option::STEPS) { *(std::string*)o->value = text; continue; }
         if (o->kind == Option::CHOICE) {
-            if (("|" + std::string(o->values) + "|").find("|" + std::string(text) + "|") == std::string::npos) die("option %s: '%s' is not one of %s", argv[i - 1], text, o->values);
+            if (strchr(text, '|') || ("|" + std::string(o->values) + "|").find("|" + std::string(text) + "|") == std::string::npos) die("option %s: '%s' is not one of %s", argv[i - 1], text, o->values);
             *(std::string*)o->value = text;
             continue;
         }
@@ -1556,8 +1556,8 @@ void options_parse(int argc, char** argv, const char* usage, const std::vector<O
 double parse_steps(const char* option, const std::string& text, double tokens_per_step) {
     char* end;
     double number = strtod(text.c_str(), &end);
-    if (end == text.c_str() || (*end && strcmp(end, "T") != 0) || !(number >= 0 && number <= 1e18))
-        die("option --%s: '%s' is not a number of steps, or of tokens with a T behind it (5e12T)", option, text.c_str());
+    if (end == text.c_str() || (*end && strcmp(end, "T") != 0) || !(number >= 0 && number <= 1e18) || (!*end && number != std::floor(number)))
+        die("option --%s: '%s' is not a whole number of steps, or of tokens with a T behind it (5e12T)", option, text.c_str());
     return *end ? number / tokens_per_step : number;
 }
 
@@ -1868,12 +1868,12 @@ std::vector<Option> train_options(TrainOptions* o) {
         {"decay-steps", Option::STEPS, &o->decay_steps, "S", "step at which the schedule ends, if not at --steps"},
         {"beta1", Option::NUMBER, &o->adamw.beta1, "X", "AdamW", 0, 0.999999},
         {"beta2", Option::NUMBER, &o->adamw.beta2, "X", "AdamW", 0, 0.999999},
-        {"eps", Option::NUMBER, &o->adamw.eps, "X", "AdamW", 0, 1},
+        {"eps", Option::NUMBER, &o->adamw.eps, "X", "AdamW", 1e-30, 1},
         {"weight-decay", Option::NUMBER, &o->adamw.weight_decay, "X", "AdamW, of all parameters", 0, 10},
         {"grad-clip", Option::NUMBER, &o->adamw.grad_clip, "X", "largest global gradient norm; 0: no limit", 0, 1e9},
         {"lb-coef", Option::NUMBER, &o->lb_coef, "X", "weight of the load-balancing loss", 0, 1e3},
         {"z-coef", Option::NUMBER, &o->z_coef, "X", "weight of the router z-loss", 0, 1e3},
-        {"ce-divisor", Option::CHOICE, &o->ce_divisor, "all|valid", "cross entropy is divided by all positions, as OLMoE did, or by those with a target"},
+        {"ce-divisor", Option::CHOICE, &o->ce_divisor, "all|valid", "the sum of the cross entropy is divided by all positions, as OLMoE did, or by those with a target"},
         {"seed", Option::INTEGER, &o->seed, "N", "of initialisation and data order", 0, 9e15},
         {"order", Option::CHOICE, &o->order, "global|sequential", "sequences shuffled over the whole data set, or as they stand"},
         {"no-filter", Option::FLAG, &o->no_filter, "", "train on sequences of 32 or more repetitions, too"},
@@ -1925,6 +1925,7 @@ std::string find_non_finite(Olmoe* m) {
         LayerActivations& a = m->acts.layers[l];
         std::string layer = " of layer " + std::to_string(l);
         if (bad(a.x, N * C)) return "the residual stream at the input" + layer;
+        if (m->recompute >= 2 && bad(a.router_lse, N)) return "the router logits" + layer;
         if (m->recompute >= 2) continue;
         if (bad(a.qkv, N * 3 * C)) return "the qkv projection" + layer;
         if (bad(a.attn, N * C)) return "the attention output" + layer;
@@ -1991,12 +1992,13 @@ void resume(Olmoe* m, const std::string& dir, const TrainOptions& o, DataLoader*
     Json s = checkpoint_trainer_state(dir);
     try {
         auto same = [&](const char* what, const Json& now) {
-            if (s.at(what) != now) die("%s: the checkpoint's %s is %s, this run's is %s; they must be equal to resume", dir.c_str(), what, s.at(what).dump().c_str(), now.dump().c_str());
+            if (s.at(what) != now) die("%s: the checkpoint's %s is %s, this run's is %s; they must be equal to resume; to start anew choose another --out", dir.c_str(), what, s.at(what).dump().c_str(), now.dump().c_str());
         };
         same("precision", BF16 ? "BF16" : "FP32");
         same("seed", o.seed);
         same("seq", o.T);
         same("global_batch", o.global_batch);
+        same("batch", o.B);                 // the load-balancing loss is a micro-batch's own
         same("order", o.order);
         same("repetition_filter", !o.no_filter);
         same("data_fingerprint", text("%016lx", dataloader_fingerprint(data)));
@@ -2061,14 +2063,17 @@ int command_train(int argc, char** argv) {
 
     DataLoader data, val;
     dataloader_open(&data, o.data, (int)o.T, config.V, o.order == "global" ? DataOrder::global : DataOrder::sequential, o.seed, !o.no_filter);
+    if (o.global_batch > (int64_t)data.instances) die("--global-batch %ld is more than the %zu sequences of the data; use a smaller one, or a smaller --seq", o.global_batch, data.instances);
     if (!o.val.empty()) dataloader_open(&val, o.val, (int)o.T, config.V, DataOrder::sequential, 0, false);
     if (mkdir(o.out.c_str(), 0777) != 0 && errno != EEXIST) die("cannot make the directory %s: %s", o.out.c_str(), strerror(errno));
     auto existing = checkpoint_list(o.out);                  // (step, directory), newest first
     if (o.resume.empty() && !existing.empty()) die("%s holds checkpoints already; go on from them with --resume, or choose another --out", o.out.c_str());
     std::string from = o.resume == "newest" ? checkpoint_newest(o.out) : o.resume;
+    if (o.resume == "newest" && from.empty() && !existing.empty()) die("no checkpoint in %s is undamaged; to start anew choose another --out", o.out.c_str());
     if (!from.empty() && o.resume != "newest") checkpoint_check(from);
 
     device_open();
+    double peak = o.peak_tflops > 0 ? o.peak_tflops * 1e12 : measure_peak(), flops = flops_per_token(config, (int)o.T);
     Olmoe m;
     olmoe_allocate(&m, config, (int)o.B, (int)o.T, (int)o.recompute, true);
     int64_t step = 0, updates = 0;
@@ -2085,8 +2090,6 @@ int command_train(int argc, char** argv) {
     } else {
         olmoe_init(&m, o.seed);
     }
-    double peak = o.peak_tflops > 0 ? o.peak_tflops * 1e12 : measure_peak(), flops = flops_per_token(config, (int)o.T);
-
     std::vector<std::pair<std::string, std::string>> box = {{"model", o.config.empty() ? o.model : o.config}};
     box_shapes(&box, config);
     box.push_back({"", ""});
@@ -2102,15 +2105,15 @@ int command_train(int argc, char** argv) {
     box.push_back({"steps", text("%ld (%s tokens, %.2f epochs)", steps, human(steps * tokens_per_step).c_str(), steps * (double)o.global_batch / data.instances)});
     box.push_back({"learning rate", text("%g, %s to %g at step %.0f, warm-up %.0f", schedule.lr, schedule.kind.c_str(), learning_rate(schedule, schedule.total), schedule.total, schedule.warmup)});
     box.push_back({"AdamW", text("betas %g %g, eps %g, weight decay %g, clip %g", o.adamw.beta1, o.adamw.beta2, o.adamw.eps, o.adamw.weight_decay, o.adamw.grad_clip)});
-    box.push_back({"auxiliary losses", text("load balancing %g, router z %g; cross entropy over %s targets", o.lb_coef, o.z_coef, o.ce_divisor.c_str())});
+    box.push_back({"auxiliary losses", text("load balancing %g, router z %g; cross entropy divided by %s targets", o.lb_coef, o.z_coef, o.ce_divisor.c_str())});
     box.push_back({"recompute, skip spikes", text("%ld, %g", o.recompute, o.skip_spikes)});
     box.push_back({"seed", text("%ld", o.seed)});
     box.push_back({"out", o.out + (from.empty() ? "" : ", resumed from " + from)});
     print_box(box);
 
     std::string log_path = o.out + "/log.jsonl";
-    log_truncate(log_path, step);
-    FILE* log = fopen(log_path.c_str(), "a");
+    if (!from.empty()) log_truncate(log_path, step);
+    FILE* log = fopen(log_path.c_str(), from.empty() ? "w" : "a");
     if (!log) die("cannot write %s: %s", log_path.c_str(), strerror(errno));
     if (ftell(log) == 0) {
         Json first = config_json(config, BF16), run = trainer_state(o, data, 0, 0, spikes, schedule);
@@ -2123,8 +2126,11 @@ int command_train(int argc, char** argv) {
     action.sa_flags = SA_RESETHAND;         // a second Ctrl-C ends the program at once
     sigaction(SIGINT, &action, nullptr);
     sigaction(SIGTERM, &action, nullptr);
+    struct sigaction hangup;                // a closed terminal, unless nohup said that it doesn't matter
+    sigaction(SIGHUP, nullptr, &hangup);
+    if (hangup.sa_handler != SIG_IGN) sigaction(SIGHUP, &action, nullptr);
     signal(SIGXFSZ, SIG_IGN);               // a limit on file sizes is an error of the write, not the end of the program
-    if (step >= steps) printf("nothing to do: %s is at step %ld of %ld\n", from.c_str(), step, steps);
+    if (step >= steps) printf("nothing to do: %s is at step %ld of %ld\n", o.out.c_str(), step, steps);
 
     int micro_batches = (int)(o.global_batch / o.B);
     size_t micro = (size_t)o.B * o.T;
@@ -2140,7 +2146,7 @@ int command_train(int argc, char** argv) {
         if (profile && step == steps) cudaCheck(cudaProfilerStart());
         dataloader_next(&data, (int)o.global_batch, 0, 1, inputs.data(), targets.data());
         int64_t valid = std::count_if(targets.begin(), targets.end(), [](int t) { return t >= 0; });
-        double ce_scale = o.ce_divisor == "all" ? 1 / tokens_per_step : valid ? 1.0 / valid : 0;
+        double ce_scale = o.ce_divisor == "all" ? 1 / tokens_per_step : 1.0 / std::max<int64_t>(valid, 1);
 
         olmoe_zero_grad(&m);
         Losses sum;
@@ -2181,12 +2187,12 @@ int command_train(int argc, char** argv) {
             if (!o.val.empty()) {
                 DomainTable domains;
                 if (last && o.val.size() == 1) domains_open(&domains, o.val[0], config);
-                Validation v = validate(&m, &val, o.val_batches, have_tokenizer && tokenizer.bytes, config.eos_token_id, &balance, domains.documents.empty() ? nullptr : &domains);
+                Validation v = validate(&m, &val, o.val_batches, have_tokenizer && tokenizer.bytes, have_tokenizer ? tokenizer.eos : -1, &balance, domains.documents.empty() ? nullptr : &domains);
                 printf("  validation loss %.4f", v.loss);
                 fprintf(log, ",\"val_loss\":%.9g", v.loss);
                 if (v.bits_per_byte > 0) { printf(", %.4f bits per byte", v.bits_per_byte); fprintf(log, ",\"val_bpb\":%.9g", v.bits_per_byte); }
                 printf("\n");
-                if (!domains.documents.empty()) print_domains(domains, config);
+                if (domains.names.size() > 1) print_domains(domains, config);
             }
             print_balance(balance);
             fprintf(log, ",\"balance\":[");
@@ -2204,13 +2210,14 @@ int command_train(int argc, char** argv) {
             ids.insert(ids.begin(), tokenizer.eos);
             print_sample(o.prompt, sample_text(&m, tokenizer, ids, (int)o.sample_tokens, 0.8, o.seed + step));
         }
-        if (last || (o.save_every > 0 && step % o.save_every == 0)) {
+        if (last || stop_requested || (o.save_every > 0 && step % o.save_every == 0)) {
             save_checkpoint(&m, o, step, trainer_state(o, data, step, updates, spikes, schedule));
             saved = step;
         }
         fflush(stdout);
     }
-    if (stop_requested && saved == step) printf("stopped at step %ld and saved; go on with --resume\n", step);
+    if (stop_requested && saved < step) save_checkpoint(&m, o, step, trainer_state(o, data, step, updates, spikes, schedule));   // asked for while it saved
+    if (stop_requested) printf("stopped at step %ld and saved; go on with --resume\n", step);
     if (dataloader_masked(&data) > 0) printf("%ld sequences were repetitive and had no targets\n", dataloader_masked(&data));
     if (fclose(log) != 0) die("cannot write %s: %s", log_path.c_str(), strerror(errno));
     olmoe_free(&m);
@@ -2243,9 +2250,9 @@ void verify_tensor(Verify* v, const std::string& name, const std::vector<float>&
         double d = std::fabs((double)ours[i] - ref[i]);
         difference += d * d;
         square += (double)ref[i] * ref[i];
-        if (!(d <= worst)) { worst = d; at = i; }
+        if (!std::isnan(worst) && !(d <= worst)) { worst = d; at = i; }     // a NaN stays the worst
         double e = d / (v->atol + v->rtol * std::fabs(ref[i]));
-        if (v->atol > 0 && !(e <= excess)) excess = e;
+        if (v->atol > 0 && !std::isnan(excess) && !(e <= excess)) excess = e;
     }
     std::string where = text("%.6g for %.6g at %zu", (double)ours[at], (double)ref[at], at);
     if (v->atol > 0) verify_line(v, name + " (elementwise)", excess, 1, where);
@@ -2309,7 +2316,7 @@ int command_verify(int argc, char** argv) {
         if (t.name == "logits") { shaped("logits", "F32", {B, T, c.V}); continue; }
         if (t.name == "logits_mean") { shaped("logits_mean", "F32", {B, T}); continue; }
         if (t.name == "logits_slice") {
-            if (t.shape.size() != 3 || t.shape[1] > T || t.shape[2] > c.V) die("%s: logits_slice should be F32 [B, t, n]", reference.c_str());
+            if (t.shape.size() != 3 || t.shape[1] < 1 || t.shape[1] > T || t.shape[2] < 1 || t.shape[2] > c.V) die("%s: logits_slice should be F32 [B, t, n]", reference.c_str());
             shaped("logits_slice", "F32", {B, t.shape[1], t.shape[2]});
             continue;
         }
@@ -2340,7 +2347,7 @@ int command_verify(int argc, char** argv) {
     std::string divisor = f.metadata.count("ce_divisor") ? f.metadata["ce_divisor"] : "valid";
     if (divisor != "valid" && divisor != "all") die("%s: metadata ce_divisor '%s' is neither valid nor all", reference.c_str(), divisor.c_str());
     int64_t valid = std::count_if(targets.begin(), targets.end(), [](int t) { return t >= 0; });
-    double ce_scale = divisor == "all" ? 1.0 / (B * T) : valid ? 1.0 / valid : 0;
+    double ce_scale = divisor == "all" ? 1.0 / (B * T) : 1.0 / std::max<int64_t>(valid, 1);
     Verify v;
     v.rtol = rtol >= 0 ? rtol : number("rtol", BF16 ? 3e-2 : 1e-4);
     v.atol = number("atol", 0);
@@ -2429,6 +2436,7 @@ int command_verify(int argc, char** argv) {
         }
         if (losses_ref) verify_tensor(&v, "losses", losses, floats(losses_ref));
     }
+    if ((size_t)v.compared != to_compare) die("%s: %zu tensors are to be compared, %d were; is a router's layer written with zeros?", reference.c_str(), to_compare, v.compared);
     printf("%d tensors compared, %zu in the reference, %zu parameters in the model: %s\n", v.compared, to_compare, tensors.size(), v.failed ? "they DIFFER" : "they agree");
     olmoe_free(&m);
     device_close();
@@ -2491,6 +2499,7 @@ int command_tokenize(int argc, char** argv) {
         {"out", Option::TEXT, &out, "FILE.npy", "uint16 tokens without a header; FILE.csv.gz lists the documents"},
     }, &inputs);
     if (name.empty() || out.empty() || inputs.empty()) die("tokenize needs --tokenizer bytes, --out FILE.npy and inputs (.txt: a document a file; .jsonl: a document a line)");
+    if (out.size() < 5 || out.compare(out.size() - 4, 4, ".npy") != 0) die("--out %s: the name of a token file ends in .npy", out.c_str());
     Tokenizer t;
     tokenizer_open(&t, name);
     TokenizeCounts counts = tokenize_files(t, inputs, out);

@@ -1,28 +1,30 @@
 #!/usr/bin/env python3
 """Cuts a text in two for training and validation: split_text.py TEXT DIR
 
-Writes DIR/train.txt and DIR/val.txt: every twentieth stretch of about 20 kB, cut at line ends where there are any, is for
+Writes DIR/train.txt and DIR/val.txt: every twentieth stretch of about 18 kB, cut at line ends where there are any, is for
 validation, so that both parts see all of a text that changes on its way. Standard library only.
 """
 import os
 import sys
 
-STRETCH, EVERY = 20000, 20
+STRETCH, EVERY = 18000, 20
 
 
 def main():
     if len(sys.argv) != 3:
         sys.exit(__doc__.strip())
     path, folder = sys.argv[1:]
+    if path.endswith((".jsonl", ".json", ".gz", ".npy")):
+        sys.exit(f"split_text.py: {path} is not plain text; tokenize it with: olmoe tokenize --tokenizer bytes --out FILE.npy {path}")
     try:
         size = os.path.getsize(path)
-        if size < STRETCH * EVERY:
-            sys.exit(f"split_text.py: {path} has {size} bytes; to train and validate on it takes {STRETCH * EVERY} or more")
+        if size < 400000:
+            sys.exit(f"split_text.py: {path} has {size} bytes; to train and validate on it takes 400000 or more")
         os.makedirs(folder, exist_ok=True)
         with open(path, "rb") as text, open(f"{folder}/train.txt", "wb") as train, open(f"{folder}/val.txt", "wb") as val:
             stretch = 0
             while piece := text.read(STRETCH):
-                piece += text.readline(STRETCH)
+                piece += text.readline(2000)
                 stretch += 1
                 (val if stretch % EVERY == 0 else train).write(piece)
     except OSError as error:

@@ -168,6 +168,22 @@ def test_existing_output_is_not_overwritten(data, straight):
     refused(*train_args(data, straight, "--steps", 20), words=["--resume"])
 
 
+def test_resume_with_every_checkpoint_damaged(data, straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    (tmp_path / "run" / "step-00000020" / "model.safetensors").write_bytes(b"")
+    result = run(*train_args(data, tmp_path / "run", "--steps", 21, "--resume"))
+    assert result.returncode == 1 and "undamaged" in result.stderr.splitlines()[-1]
+
+
+def test_no_target_at_all(data, tmp_path):
+    """A batch whose sequences are all repetitive has no cross entropy, and no gradient but of the router's losses."""
+    (tmp_path / "same.npy").write_bytes(b"\x41\x00" * 480)
+    args = train_args(data, tmp_path / "out", "--steps", 1, "--ce-divisor", "valid", "--lb-coef", 0, "--z-coef", 0)
+    args[args.index("--data") + 1] = tmp_path / "same.npy"
+    ok(*args)
+    assert steps(tmp_path / "out")[0]["loss"] == 0 and steps(tmp_path / "out")[0]["grad_norm"] == 0
+
+
 def test_resume_without_checkpoint_starts_anew(data, tmp_path):
     ok(*train_args(data, tmp_path, "--steps", 1, "--resume"))
 
@@ -354,6 +370,9 @@ def test_skip_spikes(data, tmp_path):
     (["train", "--lr", "1e-3x"], ["--lr"]),
     (["train", "--schedule", "triangle"], ["triangle", "cosine|linear|constant|anneal"]),
     (["train", "--recompute", "3"], ["--recompute"]),
+    (["train", "--schedule", "cosine|linear"], ["cosine|linear"]),
+    (["train", "--eps", "0"], ["--eps"]),
+    (["tokenize", "--tokenizer", "bytes", "--out", "text.txt", "text.txt"], ["text.txt", ".npy"]),
     (["train", "extra"], ["extra"]),
     (["verify"], ["--model", "--reference"]),
     (["info"], ["--config"]),
@@ -372,6 +391,7 @@ def test_bad_combinations(data, tmp_path):
     refused(*train_args(data, out, "--seq", 49), words=["49", "48"])
     refused(*train_args(data, out, "--global-batch", 3), words=["3", "2"])
     refused(*train_args(data, out, "--steps", "many"), words=["--steps", "many"])
+    refused(*train_args(data, out, "--steps", "10.7"), words=["--steps", "10.7"])
     refused(*train_args(data, out, "--global-batch", 100000), words=["100000"])
     refused(*train_args(data, out, "--model", "x"), words=["--config", "--model"])
 
@@ -406,12 +426,12 @@ def test_bad_configs(data, tmp_path):
 FIXTURE = FIXTURES / "normalized"
 
 
-def edited_reference(tmp_path, edit):
+def edited_reference(tmp_path, edit, **more_metadata):
     """The fixture's reference file with its header and tensors changed by `edit(header, tensors)`."""
     raw = (FIXTURE / "reference.safetensors").read_bytes()
     length = struct.unpack("<Q", raw[:8])[0]
     header = json.loads(raw[8:8 + length])
-    metadata = header.pop("__metadata__")
+    metadata = {**header.pop("__metadata__"), **more_metadata}
     tensors = {n: raw[8 + length + t["data_offsets"][0]: 8 + length + t["data_offsets"][1]] for n, t in header.items()}
     edit(header, tensors)
     at = 0
@@ -490,3 +510,32 @@ def test_help():
         out = ok(command, "--help")
         assert out.startswith(f"usage: olmoe {command}") and "--" in out
     assert "train" in ok("--help")
+
+
+def test_verify_every_tensor_is_compared(tmp_path):
+    """A name that is read like a layer's but is not looked up must not pass for compared."""
+    def edit(header, tensors):
+        header["router.00.logits"] = header.pop("router.0.logits")
+        tensors["router.00.logits"] = tensors["router.0.logits"]
+    result = run("verify", "--model", FIXTURE, "--reference", edited_reference(tmp_path, edit))
+    assert result.returncode == 1 and "agree\n" not in result.stdout
+
+
+def test_verify_nan_elementwise(tmp_path):
+    """With an absolute tolerance, too, a NaN that is not the last element fails."""
+    def edit(header, tensors):
+        b = bytearray(tensors["logits"])
+        struct.pack_into("<f", b, 4 * 5, float("nan"))
+        tensors["logits"] = bytes(b)
+    path = edited_reference(tmp_path, edit, atol="1e-3")
+    result = run("verify", "--model", FIXTURE, "--reference", path)
+    failed = [line for line in result.stdout.splitlines() if "FAILED" in line]
+    assert result.returncode == 1 and len(failed) == 1 and failed[0].startswith("logits (elementwise)")
+
+
+def test_hangup_saves(data, tmp_path):
+    process = start(*train_args(data, tmp_path, "--steps", 4000, "--schedule", "constant"))
+    wait_for_step(tmp_path, 3)
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=60)
+    assert process.returncode == 0 and list(tmp_path.glob("step-*"))
