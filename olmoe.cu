@@ -1321,7 +1321,7 @@ void olmoe_forward(Olmoe* m, const int* inputs, int B, int T) {
     m->counts.assign((size_t)c.L * c.E, 0);
     for (int t = 0; t < m->N; t++)
         if (inputs[t] < 0 || inputs[t] >= c.V) die("token id %d at position %d of the batch is outside the vocabulary of %d", inputs[t], t, c.V);
-    cudaCheck(cudaMemcpyAsync(a.inputs, inputs, m->N * sizeof(int), cudaMemcpyHostToDevice, main_stream.stream));
+    copy_to_device(a.inputs, inputs, m->N);
 
     embedding_forward(a.layers[0].x, a.inputs, m->params.embed, m->N, c.C);
     for (int l = 0; l < c.L; l++) layer_forward(m, l, false);
@@ -1334,7 +1334,7 @@ void olmoe_cross_entropy(Olmoe* m, const int* targets, float scale) {
     m->targets.assign(targets, targets + m->N);
     for (int t = 0; t < m->N; t++)
         if (targets[t] != -100 && (targets[t] < 0 || targets[t] >= m->config.V)) die("target %d at position %d of the batch is outside the vocabulary of %d", targets[t], t, m->config.V);
-    cudaCheck(cudaMemcpyAsync(m->acts.targets, targets, m->N * sizeof(int), cudaMemcpyHostToDevice, main_stream.stream));
+    copy_to_device(m->acts.targets, targets, m->N);
     cross_entropy(m->acts.losses, m->acts.logits, m->acts.targets, m->N, m->config.V, scale);
 }
 
@@ -1346,10 +1346,9 @@ Losses olmoe_losses(Olmoe* m, double ce_scale, double lb_coef, double z_coef) {
     m->losses.resize(N);
     m->router_lse.resize(c.L * stride);
     m->router_partial.resize((size_t)c.L * SLABS * E);
-    cudaCheck(cudaMemcpyAsync(m->losses.data(), m->acts.losses, N * sizeof(float), cudaMemcpyDeviceToHost, main_stream.stream));
-    cudaCheck(cudaMemcpyAsync(m->router_lse.data(), m->acts.layers[0].router_lse, m->router_lse.size() * sizeof(float), cudaMemcpyDeviceToHost, main_stream.stream));
-    cudaCheck(cudaMemcpyAsync(m->router_partial.data(), m->acts.layers[0].router_partial, m->router_partial.size() * sizeof(float), cudaMemcpyDeviceToHost, main_stream.stream));
-    cudaCheck(cudaStreamSynchronize(main_stream.stream));
+    copy_to_host(m->losses.data(), m->acts.losses, N);
+    copy_to_host(m->router_lse.data(), m->acts.layers[0].router_lse, m->router_lse.size());
+    copy_to_host(m->router_partial.data(), m->acts.layers[0].router_partial, m->router_partial.size());
 
     Losses r;
     for (size_t t = 0; t < N; t++)
@@ -1457,8 +1456,7 @@ double olmoe_grad_norm(Olmoe* m, const Span** bad = nullptr) {
     }
     cudaCheck(cudaGetLastError());
     std::vector<float> sums(runs);
-    cudaCheck(cudaMemcpyAsync(sums.data(), m->acts.square_sums, runs * sizeof(float), cudaMemcpyDeviceToHost, main_stream.stream));
-    cudaCheck(cudaStreamSynchronize(main_stream.stream));
+    copy_to_host(sums.data(), m->acts.square_sums, runs);
 
     double total = 0;
     size_t run = 0;
@@ -1733,8 +1731,7 @@ void domains_add(DomainTable* d, Olmoe* m, size_t first) {
     const OlmoeConfig& c = m->config;
     size_t stride = (size_t)m->max_B * m->max_T * c.K, documents = d->documents.size();
     m->experts.resize(c.L * stride);
-    cudaCheck(cudaMemcpyAsync(m->experts.data(), m->acts.layers[0].experts, m->experts.size() * sizeof(int), cudaMemcpyDeviceToHost, main_stream.stream));
-    cudaCheck(cudaStreamSynchronize(main_stream.stream));
+    copy_to_host(m->experts.data(), m->acts.layers[0].experts, m->experts.size());
     size_t doc = 0;
     for (int t = 0; t < m->N; t++) {
         while (doc < documents && (size_t)d->documents[doc].end <= first + t) doc++;
@@ -1792,8 +1789,7 @@ std::string sample_text(Olmoe* m, const Tokenizer& tokenizer, std::vector<int> i
     for (int i = 0; i < count; i++) {
         int T = (int)std::min<size_t>(ids.size(), m->max_T);
         olmoe_forward(m, ids.data() + ids.size() - T, 1, T);
-        cudaCheck(cudaMemcpyAsync(logits.data(), m->acts.logits + (size_t)(T - 1) * m->config.V, logits.size() * sizeof(floatX), cudaMemcpyDeviceToHost, main_stream.stream));
-        cudaCheck(cudaStreamSynchronize(main_stream.stream));
+        copy_to_host(logits.data(), m->acts.logits + (size_t)(T - 1) * m->config.V, logits.size());
         double max = -INFINITY, sum = 0;
         for (size_t v = 0; v < p.size(); v++) max = std::max(max, (double)(float)logits[v]);
         for (size_t v = 0; v < p.size(); v++) sum += p[v] = exp(((double)(float)logits[v] - max) / temperature);

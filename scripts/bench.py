@@ -46,7 +46,7 @@ BYTES = {
     "combine_kernel": "L*(2*R*C*x + 3*N*C*x)",
     "cross_entropy_kernel": "2*N*V*x",
     "square_sum_kernel": "P*x",
-    "adamw_kernel": "P*(16 + 3*x + (8 if x == 2 else 0))",
+    "adamw_kernel": "P*28",
 }
 
 
