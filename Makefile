@@ -2,7 +2,7 @@
 # make setup                 install what is missing
 # make DEVICE=cpu|cuda PRECISION=FP32|BF16 [STRICT=1] [SANITIZE=address|undefined|thread] olmoe test_olmoe
 # make cuda                  compile for all GPUs, warnings and register spills are errors
-# make clean
+# make clean                 remove what was built; runs (build/train*), build/venv and build/llama.cpp stay
 
 .DEFAULT_GOAL := olmoe
 .DELETE_ON_ERROR:
@@ -54,11 +54,37 @@ lower = $(subst F,f,$(subst P,p,$(subst B,b,$(1))))
 BUILD := build/$(DEVICE)-$(call lower,$(PRECISION))$(if $(filter 1,$(STRICT)),-strict)$(if $(SANITIZE),-$(SANITIZE))
 DEFINES := $(if $(filter BF16,$(PRECISION)),-DPRECISION_BF16)
 ifeq ($(DEVICE),cpu)
-  DEFINES += -DCUBLAS_WORKSPACE_BYTES=0
+  DEFINES += -DCUBLAS_WORKSPACE_BYTES=0 -DNCCL_BY_MPI=1
 endif
 
+# ------------------------------------------------------------------------------------------------
+# Several ranks: MPI starts them and, on CPUs, carries their collectives; on GPUs NCCL does. Where one is missing a header of ours
+# stands in for it, and the program has one rank. Looked up at the first use, because in `make setup train` it is installed first.
+
+MPICC ?= mpicc
+MPI_CFLAGS = $(eval MPI_CFLAGS := $(or $(shell flags=$$($(MPICC) --showme:compile 2>/dev/null) && g++ $$flags -include mpi.h -E -x c++ /dev/null \
+  >/dev/null 2>&1 && echo -DOMPI_SKIP_MPICXX $$flags),-Icpu/no_mpi))$(MPI_CFLAGS)
+MPI_LIBS = $(if $(filter -Icpu/no_mpi,$(MPI_CFLAGS)),,$(eval MPI_LIBS := $(shell $(MPICC) --showme:link))$(MPI_LIBS))
+
+# NCCL_HOME, CUDA's folder, or the system's
+NCCL = $(eval NCCL := $(patsubst %/include/nccl.h,%,$(firstword $(wildcard $(addsuffix /include/nccl.h,$(NCCL_HOME) $(patsubst %/bin/nvcc,%, \
+  $(realpath $(shell command -v $(NVCC) 2>/dev/null))) /usr /usr/local)))))$(NCCL)
+NCCL_LIB = $(firstword $(wildcard $(addsuffix /libnccl.so,$(addprefix $(NCCL)/,lib64 lib lib/*-linux-gnu))))
+NCCL_CFLAGS = $(if $(NCCL_LIB),$(filter-out -I/usr/include,-I$(NCCL)/include),-Icpu/no_nccl)
+NCCL_LIBS = $(if $(NCCL_LIB),-L$(patsubst %/libnccl.so,%,$(NCCL_LIB)) -lnccl)
+
+# Changes where they come or go: what was built without them is built again.
+RANK_FLAGS := $(if $(filter cpu,$(DEVICE)),$(BUILD)/cpu/ranks.flags)
+.PHONY: FORCE
+$(RANK_FLAGS) build/ranks.flags: FORCE
+	@mkdir -p $(@D)
+	@echo '$(MPI_CFLAGS) $(MPI_LIBS) $(NCCL_CFLAGS) $(NCCL_LIBS)' | cmp -s - $@ || echo '$(MPI_CFLAGS) $(MPI_LIBS) $(NCCL_CFLAGS) $(NCCL_LIBS)' > $@
+
+ifeq ($(filter setup,$(MAKECMDGOALS)),)
+  WITHOUT = $(if $(filter -Icpu/no_mpi,$(MPI_CFLAGS)),$(comma) without MPI)$(if $(filter cuda,$(DEVICE)),$(if $(NCCL_LIB),,$(comma) without NCCL))
+endif
 ifneq ($(if $(MAKECMDGOALS),$(filter olmoe test_olmoe train test bench,$(MAKECMDGOALS)),olmoe),)
-  $(info Building for $(if $(filter cuda,$(DEVICE)),CUDA,the CPU) in $(PRECISION)$(if $(filter 1,$(STRICT)), (strict$(if $(SANITIZE),$(comma) $(SANITIZE) sanitizer))): $(WHY).)
+  $(info Building for $(if $(filter cuda,$(DEVICE)),CUDA,the CPU) in $(PRECISION)$(if $(filter 1,$(STRICT)), (strict$(if $(SANITIZE),$(comma) $(SANITIZE) sanitizer)))$(WITHOUT): $(WHY).)
 endif
 
 .PHONY: olmoe test_olmoe setup cuda ptx clean
@@ -71,22 +97,23 @@ setup:
 	@scripts/setup.sh
 
 clean:
-	rm -rf build olmoe test_olmoe
+	rm -rf $(filter-out build/train% build/venv build/llama.cpp,$(wildcard build/*)) olmoe test_olmoe
 
 # ------------------------------------------------------------------------------------------------
 # CPU: preprocess, rewrite the launches, compile. The .d file of the preprocessor names the headers.
 
 ifeq ($(DEVICE),cpu)
 CXX := g++
-CXXFLAGS := -std=c++17 -g -fopenmp -fno-math-errno -Wall -Wextra
+# -g1 has the lines that sanitizers and backtraces name; all of -g takes half as long again to compile.
+CXXFLAGS := -std=c++17 -g1 -fopenmp -fno-math-errno -Wall -Wextra
 ifeq ($(STRICT),1)
   DEFINES += -DCUDA_STRICT -DWARP=32 -DSEPARATE_ALLOCATIONS=1
-  CXXFLAGS += -O2
+  CXXFLAGS += -O1                               # -O2 compiles for twice as long, and runs no faster: fibers take the time
   MACHINE := strict
 else
   # Not -ffast-math: it may delete isnan, and turn !(error <= tolerance) into error > tolerance.
   # Packs of 16 bytes (4 or 8 iterations) must stay loops for the thread loop around them to vectorise.
-  DEFINES += -DWARP=1
+  DEFINES += -DWARP=1 -DATTENTION_BLOCK=128
   CXXFLAGS += -O3 -march=native -fassociative-math -fno-signed-zeros -fno-trapping-math --param max-completely-peel-times=4
   MACHINE := fast
 endif
@@ -97,21 +124,24 @@ ifneq ($(SANITIZE),)
   # TSan must not see the scheduler of the fibers, only what they do.
   MACHINE_FLAGS += $(if $(filter thread,$(SANITIZE)),-DCUDA_TSAN,$(SANITIZE_FLAGS))
 endif
-LDLIBS := -ldnnl -lz -lmvec -lm
-MACHINE_OBJECTS := $(addprefix $(BUILD)/cpu/,$(MACHINE).o gemm.o device.o)
+LDLIBS := -ldnnl -lutf8proc -lz -lmvec -lm
+MACHINE_OBJECTS := $(addprefix $(BUILD)/cpu/,$(MACHINE).o gemm.o nccl.o device.o)
 
-$(BUILD)/%.o: %.cu cpu/rewrite Makefile
+$(BUILD)/%.o: %.cu cpu/rewrite Makefile $(RANK_FLAGS)
 	@mkdir -p $(@D)
-	$(CXX) $(CXXFLAGS) $(DEFINES) -Icpu -I. -MMD -MP -MT $@ -MF $(@:.o=.d) -E -x c++ $< -o $(@:.o=.i)
+	$(CXX) $(CXXFLAGS) $(DEFINES) -Icpu -I. $(MPI_CFLAGS) -MMD -MP -MT $@ -MF $(@:.o=.d) -E -x c++ $< -o $(@:.o=.i)
 	cpu/rewrite < $(@:.o=.i) > $(@:.o=.ii)
 	$(CXX) $(CXXFLAGS) -fpreprocessed -x c++ -c $(@:.o=.ii) -o $@
 
 $(BUILD)/cpu/%.o: cpu/%.cpp Makefile
 	@mkdir -p $(@D)
-	$(CXX) $(MACHINE_FLAGS) $(DEFINES) -Icpu -MMD -MP -c $< -o $@
+	$(CXX) $(MACHINE_FLAGS) $(DEFINES) -Icpu $(if $(filter nccl,$*),$(MPI_CFLAGS)) -MMD -MP -c $< -o $@
+$(BUILD)/cpu/nccl.o: $(RANK_FLAGS)
+# Sums over ranks are added in the order of the ranks, whatever the other files may do.
+$(BUILD)/cpu/nccl.o: MACHINE_FLAGS += -fno-associative-math
 
 $(BUILD)/%: $(BUILD)/%.o $(MACHINE_OBJECTS)
-	$(CXX) $(CXXFLAGS) $^ $(LDLIBS) -o $@
+	$(CXX) $(CXXFLAGS) $^ $(LDLIBS) $(MPI_LIBS) -o $@
 
 .SECONDARY:
 -include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d)
@@ -120,11 +150,11 @@ endif
 # ------------------------------------------------------------------------------------------------
 # CUDA
 
-NVCCFLAGS := -O3 -std=c++17 -Xcompiler -Wall,-Wextra
-LIBRARIES := -lcublas -lz
+NVCCFLAGS = -O3 -std=c++17 -Xcompiler -Wall,-Wextra $(filter -I% -D%,$(MPI_CFLAGS)) $(NCCL_CFLAGS)
+LIBRARIES = -lcublas -lutf8proc -lz $(NCCL_LIBS) $(patsubst -Wl$(comma)%,-Xlinker %,$(filter -L% -l% -Wl%,$(MPI_LIBS)))
 
 ifeq ($(DEVICE),cuda)
-$(BUILD)/%: %.cu Makefile
+$(BUILD)/%: %.cu Makefile build/ranks.flags
 	@mkdir -p $(@D)
 	$(NVCC) $(NVCCFLAGS) -lineinfo -arch=native $(DEFINES) -MMD -MP -MF $@.d $< -o $@ $(LIBRARIES)
 endif
@@ -137,9 +167,9 @@ cuda: $(CUDA_CHECKS)
 	@! grep -E "[1-9][0-9]* bytes spill" $(addsuffix .ptxas,$^) || { echo "make cuda: registers spill" >&2; exit 1; }
 	@echo "make cuda: no warnings, no spills: $$(cat $(addsuffix .ptxas,$^) | grep -c Used) kernels for sm_80, sm_90 and sm_100"
 
-build/cuda-all-fp32/%: %.cu Makefile
+build/cuda-all-fp32/%: %.cu Makefile build/ranks.flags
 	$(call compile_for_all,)
-build/cuda-all-bf16/%: %.cu Makefile
+build/cuda-all-bf16/%: %.cu Makefile build/ranks.flags
 	$(call compile_for_all,-DPRECISION_BF16)
 define compile_for_all
 	@mkdir -p $(@D)
@@ -149,9 +179,9 @@ endef
 
 # Kernels as PTX and cuBLAS by shared libraries, for tools that put their own below the program.
 ptx: $(foreach p,fp32 bf16,$(foreach t,olmoe test_olmoe,build/ptx-$(p)/$(t)))
-build/ptx-fp32/%: %.cu Makefile
+build/ptx-fp32/%: %.cu Makefile build/ranks.flags
 	$(call compile_to_ptx,)
-build/ptx-bf16/%: %.cu Makefile
+build/ptx-bf16/%: %.cu Makefile build/ranks.flags
 	$(call compile_to_ptx,-DPRECISION_BF16)
 define compile_to_ptx
 	@mkdir -p $(@D)
@@ -199,12 +229,17 @@ endif
 # Each ends with a table and: N passed, M failed. TALLY=FILE adds the counts to a file.
 RUN_TESTS = $(PYTHON) tests/run.py $(if $(TALLY),--tally $(TALLY))
 
-.PHONY: test test-peers test-ptx test-mutants
+.PHONY: test test-peers test-full-size test-ptx test-mutants
 test: olmoe
 	OLMOE=$(BUILD)/olmoe \
-	$(RUN_TESTS) $(filter-out tests/test_peers.py tests/test_ptxrun.py tests/test_mutants.py,$(sort $(wildcard tests/test_*.py))) tests/machine
+	$(RUN_TESTS) $(filter-out tests/test_peers.py tests/test_tokenizer_peers.py tests/test_full_size.py tests/test_ptxrun.py tests/test_mutants.py,$(sort $(wildcard tests/test_*.py))) tests/machine
 
-# Against transformers on PyTorch, in an environment of its own
+# Every layout of 2 and 4 ranks against one rank
+.PHONY: test-parallel
+test-parallel: olmoe
+	OLMOE=$(BUILD)/olmoe OLMOE_LAYOUTS=all $(RUN_TESTS) tests/test_parallel.py tests/test_ranks.py
+
+# Against transformers on PyTorch, and `tokenizers`, in an environment of its own
 build/venv/made: scripts/requirements.txt
 	$(PYTHON) -m venv build/venv
 	build/venv/bin/pip install -q --disable-pip-version-check -r scripts/requirements.txt
@@ -215,7 +250,12 @@ venv: build/venv/made
 test-peers: build/venv/made
 	$(MAKE) DEVICE=cpu PRECISION=BF16 olmoe
 	$(MAKE) DEVICE=cpu PRECISION=FP32 olmoe
-	OLMOE=build/cpu-fp32/olmoe OLMOE_BF16=build/cpu-bf16/olmoe build/venv/bin/python tests/run.py $(if $(TALLY),--tally $(TALLY)) tests/test_peers.py
+	OLMOE=build/cpu-fp32/olmoe OLMOE_BF16=build/cpu-bf16/olmoe build/venv/bin/python tests/run.py $(if $(TALLY),--tally $(TALLY)) tests/test_peers.py tests/test_tokenizer_peers.py tests/test_finetune.py
+
+# OLMoE-1B-7B at its full size with random weights: 14 GB of disk, 16 GB of memory
+test-full-size: build/venv/made
+	$(MAKE) DEVICE=cpu PRECISION=BF16 olmoe
+	OLMOE=build/cpu-bf16/olmoe build/venv/bin/python tests/run.py -s $(if $(TALLY),--tally $(TALLY)) tests/test_full_size.py
 
 # The nvcc-built tests on an emulator of PTX: PTXRUN=FOLDER
 export OLMOE_DATA ?= $(wildcard ../shared/data)
@@ -227,6 +267,6 @@ test-ptx: ptx
 test-mutants:
 	$(RUN_TESTS) tests/test_mutants.py
 
-# Times per kernel, matmuls alone, transformers; on an idle machine
+# Times per kernel, matmuls alone, transformers, tokenizers, llama.cpp; on an idle machine
 bench: build/venv/made
 	$(PYTHON) scripts/bench.py

@@ -8,12 +8,14 @@
 //                                         index reads every .safetensors file, the optimizer's too
 //   tokenizer.json                        a copy, where there is one
 // with what training needs to go on:
-//   optimizer.safetensors                 F32: m.<name>, v.<name>, and master.<name> where the weights are BF16
+//   optimizer.safetensors                 F32: m.<name>, v.<name>, and master.<name> where BF16 weights have masters
 //   trainer_state.json                    {"step", "trainer": the caller's, "files": {name: {"bytes", "crc32"}}, "crc32": of the rest}
-// Its bytes follow from the arguments of checkpoint_save alone, never from a path, the time or the host.
+// Its bytes follow from the arguments of checkpoint_save alone, never from a path, the time, the host, or how many ranks wrote it.
 //
 // It is written as OUT/.step-00000020.tmp, synced to the disk, and renamed to OUT/step-00000020. So a name that begins with
-// "step-" is complete, whenever the process was killed; what a killed one left behind begins with a dot and goes with the next save.
+// "step-" is complete, whenever a process was killed; what a killed one left behind begins with a dot and goes with the next save.
+// All ranks save together, into one directory on a file system that they share, and any rank may read what it needs. But what
+// renames, deletes, or reads every byte of a directory is for rank 0 alone: checkpoint_leftovers, _newest, _check and _prune.
 //
 // Included once, by olmoe.cu, after die() and OlmoeConfig. Host code only. Every error is one line from die().
 #pragma once
@@ -31,6 +33,7 @@
 #include <map>
 #include <set>
 #include <string>
+#include <type_traits>
 #include <vector>
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -377,6 +380,14 @@ inline void tensor_to_float(float* dst, const SafeTensor& t, size_t begin, size_
     }
 }
 
+// Elements [begin, begin + count) have been read: their pages of the file leave this process, whose memory they would count as; the
+// system keeps them cached as long as it has room.
+inline void tensor_read(const SafeTensor& t, size_t begin, size_t count) {
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), width = dtype_bytes(t.dtype);
+    const uintptr_t first = (uintptr_t)(t.data + begin * width) / page * page, last = (uintptr_t)(t.data + (begin + count) * width);
+    madvise((void*)first, last - first, MADV_DONTNEED);     // of pages that others still read no harm: they come back
+}
+
 struct TensorInfo { std::string name, dtype; std::vector<int64_t> shape; };
 
 // Finds every expected tensor, in that order; dtype "" stands for F32, BF16 or F16. Dies when one is missing, of another shape or
@@ -433,6 +444,7 @@ inline void weights_open(ModelWeights* w, const std::string& dir, const OlmoeCon
     for (const std::string& shard : shards) {
         Safetensors& f = w->files[n++];
         safetensors_open(&f, dir + "/" + shard);
+        madvise(f.map, f.map_bytes, MADV_SEQUENTIAL);       // where memory is short, the system gives up what was read, not what comes
         for (const SafeTensor& t : f.tensors)
             if (!map.empty() && (!map.count(t.name) || map[t.name] != shard)) die("%s: tensor %s is not in the index under this file", f.path.c_str(), json_shown(t.name).c_str());
     }
@@ -451,77 +463,56 @@ inline void weights_close(ModelWeights* w) {
 // ------------------------------------------------------------------------------------------------
 // Writing
 
-struct FileSum { size_t bytes = 0; uint32_t crc = 0; };   // zlib's crc32
-
-// A file that is on the disk when close() returns. An error removes what was written, and `scratch` where one is given, before it ends the program.
+// A file in the directory `scratch`, which an error removes before it ends the program. On the disk when close() returns.
 struct FileWriter {
     std::string path, scratch;
     int fd = -1;
-    FileSum sum;
 
     [[noreturn]] void fail() {
-        const std::string why = strerror(errno);
+        const int error = errno;
+        const bool gone = error == ENOENT || error == ESTALE;
         std::error_code ignored;
-        if (!scratch.empty()) std::filesystem::remove_all(scratch, ignored);
-        else if (std::filesystem::is_regular_file(path, ignored)) std::filesystem::remove(path, ignored);
-        die("cannot write %s: %s; nothing of it was kept. Make room, or write elsewhere", path.c_str(), why.c_str());
+        std::filesystem::remove_all(scratch, ignored);
+        if (gone) sleep(3);                               // for that rank to say so, which ends this one
+        die("cannot write %s: %s; nothing of it was kept. %s", path.c_str(), strerror(error),
+            gone ? "Another rank failed and says why, or the ranks do not share this file system" : "Make room, or write elsewhere");
     }
-    void open(const std::string& path_, const std::string& scratch_ = "") {
-        path = path_, scratch = scratch_, sum = FileSum();
-        fd = ::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-        if (fd < 0 && scratch.empty()) die("cannot write %s: %s", path.c_str(), strerror(errno));
+    void open(const std::string& scratch_, const std::string& name, int create = 0) {
+        scratch = scratch_, path = scratch + "/" + name;
+        fd = ::open(path.c_str(), O_WRONLY | O_CLOEXEC | create, 0666);
         if (fd < 0) fail();
     }
-    void write(const void* data, size_t bytes) {
-        sum.crc = (uint32_t)crc32_z(sum.crc, (const Bytef*)data, bytes);
-        sum.bytes += bytes;
+    void write(const void* data, size_t bytes, size_t at) {
         for (size_t done = 0; done < bytes;) {
-            ssize_t n = ::write(fd, (const char*)data + done, std::min(bytes - done, (size_t)1 << 30));
+            ssize_t n = pwrite(fd, (const char*)data + done, std::min(bytes - done, (size_t)1 << 30), (off_t)(at + done));
             if (n < 0 && errno == EINTR) continue;
             if (n <= 0) fail();
             done += (size_t)n;
         }
     }
-    FileSum close() {
-        if (fsync(fd) != 0) fail();
-        if (::close(fd) != 0) fail();
+    void close() {
+        if (fsync(fd) != 0 || ::close(fd) != 0) fail();
         fd = -1;
-        return sum;
     }
 };
 
-// A safetensors file from front to back: open() with all its tensors, write() their data in that order, close().
-struct SafetensorsWriter {
-    FileWriter file;
-    size_t expected = 0;                                  // bytes of header and data
-
-    void open(const std::string& path, const std::vector<TensorInfo>& tensors, const std::map<std::string, std::string>& metadata, const std::string& scratch = "") {
-        std::string header = "{";
-        if (!metadata.empty()) header += "\"__metadata__\":" + nlohmann::json(metadata).dump();
-        size_t offset = 0;
-        for (const TensorInfo& t : tensors) {
-            size_t end = dtype_bytes(t.dtype);
-            for (int64_t n : t.shape) end *= (size_t)n;
-            end += offset;
-            header += (header.size() > 1 ? "," : "") + Json(t.name).dump() + ":{\"dtype\":\"" + t.dtype + "\",\"shape\":" + Json(t.shape).dump() +
-                      ",\"data_offsets\":[" + std::to_string(offset) + "," + std::to_string(end) + "]}";
-            offset = end;
-        }
-        header += "}";
-        header.resize((header.size() + 7) / 8 * 8, ' ');  // so that the data is aligned
-        unsigned char length[8];
-        for (int i = 0; i < 8; i++) length[i] = (unsigned char)(header.size() >> 8 * i);
-        expected = 8 + header.size() + offset;
-        file.open(path, scratch);
-        file.write(length, 8);
-        file.write(header.data(), header.size());
+// What a safetensors file begins with: the length of the header and the header. The tensors' data follow in their order.
+inline std::string safetensors_header(const std::vector<TensorInfo>& tensors) {
+    std::string header = "{\"__metadata__\":{\"format\":\"pt\"}", length;    // transformers asks for this word
+    size_t offset = 0;
+    for (const TensorInfo& t : tensors) {
+        size_t end = dtype_bytes(t.dtype);
+        for (int64_t n : t.shape) end *= (size_t)n;
+        end += offset;
+        header += "," + Json(t.name).dump() + ":{\"dtype\":\"" + t.dtype + "\",\"shape\":" + Json(t.shape).dump() +
+                  ",\"data_offsets\":[" + std::to_string(offset) + "," + std::to_string(end) + "]}";
+        offset = end;
     }
-    void write(const void* data, size_t bytes) { file.write(data, bytes); }
-    FileSum close() {
-        if (file.sum.bytes != expected) die("%s: %zu bytes written, its header promises %zu", file.path.c_str(), file.sum.bytes, expected);
-        return file.close();
-    }
-};
+    header += "}";
+    header.resize((header.size() + 7) / 8 * 8, ' ');      // so that the data is aligned
+    for (int i = 0; i < 8; i++) length += (char)(header.size() >> 8 * i);
+    return length + header;
+}
 
 // Makes the names in a directory as durable as the files. A filesystem that can't sync a directory says EINVAL.
 inline void directory_sync(const std::string& path) {
@@ -536,15 +527,24 @@ inline void directory_sync(const std::string& path) {
 enum class State { weights, m, v, master };
 
 // Copies flat elements [offset, offset + count) of a state to dst: weights in the file's dtype (BF16 or F32), the others as float.
-// The range never crosses a tensor of hf_tensors and has at most checkpoint_chunk elements; ranges come in ascending order,
-// all weights first, then m, v and master.
+// The range never crosses a tensor of hf_tensors, nor a run of Savers::owner, and has at most checkpoint_chunk elements; ranges come
+// in ascending order, all weights first, then m, v and master.
 using ReadState = std::function<void(State, size_t offset, size_t count, void* dst)>;
 constexpr size_t checkpoint_chunk = 1 << 20;
 
+// The ranks that save together. One: the default.
+struct Savers {
+    int rank = 0, size = 1;
+    // Flat element -> the rank that writes it, and the flat end of the run of elements that this rank writes from there. The same on each.
+    std::function<std::pair<int, size_t>(size_t offset)> owner = [](size_t) { return std::make_pair(0, SIZE_MAX); };
+    // Element-wise sum over the ranks, the same on each. It is also the barrier: nobody leaves before all have come.
+    std::function<void(std::vector<double>*)> sum = [](std::vector<double>*) {};
+};
+
 struct StateInfo { State state; const char* prefix; };
-inline std::vector<StateInfo> optimizer_states(bool bf16) {
+inline std::vector<StateInfo> optimizer_states(bool masters) {
     std::vector<StateInfo> states = {{State::m, "m."}, {State::v, "v."}};
-    if (bf16) states.push_back({State::master, "master."});
+    if (masters) states.push_back({State::master, "master."});
     return states;
 }
 
@@ -568,7 +568,7 @@ inline std::vector<std::pair<int64_t, std::string>> checkpoint_list(const std::s
 }
 
 // What a killed run left: .tmp half-written or just replaced, .trash half-deleted, .old an earlier checkpoint of a step that was
-// being replaced. That one goes back to its place if its successor had not arrived; the others are of no use.
+// being replaced. That one goes back to its place if its successor had not arrived; the others are of no use. Rank 0 alone.
 inline void checkpoint_leftovers(const std::string& out_dir, bool remove) {
     std::error_code ec;
     std::vector<std::string> names;
@@ -585,51 +585,50 @@ inline void checkpoint_leftovers(const std::string& out_dir, bool remove) {
 // Saves OUT/step-<step>. The trainer's state may hold any JSON but numbers that aren't finite. Where the step exists (the run went
 // back to an earlier one), the new directory takes its name in one exchange; on a filesystem without it, the earlier one first
 // steps aside as .step-<step>.old, where checkpoint_newest and the next save find it if nothing came after.
-inline void checkpoint_save(const std::string& out_dir, int64_t step, const OlmoeConfig& c, bool bf16, const ReadState& read, const Json& trainer_state,
-                            const std::string& tokenizer_path, size_t max_shard_bytes = 5000000000) {
+//
+// Every rank calls it with the same arguments, and returns when the checkpoint is complete. Rank 0 makes the files in their full
+// size; each rank writes its pieces into them; rank 0 writes the manifest, when all ranks' pieces are on the disk, and renames. A
+// rank that fails ends the program before it comes to the next sum, where the others wait until the job is ended.
+inline void checkpoint_save(const std::string& out_dir, int64_t step, const OlmoeConfig& c, bool bf16, bool masters, const ReadState& read, const Json& trainer_state,
+                            const std::string& tokenizer_path, const Savers& savers = {}, size_t max_shard_bytes = 5000000000) {
     char name[32];
     snprintf(name, sizeof name, "step-%08lld", (long long)step);
     const std::string final = out_dir + "/" + name, tmp = out_dir + "/." + name + ".tmp", old = out_dir + "/." + name + ".old";
     std::string tokenizer;
-    if (!tokenizer_path.empty() && !file_contents(&tokenizer, tokenizer_path)) die("cannot read %s: %s", tokenizer_path.c_str(), strerror(errno));
+    if (savers.rank == 0 && !tokenizer_path.empty() && !file_contents(&tokenizer, tokenizer_path)) die("cannot read %s: %s", tokenizer_path.c_str(), strerror(errno));
     std::error_code ec;
-    std::filesystem::create_directories(out_dir, ec);
-    checkpoint_leftovers(out_dir, true);
-    if (mkdir(tmp.c_str(), 0777) != 0) die("cannot create %s: %s; nothing was saved", tmp.c_str(), strerror(errno));
 
-    Json files = Json::object();
-    auto record = [&](const std::string& file, FileSum sum) { files[file] = {{"bytes", sum.bytes}, {"crc32", crc_text(sum.crc)}}; };
-    auto write_text = [&](const std::string& file, const std::string& text) {
-        FileWriter w;
-        w.open(tmp + "/" + file, tmp);
-        w.write(text.data(), text.size());
-        record(file, w.close());
-    };
+    // The plan, the same on every rank. A file is a text, which rank 0 writes, and pieces, each its owner's.
+    struct Piece { int rank; State state; size_t offset, count, at, bytes; };   // flat elements, bytes of the file
+    struct File { std::string name, text; size_t bytes, first, last; };         // its pieces: [first, last)
+    std::vector<Piece> pieces;
+    std::vector<File> files;                              // as the manifest lists them
     const std::vector<HfTensor> tensors = hf_tensors(c);
-    std::vector<char> buffer(checkpoint_chunk * sizeof(float));
-    auto write_tensors = [&](const std::string& file, const std::vector<StateInfo>& states, size_t first, size_t last, const char* dtype) {
+    auto add_text = [&](const std::string& file, const std::string& text) { files.push_back({file, text, text.size(), pieces.size(), pieces.size()}); };
+    auto add_tensors = [&](const std::string& file, const std::vector<StateInfo>& states, size_t first, size_t last, const char* dtype) {
         std::vector<TensorInfo> infos;
         for (const StateInfo& s : states)
             for (size_t i = first; i < last; i++) infos.push_back({s.prefix + tensors[i].name, dtype, tensors[i].shape});
-        SafetensorsWriter w;
-        w.open(tmp + "/" + file, infos, {{"format", "pt"}}, tmp);   // transformers asks for this word
+        add_text(file, safetensors_header(infos));
+        File& f = files.back();
         for (const StateInfo& s : states)
             for (size_t i = first; i < last; i++)
-                for (size_t done = 0, n; done < tensors[i].count; done += n) {
-                    n = std::min(checkpoint_chunk, tensors[i].count - done);
-                    read(s.state, tensors[i].offset + done, n, buffer.data());
-                    w.write(buffer.data(), n * dtype_bytes(dtype));
+                for (size_t offset = tensors[i].offset, end = offset + tensors[i].count, n; offset < end; offset += n) {
+                    auto [rank, run] = savers.owner(offset);
+                    if (rank < 0 || rank >= savers.size || run <= offset) die("cannot save %s: nobody owns element %zu", final.c_str(), offset);
+                    n = std::min({run, end, offset + checkpoint_chunk}) - offset;
+                    pieces.push_back({rank, s.state, offset, n, f.bytes, n * dtype_bytes(dtype)});
+                    f.bytes += pieces.back().bytes;
                 }
-        record(file, w.close());
+        f.last = pieces.size();
     };
 
-    write_text("config.json", json_text(config_json(c, bf16)));
+    add_text("config.json", json_text(config_json(c, bf16)));
     Json generation = {{"_from_model_config", true}};
     if (c.eos_token_id >= 0) generation["eos_token_id"] = c.eos_token_id;
     if (c.pad_token_id >= 0) generation["pad_token_id"] = c.pad_token_id;
-    write_text("generation_config.json", json_text(generation));
-    if (!tokenizer_path.empty()) write_text("tokenizer.json", tokenizer);
-
+    add_text("generation_config.json", json_text(generation));
+    if (!tokenizer_path.empty()) add_text("tokenizer.json", tokenizer);
     const char* dtype = bf16 ? "BF16" : "F32";
     std::vector<size_t> first = {0};                      // first tensor of every shard, then the end
     size_t total = 0, shard_bytes = 0;
@@ -643,24 +642,78 @@ inline void checkpoint_save(const std::string& out_dir, int64_t step, const Olmo
     for (size_t s = 0; s + 1 < first.size(); s++) {
         char file[64] = "model.safetensors";
         if (first.size() > 2) snprintf(file, sizeof file, "model-%05zu-of-%05zu.safetensors", s + 1, first.size() - 1);
-        write_tensors(file, {{State::weights, ""}}, first[s], first[s + 1], dtype);
+        add_tensors(file, {{State::weights, ""}}, first[s], first[s + 1], dtype);
         for (size_t i = first[s]; i < first[s + 1]; i++) map[tensors[i].name] = file;
     }
-    write_text("model.safetensors.index.json", json_text({{"metadata", {{"total_size", total}}}, {"weight_map", map}}));
-    write_tensors("optimizer.safetensors", optimizer_states(bf16), 0, tensors.size(), "F32");
+    add_text("model.safetensors.index.json", json_text({{"metadata", {{"total_size", total}}}, {"weight_map", map}}));
+    add_tensors("optimizer.safetensors", optimizer_states(masters), 0, tensors.size(), "F32");
 
-    Json state = {{"step", step}, {"trainer", trainer_state}, {"files", files}};
-    const std::string text = json_text(state);
-    state["crc32"] = crc_text((uint32_t)crc32_z(0, (const Bytef*)text.data(), text.size()));
-    write_text("trainer_state.json", json_text(state));
-    directory_sync(tmp);
+    // Sums, and makes sure that all ranks took part and are at the same work: two that own an element, or none, would leave a hole.
+    static_assert(std::has_unique_object_representations_v<Piece>);
+    const double plan = 1 + (double)crc32_z(0, (const Bytef*)pieces.data(), pieces.size() * sizeof(Piece));
+    auto meet = [&](std::vector<double> values) {
+        values.push_back(plan);
+        savers.sum(&values);
+        if (values.back() == plan * savers.size) return values;
+        std::filesystem::remove_all(tmp, ec);
+        die("cannot save %s: the ranks disagree about which of them writes what", final.c_str());
+    };
 
-    bool existed = access(final.c_str(), F_OK) == 0, exchanged = existed && renameat2(AT_FDCWD, tmp.c_str(), AT_FDCWD, final.c_str(), RENAME_EXCHANGE) == 0;
-    if (existed && !exchanged && rename(final.c_str(), old.c_str()) != 0) die("cannot rename %s: %s; the new checkpoint is %s", final.c_str(), strerror(errno), tmp.c_str());
-    if (!exchanged && rename(tmp.c_str(), final.c_str()) != 0) die("cannot rename %s: %s", tmp.c_str(), strerror(errno));
-    directory_sync(out_dir);
-    directory_sync(std::filesystem::weakly_canonical(out_dir).parent_path().string());   // out_dir itself may be new
-    checkpoint_leftovers(out_dir, true);                  // the directory that was replaced
+    if (savers.rank == 0) {
+        std::filesystem::create_directories(out_dir, ec);
+        checkpoint_leftovers(out_dir, true);
+        if (mkdir(tmp.c_str(), 0777) != 0) die("cannot create %s: %s; nothing was saved", tmp.c_str(), strerror(errno));
+        for (const File& f : files) {
+            FileWriter w;
+            w.open(tmp, f.name, O_CREAT);
+            if (ftruncate(w.fd, (off_t)f.bytes) != 0) w.fail();
+            close(w.fd);                                  // synced below, with the text
+        }
+    }
+    meet({});
+
+    std::vector<double> crcs(pieces.size());              // a uint32_t is exact in a double; 0 for another rank's
+    std::vector<char> buffer(checkpoint_chunk * sizeof(float));
+    for (const File& f : files) {
+        FileWriter w;
+        if (savers.rank == 0) w.open(tmp, f.name), w.write(f.text.data(), f.text.size(), 0);
+        for (size_t i = f.first; i < f.last; i++) {
+            const Piece& p = pieces[i];
+            if (p.rank != savers.rank) continue;
+            if (w.fd < 0) w.open(tmp, f.name);
+            read(p.state, p.offset, p.count, buffer.data());
+            crcs[i] = (double)crc32_z(0, (const Bytef*)buffer.data(), p.bytes);
+            w.write(buffer.data(), p.bytes, p.at);
+        }
+        if (w.fd >= 0) w.close();
+    }
+    crcs = meet(crcs);
+
+    if (savers.rank == 0) {
+        Json listed = Json::object();
+        for (const File& f : files) {
+            uLong crc = crc32_z(0, (const Bytef*)f.text.data(), f.text.size());
+            for (size_t i = f.first; i < f.last; i++) crc = crc32_combine(crc, (uLong)crcs[i], (z_off_t)pieces[i].bytes);
+            listed[f.name] = {{"bytes", f.bytes}, {"crc32", crc_text((uint32_t)crc)}};
+        }
+        Json state = {{"step", step}, {"trainer", trainer_state}, {"files", listed}};
+        std::string text = json_text(state);
+        state["crc32"] = crc_text((uint32_t)crc32_z(0, (const Bytef*)text.data(), text.size()));
+        text = json_text(state);
+        FileWriter w;
+        w.open(tmp, "trainer_state.json", O_CREAT);
+        w.write(text.data(), text.size(), 0);
+        w.close();
+        directory_sync(tmp);
+
+        bool existed = access(final.c_str(), F_OK) == 0, exchanged = existed && renameat2(AT_FDCWD, tmp.c_str(), AT_FDCWD, final.c_str(), RENAME_EXCHANGE) == 0;
+        if (existed && !exchanged && rename(final.c_str(), old.c_str()) != 0) die("cannot rename %s: %s; the new checkpoint is %s", final.c_str(), strerror(errno), tmp.c_str());
+        if (!exchanged && rename(tmp.c_str(), final.c_str()) != 0) die("cannot rename %s: %s", tmp.c_str(), strerror(errno));
+        directory_sync(out_dir);
+        directory_sync(std::filesystem::weakly_canonical(out_dir).parent_path().string());   // out_dir itself may be new
+        checkpoint_leftovers(out_dir, true);              // the directory that was replaced
+    }
+    meet({});
 }
 
 // trainer_state.json, if it is whole. Returns why not, or "".
@@ -676,12 +729,12 @@ inline std::string checkpoint_manifest(Json* state, const std::string& dir) {
     return "";
 }
 
-// Why a checkpoint can't be trusted, or "". Sizes cost nothing; contents reads every file once.
-inline std::string checkpoint_damage(const std::string& dir, bool contents) {
+// Why a checkpoint can't be trusted, or "". Sizes cost nothing; contents reads every file once, and calls alive() while it does.
+inline std::string checkpoint_damage(const std::string& dir, bool contents, const std::function<void()>& alive = [] {}) {
     Json state;
     const std::string why = checkpoint_manifest(&state, dir);
     if (!why.empty()) return why;
-    std::vector<unsigned char> buffer(1 << 16);
+    std::vector<unsigned char> buffer(1 << 20);
     for (auto& [name, sum] : state["files"].items()) {
         int fd = open((dir + "/" + name).c_str(), O_RDONLY | O_CLOEXEC);
         struct stat info;
@@ -689,7 +742,10 @@ inline std::string checkpoint_damage(const std::string& dir, bool contents) {
         size_t bytes = (size_t)info.st_size, expected = sum["bytes"].get<size_t>();
         uint32_t crc = 0;
         ssize_t n = 0;
-        while (contents && bytes == expected && (n = read(fd, buffer.data(), buffer.size())) > 0) crc = (uint32_t)crc32_z(crc, buffer.data(), (size_t)n);
+        while (contents && bytes == expected && (n = read(fd, buffer.data(), buffer.size())) > 0) {
+            crc = (uint32_t)crc32_z(crc, buffer.data(), (size_t)n);
+            alive();
+        }
         close(fd);
         if (bytes != expected) return name + " has " + std::to_string(bytes) + " bytes, saved were " + std::to_string(expected);
         if (n < 0 || (contents && sum["crc32"] != crc_text(crc))) return name + " is damaged: its checksum differs";
@@ -697,17 +753,17 @@ inline std::string checkpoint_damage(const std::string& dir, bool contents) {
     return "";
 }
 
-// Dies with the reason when dir is no checkpoint, a partial or a damaged one. Reads every byte of it.
-inline void checkpoint_check(const std::string& dir) {
-    const std::string why = checkpoint_damage(dir, true);
+// Dies with the reason when dir is no checkpoint, a partial or a damaged one. Reads every byte of it, so rank 0 does.
+inline void checkpoint_check(const std::string& dir, const std::function<void()>& alive = [] {}) {
+    const std::string why = checkpoint_damage(dir, true, alive);
     if (!why.empty()) die("cannot resume from %s: %s", dir.c_str(), why.c_str());
 }
 
-// The newest checkpoint of OUT that is whole, or "". A warning on standard error for each newer one that isn't.
-inline std::string checkpoint_newest(const std::string& out_dir) {
+// The newest checkpoint of OUT that is whole, or "". A warning on standard error for each newer one that isn't. Rank 0 alone.
+inline std::string checkpoint_newest(const std::string& out_dir, const std::function<void()>& alive = [] {}) {
     checkpoint_leftovers(out_dir, false);
     for (auto& [step, dir] : checkpoint_list(out_dir)) {
-        const std::string why = checkpoint_damage(dir, true);
+        const std::string why = checkpoint_damage(dir, true, alive);
         if (why.empty()) return dir;
         fprintf(stderr, "warning: passing over %s: %s\n", dir.c_str(), why.c_str());
     }
@@ -722,25 +778,27 @@ inline Json checkpoint_trainer_state(const std::string& dir) {
     return state["trainer"];
 }
 
-// Hands over m, v, and master when bf16, in the ranges and the order that ReadState describes.
-inline void checkpoint_optimizer_read(const std::string& dir, const OlmoeConfig& c, bool bf16,
-                                      const std::function<void(State, size_t offset, size_t count, const float* src)>& put) {
+// Hands over m, v and, when `masters`, master where the file has it, in the ranges and the order that ReadState describes: a tensor's
+// chunks, as one rank saves them. Asks for each whether any of it is wanted; no page of the others is read.
+inline void checkpoint_optimizer_read(const std::string& dir, const OlmoeConfig& c, bool masters,
+                                      const std::function<void(State, size_t offset, size_t count, const float* src)>& put,
+                                      const std::function<bool(size_t offset, size_t count)>& wanted = [](size_t, size_t) { return true; }) {
     std::vector<Safetensors> files(1);
     safetensors_open(&files[0], dir + "/optimizer.safetensors");
     const std::vector<HfTensor> tensors = hf_tensors(c);
-    if ((files[0].find("master." + tensors[0].name) != nullptr) != bf16)
-        die("%s: saved by %s; resume with that, or start anew from its weights with --model", files[0].path.c_str(), bf16 ? "an FP32 build, this is a BF16 build" : "a BF16 build, this is an FP32 build");
+    const std::vector<StateInfo> states = optimizer_states(files[0].find("master." + tensors[0].name) != nullptr);
     std::vector<TensorInfo> expected;
-    for (const StateInfo& s : optimizer_states(bf16))
+    for (const StateInfo& s : states)
         for (const HfTensor& h : tensors) expected.push_back({s.prefix + h.name, "F32", h.shape});
     const std::vector<const SafeTensor*> found = tensors_expect(files, expected);
     std::vector<float> buffer(checkpoint_chunk);
     size_t i = 0;
-    for (const StateInfo& s : optimizer_states(bf16))
+    for (const StateInfo& s : states)
         for (const HfTensor& h : tensors) {
             const SafeTensor& t = *found[i++];
-            for (size_t done = 0, n; done < h.count; done += n) {
+            for (size_t done = 0, n; done < h.count && (masters || s.state != State::master); done += n) {
                 n = std::min(checkpoint_chunk, h.count - done);
+                if (!wanted(h.offset + done, n)) continue;
                 tensor_to_float(buffer.data(), t, done, n);
                 put(s.state, h.offset + done, n, buffer.data());
             }
@@ -749,7 +807,7 @@ inline void checkpoint_optimizer_read(const std::string& dir, const OlmoeConfig&
 }
 
 // Deletes all but the newest keep_last (0: keeps all) and every step that keep_every divides (0: none). A damaged one is neither
-// counted nor deleted. Renamed first, so that a kill never leaves a partial directory under a checkpoint's name.
+// counted nor deleted. Renamed first, so that a kill never leaves a partial directory under a checkpoint's name. Rank 0 alone.
 inline void checkpoint_prune(const std::string& out_dir, int keep_last, int keep_every) {
     int newer = 0;
     if (keep_last <= 0) return;

@@ -19,6 +19,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
+#include <zlib.h>
 
 [[noreturn]] void die(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
@@ -112,6 +113,10 @@ inline bool repetition_filter_hits(const uint16_t* tokens, int T) {
 // ------------------------------------------------------------------------------------------------
 // Files
 
+inline bool ends_with(const std::string& name, const std::string& suffix) {
+    return name.size() >= suffix.size() && name.compare(name.size() - suffix.size(), suffix.size(), suffix) == 0;
+}
+
 struct TokenFile {
     std::string path;
     const unsigned char* map = nullptr; // the whole file, memory-mapped: pages come in when touched, so it may be larger than RAM
@@ -156,11 +161,7 @@ inline void token_file_read_npy(TokenFile* f) {
 inline void token_file_open(TokenFile* f, const std::string& name) {
     f->path = name;
     const char* path = f->path.c_str();
-    auto ends = [&](const char* suffix) {
-        size_t n = strlen(suffix);
-        return name.size() >= n && name.compare(name.size() - n, n, suffix) == 0;
-    };
-    if (ends(".txt") || ends(".jsonl") || ends(".json") || ends(".gz"))
+    if (ends_with(name, ".txt") || ends_with(name, ".jsonl") || ends_with(name, ".json") || ends_with(name, ".gz"))
         die("%s: text where tokens are needed; first: olmoe tokenize --tokenizer bytes --out FILE.npy %s", path, path);
 
     int file = open(path, O_RDONLY | O_CLOEXEC);
@@ -186,13 +187,103 @@ inline void token_file_open(TokenFile* f, const std::string& name) {
         f->header = 1024;
         f->tokens = (size_t)word[2];
     } else {
-        if (ends(".bin")) die("%s: a .bin without llm.c's header (magic 20240520); if it holds plain uint16 tokens, rename it to .npy", path);
+        if (ends_with(name, ".bin")) die("%s: a .bin without llm.c's header (magic 20240520); if it holds plain uint16 tokens, rename it to .npy", path);
         if (f->bytes % 2 != 0) die("%s: %zu bytes, an odd number, cannot be uint16 tokens; write the file again", path, f->bytes);
         f->tokens = f->bytes / 2;
     }
     size_t data = f->bytes - f->header;
     if (data % 2 != 0 || f->tokens != data / 2)
         die("%s: its header says %zu tokens (2 bytes each), but %zu bytes follow it; write the file again", path, f->tokens, data);
+}
+
+// ------------------------------------------------------------------------------------------------
+// The documents of a token file: FILE.csv.gz next to FILE.npy, a line of start,end,id,src,loc for each
+
+// Reads a text file, gzipped or not (zlib reads both).
+struct LineReader {
+    gzFile file;
+    std::string buffer;     // read; handed out up to `at`
+    size_t at;
+    size_t offset;          // of the unpacked file, handed out
+    bool failed;
+};
+
+inline bool lines_open(LineReader* r, const std::string& path, size_t offset = 0) {
+    *r = LineReader{gzopen(path.c_str(), "rbe"), "", 0, offset, false};
+    if (!r->file) return false;
+    gzbuffer(r->file, 1 << 17);
+    r->failed = offset > 0 && gzseek(r->file, (z_off_t)offset, SEEK_SET) < 0;
+    return true;
+}
+
+// Puts the next bytes into the buffer, whose own have been handed out. False at the end of the file, or where reading failed.
+inline bool lines_read(LineReader* r) {
+    r->at = 0;
+    r->buffer.resize(1 << 16);
+    int n = r->failed ? -1 : gzread(r->file, &r->buffer[0], 1 << 16), error;
+    r->buffer.resize(n > 0 ? n : 0);
+    gzerror(r->file, &error);
+    r->failed = n < 0 || (n == 0 && error != Z_OK && error != Z_STREAM_END);    // a gzip file cut short says so at its end
+    return n > 0;
+}
+
+// The next line, without its end. False at the end of the file or where reading failed, which sets failed.
+inline bool lines_next(LineReader* r, std::string* line) {
+    line->clear();
+    do {
+        size_t end = r->buffer.find('\n', r->at);
+        line->append(r->buffer, r->at, end - r->at);
+        if (end == std::string::npos) continue;
+        r->at = end + 1;
+        r->offset += line->size() + 1;
+        return true;
+    } while (lines_read(r));
+    r->offset += line->size();
+    return !r->failed && !line->empty();
+}
+
+struct Document {
+    size_t start, end;      // its tokens in the .npy, end exclusive
+    std::string id;
+};
+
+// story-000123 is of the domain story.
+inline std::string document_domain(const Document& d) { return d.id.substr(0, d.id.find('-')); }
+
+inline std::string documents_path(const std::string& npy) { return npy.substr(0, npy.size() - (ends_with(npy, ".npy") ? 4 : 0)) + ".csv.gz"; }
+
+// The documents of a token file, from the .csv.gz next to it; none where there is no such file.
+inline std::vector<Document> documents_read(const std::string& npy) {
+    std::string path = documents_path(npy), line;
+    std::vector<Document> documents;
+    LineReader lines;
+    if (!lines_open(&lines, path)) {
+        if (errno == ENOENT) return documents;
+        die("%s: cannot be read: %s", path.c_str(), strerror(errno));
+    }
+    while (lines_next(&lines, &line)) {
+        std::vector<std::string> columns(1);
+        bool quoted = false;
+        for (size_t i = 0; i < line.size(); i++) {
+            if (line[i] == '"' && quoted && i + 1 < line.size() && line[i + 1] == '"') columns.back() += line[i++];
+            else if (line[i] == '"') quoted = !quoted;
+            else if (line[i] == ',' && !quoted) columns.emplace_back();
+            else columns.back() += line[i];
+        }
+        char *end1 = nullptr, *end2 = nullptr;
+        Document d = {0, 0, columns.size() > 2 ? columns[2] : ""};
+        if (columns.size() > 2) {
+            d.start = strtoull(columns[0].c_str(), &end1, 10);
+            d.end = strtoull(columns[1].c_str(), &end2, 10);
+        }
+        size_t previous = documents.empty() ? 0 : documents.back().end;
+        if (!end1 || end1 == columns[0].c_str() || *end1 || end2 == columns[1].c_str() || *end2 || d.start < previous || d.end < d.start)
+            die("%s:%zu: not a line of start,end,id,src,loc; tokenize again", path.c_str(), documents.size() + 1);
+        documents.push_back(d);
+    }
+    if (lines.failed) die("%s: damaged after %zu documents; tokenize again", path.c_str(), documents.size());
+    gzclose(lines.file);
+    return documents;
 }
 
 // ------------------------------------------------------------------------------------------------

@@ -482,7 +482,7 @@ static void test_qk_norm_rope() {
             twin_rmsnorm_backward(dx, part ? dk_norm : dq_norm, dy, x, part ? k_norm : q_norm, N, C, eps);
             set_columns(dqkv, dx, N, 3 * C, part * C, C);
         }
-        qk_norm_rope_forward(d_qk, d_r, d_qkv, d_q_norm, d_k_norm, d_cosine, d_sine, N, T, C, D, eps);
+        qk_norm_rope_forward(d_qk, d_r, d_qkv, d_q_norm, d_k_norm, d_cosine, d_sine, nullptr, N, T, C, D, eps);
         check(name + "q and k", d_qk.get(), qk, roundings(3, 9 + sqrt(C)));
         qk_norm_rope_backward(d_dqkv, d_dq_norm, d_dk_norm, partial, d_dqkv32, d_qkv, d_r, d_q_norm, d_k_norm, d_cosine, d_sine, N, T, C, D);
         check(name + "dqkv", d_dqkv.get(), dqkv, roundings(1, 14 + 2 * sqrt(C)));
@@ -590,7 +590,7 @@ static void test_dispatch() {
             }
         Device<floatX> d_x(x), d_residual(residual), d_y(y), d_rows(rows.size()), d_out(out.size()), d_sum(sum.size());
         Device<float> d_weights(weights);
-        gather(d_rows, d_x, d_assignment_of, R, C, K);
+        gather(d_rows.p, d_x.p, d_assignment_of, R, C, K);
         check_equal(name + "gather", d_rows.get(), rows);
         combine(d_out, d_residual, d_y, d_weights, d_row_of, N, C, K);
         check(name + "combine", d_out.get(), out, roundings(1, 2 + sqrt(K)));
@@ -621,11 +621,11 @@ static void check_experts(const std::vector<ExpertsShape>& shapes) {
         Device<floatX> rows(R * C), gate_up(R * 2 * F), h(R * F), d_y(R * C), dy(R * C), d_dx(R * C), dh(R * F), weighted_h(R * F), dgate_up(R * 2 * F);
         Device<float> d_weights(weights), d_dweights(R);
         dispatch(row_of, assignment_of, d_counts, histogram, d_experts, (int)R, E);
-        gather(rows, d_x, assignment_of, (int)R, C, K);
+        gather(rows.p, d_x.p, assignment_of, (int)R, C, K);
         experts_gate_up(gate_up, rows, d_w_gate_up, counts.data(), E, C, F);
         swiglu_forward(h, gate_up, (int)R, F);
         experts_down(d_y, h, d_w_down, counts.data(), E, C, F);
-        gather(dy, d_dout, assignment_of, (int)R, C, K);
+        gather(dy.p, d_dout.p, assignment_of, (int)R, C, K);
         experts_backward(d_dx, d_dw_gate_up, d_dw_down, d_dweights, dh, weighted_h, dgate_up, dy, rows, gate_up, d_weights, assignment_of,
                          d_w_gate_up, d_w_down, counts.data(), (int)R, E, C, F);
         Ints row = row_of.ints();
@@ -709,30 +709,196 @@ static void test_cross_entropy() {
     }
 }
 
-static void test_adamw() {
-    const size_t n = 2 * BLOCK + 3;
-    for (bool with_master : {true, false})
-        for (int step : {1, 2, 1000}) {
-            std::string name = text("adamw%s step %d ", with_master ? " with a master copy" : "", step);
-            Vec master = random_vec<float>(n), p(n), g = random_vec(n), m = random_vec<float>(n, 0.1), v = random_vec<float>(n, 0.1);
-            for (size_t i = 0; i < n; i++) { p[i] = rounded<floatX>(master[i]); v[i] = fabs(v[i]); }
-            g[1] = m[1] = v[1] = 0;                             // a weight that never had a gradient is only decayed
-            Device<floatX> d_p(p), d_g(g);
-            Device<float> d_master(master), d_m(m), d_v(v);
-            double lr = 3e-2, beta1 = 0.8, beta2 = 0.9, eps = 1e-3, decay = 0.2, grad_scale = 0.25;
-            Vec value = with_master ? master : p;
-            for (size_t i = 0; i < n; i++) {
-                double grad = grad_scale * g[i];
-                m[i] = beta1 * m[i] + (1 - beta1) * grad;
-                v[i] = beta2 * v[i] + (1 - beta2) * grad * grad;
-                value[i] = value[i] * (1 - lr * decay) - lr * (m[i] / (1 - pow(beta1, step))) / (sqrt(v[i] / (1 - pow(beta2, step))) + eps);
-            }
-            adamw(d_p, with_master ? d_master.p : nullptr, d_g, d_m, d_v, n, step, (float)grad_scale, lr, beta1, beta2, eps, decay);
-            check(name + "p", d_p.get(), value, roundings(1, 12));
-            if (with_master) check(name + "master", d_master.get(), value, roundings(0, 12));
-            check(name + "m", d_m.get(), m, roundings(0, 6));
-            check(name + "v", d_v.get(), v, roundings(0, 8));
+// fp32 -> bf16 by the definitions: the two neighbours in bf16 of a finite x, as doubles, toward zero and away from it
+static std::pair<double, double> bf16_neighbours(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    float toward, away;
+    uint32_t lower = bits & 0xffff0000u, upper = lower + (lower == bits ? 0 : 0x10000u);
+    memcpy(&toward, &lower, 4);
+    memcpy(&away, &upper, 4);
+    return {toward, away};
+}
+static double half_away(float x) {
+    auto [toward, away] = bf16_neighbours(x);
+    return fabs((double)x - toward) < fabs(away - (double)x) ? toward : away;
+}
+
+// How AdamW's state is rounded: every lower half of some upper ones
+static void test_store() {
+    const float uppers[] = {0.f, -0.f, 1.f, -1.f, 0.01f, -3e38f, 1e-38f, 1e-45f, 3.14159f};
+    bool nearest = true, together = true, exact = true;
+    for (float x : uppers)
+        for (unsigned low = 0; low < 65536; low++) {
+            float master;
+            uint32_t bits = (float_bits(x) & 0xffff0000u) | low;
+            memcpy(&master, &bits, 4);
+            __nv_bfloat16 p;
+            floatX weight;
+            Remainder remainder;
+            store(&p, master, HALF_AWAY);
+            nearest = nearest && (double)(float)p == half_away(master) && (float_bits((float)p) ^ bits) >> 31 == 0;     // bits: the compiler may take -0 for 0
+            store(&weight, master, HALF_AWAY);
+            store(&remainder, master, 0);
+            if (BF16) together = together && float_bits(master_of(&remainder, &weight)) == bits;
         }
+    check_true("halves are rounded away from zero", nearest);
+    check_true("weight and remainder are the master, bit for bit", together);
+    // Of the 65,536 random numbers as many round away from zero as the lower half says, and none moves what is exact.
+    for (float x : {1.f, 1.00001f, -0.3f, 1e-40f, 6e-8f, 255.9f}) {
+        auto [toward, away] = bf16_neighbours(x);
+        unsigned up = 0;
+        for (unsigned random = 0; random < 65536; random++) {
+            __nv_bfloat16 p;
+            store(&p, x, random);
+            exact = exact && ((double)(float)p == toward || (double)(float)p == away);
+            up += (double)(float)p == away && away != toward;
+        }
+        exact = exact && up == (float_bits(x) & 0xffff);
+    }
+    check_true("random rounding is right in the mean", exact);
+    __nv_bfloat16 p;
+    uint32_t nan_bits = 0x7fffffffu;
+    float nan;
+    memcpy(&nan, &nan_bits, 4);
+    bool stays = true;
+    for (unsigned addend : {0u, HALF_AWAY, 0xffffu})
+        for (float x : {nan, -nan, INFINITY, -INFINITY}) {
+            store(&p, x, addend);
+            stays = stays && (std::isnan(x) ? std::isnan((float)p) : (float)p == x);
+        }
+    check_true("NaN and infinity stay what they are", stays);
+}
+
+template <typename Master, typename Moment>
+static void check_adamw(const char* how) {
+    constexpr bool no_master = std::is_same<Master, NoMaster>::value, narrow = sizeof(Moment) == 2;
+    const size_t n = 2 * BLOCK + 3;
+    for (int step : {1, 2, 1000}) {
+        std::string name = text("adamw, %s, step %d ", how, step);
+        Vec value = random_vec<float>(n), g = random_vec(n), m = random_vec<Moment>(n, 0.1), v = random_vec<Moment>(n, 0.1);
+        for (double& x : v) x = fabs(x);
+        g[1] = m[1] = v[1] = 0;                                 // a weight that never had a gradient is only decayed
+        std::vector<Master> masters(n);
+        std::vector<floatX> weights(n);
+        for (size_t i = 0; i < n; i++) {
+            store(&masters[i], (float)value[i], 0);
+            store(&weights[i], (float)value[i], HALF_AWAY);
+            if (no_master) value[i] = (double)(float)weights[i];
+        }
+        Device<floatX> d_p(n), d_g(g);
+        Device<Master> d_master(n);
+        Device<Moment> d_m(m), d_v(v);
+        copy_to_device(d_p.p, weights.data(), n);
+        copy_to_device(d_master.p, masters.data(), n);
+        double lr = 3e-2, beta1 = 0.8, beta2 = 0.9, eps = 1e-3, decay = 0.2, grad_scale = 0.25;
+        for (size_t i = 0; i < n; i++) {
+            double grad = grad_scale * g[i];
+            m[i] = beta1 * m[i] + (1 - beta1) * grad;
+            v[i] = beta2 * v[i] + (1 - beta2) * grad * grad;
+            value[i] = value[i] * (1 - lr * decay) - lr * (m[i] / (1 - pow(beta1, step))) / (sqrt(v[i] / (1 - pow(beta2, step))) + eps);
+        }
+        adamw(d_p.p, d_master.p, d_g.p, d_m.p, d_v.p, n, step, (float)grad_scale, lr, beta1, beta2, eps, decay, 6198, 1000);
+        copy_to_host(weights.data(), d_p.p, n);
+        copy_to_host(masters.data(), d_master.p, n);
+        // rounded at random: twice the roundoff of rounding to nearest
+        check(name + "p", d_p.get(), value, roundings(no_master ? 2 : 1, 12));
+        if (!no_master) {
+            Vec got(n), nearest(n);
+            for (size_t i = 0; i < n; i++) { got[i] = master_of(&masters[i], &weights[i]); nearest[i] = half_away((float)got[i]); }
+            check(name + "master", got, value, roundings(0, 12));
+            check_equal(name + "p is its master's rounding", d_p.get(), nearest);
+        }
+        check(name + "m", d_m.get(), m, narrow ? 0x1p-7 + roundings(0, 6) : roundings(0, 6));
+        check(name + "v", d_v.get(), v, narrow ? 0x1p-7 + roundings(0, 8) : roundings(0, 8));
+    }
+}
+
+// Weights and remainders are the bits of fp32 masters, also after many steps.
+template <typename Remainders> static void check_remainders() {
+    const size_t n = 2 * BLOCK + 3;
+    Vec start = random_vec<float>(n);
+    for (size_t i = 0; i < n; i += 5) start[i] = ldexp(1 + 0x1p-8 * (double)(i % 7 + 1), -(int)(i % 120)) * (i % 2 ? 1 : -1);    // halfway between neighbours in bf16
+    Device<float> master(start), m(Vec(n, 0.)), v(Vec(n, 0.)), m2(Vec(n, 0.)), v2(Vec(n, 0.));
+    Device<floatX> p(n), p2(n);
+    Device<Remainders> remainder(n);
+    std::vector<floatX> weights(n), weights2(n);
+    std::vector<Remainders> remainders(n);
+    std::vector<float> masters(n);
+    for (size_t i = 0; i < n; i++) { store(&weights[i], (float)start[i], HALF_AWAY); store(&remainders[i], (float)start[i], 0); }
+    copy_to_device(p.p, weights.data(), n);
+    copy_to_device(p2.p, weights.data(), n);
+    copy_to_device(remainder.p, remainders.data(), n);
+    size_t different = 0;
+    for (int step = 1; step <= 30; step++) {
+        Device<floatX> g(random_vec(n));
+        double lr = step % 3 ? 1e-3 : 0.3;                      // below the last bit of bf16, and far above
+        adamw(p.p, master.p, g.p, m.p, v.p, n, step, 1, lr, .9, .95, 1e-8, .1, 1, 0);
+        adamw(p2.p, remainder.p, g.p, m2.p, v2.p, n, step, 1, lr, .9, .95, 1e-8, .1, 1, 0);
+        copy_to_host(weights.data(), p.p, n);
+        copy_to_host(weights2.data(), p2.p, n);
+        copy_to_host(masters.data(), master.p, n);
+        copy_to_host(remainders.data(), remainder.p, n);
+        for (size_t i = 0; i < n; i++)
+            different += memcmp(&weights[i], &weights2[i], 2) != 0 || float_bits(masters[i]) != float_bits(master_of(&remainders[i], &weights2[i]));
+    }
+    check_true("remainders give the bits of fp32 masters", different == 0);
+}
+
+// Random rounding forgets nothing and sticks nowhere: a decay of 1/1000 a step, a quarter of bf16's last bit below 1, which rounding
+// to nearest would never show. The numbers of p, m and v, of steps and of positions are independent, and follow the position alone.
+template <typename Master, typename Moment>
+static void check_random_rounding(const char* how) {
+    constexpr bool narrow = sizeof(Moment) == 2;
+    const size_t n = 2 * BLOCK + 3;
+    const int steps = 200;
+    Device<floatX> p(Vec(n, 1.)), g(Vec(n, 0.));
+    Device<Master> master(n);
+    Device<Moment> m(Vec(n, 0.)), v(Vec(n, 1.));
+    for (int step = 1; step <= steps; step++) adamw(p.p, master.p, g.p, m.p, v.p, n, step, 1, 1e-2, .9, .999, 1e-8, .1, 6198, 0);
+    // each rounding moves an element by a variance of at most 2^-16 / 4; five standard errors of the mean
+    const double bound = 5 * sqrt((double)steps) * 0x1p-8 / 2 / sqrt((double)n), want = pow(0.999, steps);
+    auto mean = [](const Vec& x) { double sum = 0; for (double a : x) sum += a; return sum / (double)x.size(); };
+    check_true(text("%s, small decay of p in the mean", how), fabs(mean(p.get()) - want) <= (BF16 ? bound : 1e-5));
+    check_true(text("%s, small decay of v in the mean", how), fabs(mean(v.get()) - want) <= (narrow ? bound : 1e-5));
+
+    auto ups = [&](int step, size_t position, size_t count, int which) {     // 1 where a value halfway between two of bf16 went away from zero
+        Device<floatX> p(Vec(count, 1.)), g(Vec(count, 0.));
+        Device<Moment> m(Vec(count, 1.)), v(Vec(count, 1.));
+        const double half = 1 - 0x1p-9;
+        adamw(p.p, master.p, g.p, m.p, v.p, count, step, 1, which == 0 ? 0x1p-9 : 0, half, half, 1e30, 1, 6198, position);
+        Vec x = which == 0 ? p.get() : which == 1 ? m.get() : v.get();
+        for (double& a : x) a = a == 1;
+        return x;
+    };
+    auto correlation = [](const Vec& a, const Vec& b) { double sum = 0; for (size_t i = 0; i < a.size(); i++) sum += (2 * a[i] - 1) * (2 * b[i] - 1); return sum / sqrt((double)a.size()); };
+    std::vector<Vec> all;
+    for (int which = BF16 ? 0 : 1; which <= (narrow ? 2 : 0); which++)
+        for (int step : {1, 2}) all.push_back(ups(step, 7, n, which));
+    for (size_t i = 0; i < all.size(); i++) {
+        check_true(text("%s, half go up, %zu", how, i), fabs(mean(all[i]) - 0.5) <= 4 * 0.5 / sqrt((double)n));
+        for (size_t j = 0; j < i; j++) check_true(text("%s, independent, %zu and %zu", how, j, i), fabs(correlation(all[i], all[j])) <= 4);
+    }
+    const int which = BF16 ? 0 : 1;
+    const size_t cut = 100;
+    Vec pieces = ups(1, 7, cut, which), rest = ups(1, 7 + cut, n - cut, which);
+    pieces.insert(pieces.end(), rest.begin(), rest.end());
+    check_equal(text("%s, in two pieces", how), pieces, all[0]);
+}
+
+static void test_adamw() {
+    test_store();
+    check_adamw<NoMaster, float>(BF16 ? "no master" : "fp32");
+    check_adamw<NoMaster, __nv_bfloat16>("no master, bf16 moments");
+    check_random_rounding<NoMaster, __nv_bfloat16>("no master, bf16 moments");
+#ifdef PRECISION_BF16
+    check_random_rounding<NoMaster, float>("no master");
+    check_adamw<float, float>("fp32 master");
+    check_adamw<float, __nv_bfloat16>("fp32 master, bf16 moments");
+    check_adamw<Remainder, float>("remainder");
+    check_adamw<Remainder, __nv_bfloat16>("remainder, bf16 moments");
+    check_remainders<Remainder>();
+#endif
 }
 
 static void test_square_sum() {
@@ -775,7 +941,8 @@ static void test_init() {
     const float std = 0.5f;
     Device<floatX> p(n), q(n);
     Device<float> master(n);
-    init_normal_kernel<<<blocks_for(n), BLOCK, 0, main_stream.stream>>>(p.p, master.p, n, position, 6198, std);
+    init_normal_kernel<<<blocks_for(n), BLOCK, 0, main_stream.stream>>>(p.p, n, position, 6198, std);
+    init_normal_kernel<<<blocks_for(n), BLOCK, 0, main_stream.stream>>>(master.p, n, position, 6198, std);
     cudaCheck(cudaGetLastError());
     Vec x = master.get();
     // By the formula, in double: of four deviates the first within 3 standard deviations
@@ -791,7 +958,7 @@ static void test_init() {
     // The angle, up to 2 pi, is off by a few roundings of itself, and a deviate by as many of up to 5
     check("init values", x, want, roundings(0, 64));
     Vec narrow(n);
-    for (size_t i = 0; i < n; i++) narrow[i] = rounded<floatX>(x[i]);
+    for (size_t i = 0; i < n; i++) narrow[i] = BF16 ? half_away((float)x[i]) : x[i];
     check_equal("init rounded to floatX", p.get(), narrow);
 
     double mean = 0, square = 0, cut = 0;
@@ -811,18 +978,19 @@ static void test_init() {
 
     // The same numbers in two pieces: they belong to positions, not to launches
     const size_t cut_at = 12345;
-    init_normal_kernel<<<blocks_for(cut_at), BLOCK, 0, main_stream.stream>>>(q.p, nullptr, cut_at, position, 6198, std);
-    init_normal_kernel<<<blocks_for(n - cut_at), BLOCK, 0, main_stream.stream>>>(q.p + cut_at, nullptr, n - cut_at, position + cut_at, 6198, std);
+    init_normal_kernel<<<blocks_for(cut_at), BLOCK, 0, main_stream.stream>>>(q.p, cut_at, position, 6198, std);
+    init_normal_kernel<<<blocks_for(n - cut_at), BLOCK, 0, main_stream.stream>>>(q.p + cut_at, n - cut_at, position + cut_at, 6198, std);
     cudaCheck(cudaGetLastError());
     check_equal("init in two pieces", q.get(), p.get());
-    init_normal_kernel<<<blocks_for(n), BLOCK, 0, main_stream.stream>>>(q.p, nullptr, n, position, 6199, std);
+    init_normal_kernel<<<blocks_for(n), BLOCK, 0, main_stream.stream>>>(q.p, n, position, 6199, std);
     cudaCheck(cudaGetLastError());
     Vec other = q.get();
     double correlation = 0;
     for (size_t i = 0; i < n; i++) correlation += x[i] * other[i] / (n * std * std);
     check_true("init with another seed is independent", fabs(correlation) <= 4 / sqrt((double)n));
 
-    fill_kernel<<<blocks_for(n), BLOCK, 0, main_stream.stream>>>(p.p, master.p, n, 0.7f);
+    fill_kernel<<<blocks_for(n), BLOCK, 0, main_stream.stream>>>(p.p, n, 0.7f);
+    fill_kernel<<<blocks_for(n), BLOCK, 0, main_stream.stream>>>(master.p, n, 0.7f);
     cudaCheck(cudaGetLastError());
     check_equal("fill", p.get(), Vec(n, rounded<floatX>(0.7f)));
     check_equal("fill, master copy", master.get(), Vec(n, (double)0.7f));
@@ -876,7 +1044,7 @@ static void vectors_rope() {
     OlmoeConfig c;
     c.L = 1; c.C = D; c.H = 1; c.V = 2; c.E = 1; c.K = 1; c.F = 1; c.max_T = T;
     Olmoe m;
-    olmoe_allocate(&m, c, 1, T, 0, false);
+    olmoe_allocate(&m, c, 1, T, 0, Use::inference);
     Vec qkv(T * 3 * D), ones(D);
     double square = 0;
     for (int i = 0; i < D; i++) { qkv[3 * 3 * D + i] = (i + 1) / 128.; square += qkv[3 * 3 * D + i] * qkv[3 * 3 * D + i] / D; }
@@ -885,7 +1053,7 @@ static void vectors_rope() {
     for (int t = 0; t < T; t++) qkv[(t * 3 + 1) * D] = 1;
     Device<floatX> d_qkv(qkv), norm(ones), qk(T * 2 * D);
     Device<float> r(T * 2);
-    qk_norm_rope_forward(qk, r, d_qkv, norm, norm, m.acts.cosine, m.acts.sine, T, T, D, D, 0);
+    qk_norm_rope_forward(qk, r, d_qkv, norm, norm, m.acts.cosine, m.acts.sine, nullptr, T, T, D, D, 0);
     Vec out = columns(qk.get(), T, 2 * D, 0, D), cosine = Device<float>::get_from(m.acts.cosine, T * D / 2), sine = Device<float>::get_from(m.acts.sine, T * D / 2);
     check("rope frequencies", Vec{asin(sine[D / 2 + 1]), asin(sine[D / 2 + 63])}, {.8659643234, 1.1547819847e-4}, roundings(0, 4));
     check("rope cosine", Vec{cosine[D / 2], cosine[3 * D / 2 + 1]}, {cos(1), cos(3 * .8659643234)}, roundings(0, 4));
@@ -931,12 +1099,19 @@ static void vectors_attention() {
 static void vectors_adamw() {
     Device<floatX> p(Vec{1.}), g(Vec{.1});
     Device<float> master(Vec{1.}), m(Vec{0.}), v(Vec{0.});
-    adamw(p, master, g, m, v, 1, 1, 1, 4e-4, .9, .95, 1e-8, .1);
-    check("adamw step 1", master.get(), {.999560000040}, roundings(0, 3));
+    auto step = [&](int s) {
+#ifdef PRECISION_BF16
+        adamw(p.p, master.p, g.p, m.p, v.p, 1, s, 1, 4e-4, .9, .95, 1e-8, .1, 0, 0);
+        return master.get();
+#else
+        adamw(p.p, (NoMaster*)nullptr, g.p, m.p, v.p, 1, s, 1, 4e-4, .9, .95, 1e-8, .1, 0, 0);
+        return p.get();
+#endif
+    };
+    check("adamw step 1", step(1), {.999560000040}, roundings(0, 3));
     g.put({-.2});
-    adamw(p, master, g, m, v, 1, 2, 1, 4e-4, .9, .95, 1e-8, .1);
     // in bf16 the two gradients are rounded, which moves their ratio, and with it a step of 4e-4
-    check("adamw step 2", master.get(), {.999665367211}, roundings(0, 5) + 4 * 4e-4 * UX);
+    check("adamw step 2", step(2), {.999665367211}, roundings(0, 5) + 4 * 4e-4 * UX);
 }
 
 // OLMoE's published schedule: 2500 steps of warm-up, 5e12 tokens of cosine in steps of 4,194,304; and the anneal behind it
@@ -1086,7 +1261,10 @@ struct Model {
     Olmoe m;
     Vec params;             // flat, as the device holds them
 
-    Model(const OlmoeConfig& c, int B, int T, int recompute = 0) { olmoe_allocate(&m, c, B, T, recompute, true); }
+    Model(const OlmoeConfig& c, int B, int T, int recompute = 0, const char* masters = "fp32", const char* moments = "fp32") {
+        choose_state(&m, masters, moments);
+        olmoe_allocate(&m, c, B, T, recompute, Use::training);
+    }
     Model(const Model&) = delete;
     ~Model() { olmoe_free(&m); }
 
@@ -1101,7 +1279,7 @@ struct Model {
         std::vector<float> wide(count);
         for (size_t i = 0; i < count; i++) { v[i] = (floatX)(float)params[offset + i]; wide[i] = (float)params[offset + i]; }
         cudaCheck(cudaMemcpyAsync(*s.pointer + (offset - s.offset), v.data(), count * sizeof(floatX), cudaMemcpyHostToDevice, main_stream.stream));
-        if (m.master) cudaCheck(cudaMemcpyAsync(m.master + offset, wide.data(), count * sizeof(float), cudaMemcpyHostToDevice, main_stream.stream));
+        if (m.master) for_updated(m.param_spans, offset, count, [&](size_t first, size_t state, size_t n) { state_to_device(&m, State::master, state, parameter_at(m.param_spans, first), wide.data() + (first - offset), n); });
         cudaCheck(cudaStreamSynchronize(main_stream.stream));
     }
     Vec flat(const std::vector<Span>& spans) const {
@@ -1314,6 +1492,107 @@ static void model_recompute() {
     }
 }
 
+// With the cache of keys and values the logits are those of the whole sequences without it: prompts of several lengths together, in slots
+// in any order, then token by token, sequences leaving in between; the first after another has used its slot
+static void model_cache() {
+    for (OlmoeConfig c : {model_shape(2, 20, 2, 23, 7, 3, 10), model_shape(1, 12, 3, 11, 4, 4, 6), model_shape(3, 24, 1, 17, 5, 1, 9)}) {
+        const int S = 3, P = 12;
+        Olmoe m;
+        olmoe_allocate(&m, c, 1, 18, 0, Use::inference, S, P);
+        Model whole(c, 1, P);
+        whole.set(random_params(c));
+        for (size_t i = 0; i < m.param_spans.size(); i++) {
+            const Span& s = m.param_spans[i];
+            std::vector<floatX> v(s.count);
+            for (size_t j = 0; j < s.count; j++) v[j] = (floatX)(float)whole.params[s.offset + j];
+            copy_to_device(*s.pointer, v.data(), s.count);
+        }
+        struct { Ints ids; int slot, steps; } sequences[] = {{random_ints(6, c.V), 2, 6}, {random_ints(1, c.V), 0, 3}, {random_ints(4, c.V), 1, 5}};
+        auto compare = [&](const Ints& ids, int row, const std::string& name) {
+            olmoe_forward(&whole.m, ids.data(), 1, (int)ids.size());
+            Vec want = Device<floatX>::get_from(whole.m.acts.logits + (ids.size() - 1) * c.V, c.V);
+            check(name, Device<floatX>::get_from(m.acts.logits + (size_t)row * c.V, c.V), want, BF16 ? (24 * c.L + 8) * UX : 1e-5, false);
+        };
+        for (int time : {0, 1}) {                               // the second time the slots hold what the first left
+            Ints padded(3 * 6, 0), slots, lengths;
+            for (int i = 0; i < 3; i++) {
+                auto& s = sequences[i];
+                if (time) { s.ids = random_ints(1 + 2 * i, c.V); s.slot = (s.slot + 1) % S; }
+                std::copy(s.ids.begin(), s.ids.end(), padded.begin() + i * 6);
+                slots.push_back(s.slot);
+                lengths.push_back((int)s.ids.size());
+            }
+            olmoe_prefill(&m, padded.data(), slots.data(), lengths.data(), 3, 6);
+            for (int i = 0; i < 3; i++) compare(sequences[i].ids, i, text("cache, prompt of %zu tokens", sequences[i].ids.size()));
+            for (int step = 1; step <= 6; step++) {
+                Ints ids, at, positions, who;
+                for (int i = 2; i >= 0; i--)
+                    if (step <= sequences[i].steps) {
+                        sequences[i].ids.push_back(random_below(c.V));
+                        ids.push_back(sequences[i].ids.back()); at.push_back(sequences[i].slot); positions.push_back((int)sequences[i].ids.size() - 1); who.push_back(i);
+                    }
+                olmoe_decode(&m, ids.data(), at.data(), positions.data(), (int)ids.size());
+                for (size_t row = 0; row < who.size(); row++) compare(sequences[who[row]].ids, (int)row, text("cache, token %zu, %zu sequences", sequences[who[row]].ids.size(), who.size()));
+            }
+        }
+        olmoe_free(&m);
+    }
+}
+
+// Which token is chosen, against the definitions written out over the whole vocabulary
+static void sampling() {
+    for (int trial = 0; trial < 400; trial++) {
+        const int V = 1 + random_below(30);
+        std::vector<float> z(V);
+        for (float& x : z) x = (float)(random_below(3) ? 4 * (2 * random_uniform() - 1) : random_below(3));      // ties, too
+        Ints seen = random_ints(random_below(5), V + 3);
+        SamplingOptions o;
+        o.temperature = trial % 7 == 0 ? 0 : 0.3 + random_uniform();
+        o.top_k = trial % 2 ? random_below(V + 2) : 0;
+        o.top_p = trial % 3 ? 1 : 0.05 + 0.9 * random_uniform();
+        o.min_p = trial % 5 ? 0 : random_uniform();
+        o.repetition_penalty = trial % 4 ? 1 : 0.5 + random_uniform();
+        double random = 1 - random_uniform(), logprob, sum = 0, total = 0;
+        for (float x : z) sum += exp((double)x);
+        std::vector<double> p(V);
+        Ints order(V), kept;
+        for (int i = 0; i < V; i++) {
+            float x = z[i];
+            if (std::count(seen.begin(), seen.end(), i)) x = (float)(x > 0 ? x / o.repetition_penalty : x * o.repetition_penalty);
+            p[i] = o.temperature > 0 ? exp(x / o.temperature) : x;
+            order[i] = i;
+        }
+        std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return p[a] > p[b]; });
+        if (o.temperature == 0) order.resize(1);
+        if (o.top_k > 0 && o.top_k < (int)order.size()) order.resize(o.top_k);
+        for (int i : order) total += p[i];
+        double before = 0;
+        for (int i : order) {
+            if (kept.empty() || (before < o.top_p * total * (1 - 1e-12) && p[i] >= o.min_p * p[order[0]] * (1 + 1e-12))) kept.push_back(i);
+            else break;
+            before += p[i];
+        }
+        int got = choose_token(z, o, seen, random, &logprob);
+        if (o.temperature > 0 && (o.top_k == 0 || o.top_k >= V) && o.top_p == 1 && o.min_p == 0) std::sort(kept.begin(), kept.end());     // without a limit the draw goes by id, else by probability
+        total = 0;
+        for (int i : kept) total += p[i];
+        size_t want = 0;
+        for (double r = random * total; o.temperature > 0 && want + 1 < kept.size() && r > p[kept[want]]; want++) r -= p[kept[want]];
+        check_equal(text("sampling %d", trial), Ints{got}, Ints{kept[want]});
+        check(text("sampling %d, log-probability", trial), logprob, z[got] - log(sum), 8 * U32);      // exp in fp32, to 4 units in the last place
+    }
+    // frequencies, of three tokens with probabilities 1/2, 1/3, 1/6
+    std::vector<float> z = {logf(3), logf(2), 0};
+    Vec share(3, 0), want = {0.5, 1 / 3., 1 / 6.};
+    for (int i = 0; i < 6000; i++) {
+        double logprob;
+        SamplingOptions o;
+        o.temperature = 1;
+        share[choose_token(z, o, {}, (i + 0.5) / 6000, &logprob)] += 1 / 6000.;
+    }
+    check("sampling, frequencies", share, want, 1e-3);
+}
+
 // Equal router rows give equal logits; of equal probabilities the lower id comes first
 static void model_ties() {
     OlmoeConfig c = model_shape(2, 12, 2, 23, 6, 3, 6);
@@ -1384,8 +1663,73 @@ static void model_update() {
         double scale = clip > 0 ? std::min(1., clip / (l2(g) + 1e-6)) : 1;
         for (size_t i = 0; i < g.size(); i++) want[i] = want[i] * (1 - o.lr * o.weight_decay) - o.lr * scale * g[i] / (fabs(scale * g[i]) + o.eps);
         check(name + "parameters", model.flat(model.m.param_spans), want, roundings(1, 16));
-        if (BF16) check(name + "master", Device<float>::get_from(model.m.master, want.size()), want, roundings(0, 16));
+        if (BF16) check(name + "master", Device<float>::get_from((float*)model.m.master, want.size()), want, roundings(0, 16));
     }
+}
+
+// What --master-weights and --moments promise of a whole model, over some steps: 16-bit remainders are fp32 masters bit for bit, the
+// others stay near them; and what is saved comes back.
+static void model_state() {
+    OlmoeConfig c = model_shape(2, 12, 2, 23, 4, 2, 10);
+    Vec params = random_params(c), reference[3];
+    Batch batch = random_batch(c, 2, 5);
+    AdamWOptions o;
+    o.lr = 1e-3;
+    for (const char* masters : {"fp32", "remainder", "none"})
+        for (const char* moments : {"fp32", "bf16"}) {
+            if (!BF16 && strcmp(masters, "fp32") != 0) continue;
+            std::string name = text("%s masters, %s moments: ", masters, moments);
+            Model model(c, 2, 5, 0, masters, moments);
+            model.set(params);
+            for (int step = 1; step <= 8; step++) {
+                olmoe_zero_grad(&model.m);
+                olmoe_forward(&model.m, batch.inputs.data(), 2, 5);
+                olmoe_cross_entropy(&model.m, batch.targets.data(), (float)batch.ce_scale);
+                olmoe_backward(&model.m, batch.inputs.data(), batch.lb_coef, batch.z_coef, 1);
+                olmoe_update(&model.m, step, olmoe_grad_norm(&model.m), o);
+            }
+            Vec found[3];                                       // master (or weight), m, v
+            size_t n = params.size();
+            for (State which : {State::master, State::m, State::v}) {
+                Vec& all = found[which == State::master ? 0 : which == State::m ? 1 : 2];
+                for (const Span& s : model.m.param_spans) {
+                    std::vector<float> part(s.count);
+                    if (which == State::master && !model.m.master) { Vec p = Device<floatX>::get_from(*s.pointer, s.count); part.assign(p.begin(), p.end()); }
+                    else state_to_host(model.m, which, s.state, *s.pointer, part.data(), s.count);
+                    all.insert(all.end(), part.begin(), part.end());
+                    if (which == State::master && !model.m.master) continue;
+                    std::vector<float> other(s.count, 7), again(s.count);
+                    state_to_device(&model.m, which, s.state, *s.pointer, other.data(), s.count);
+                    state_to_device(&model.m, which, s.state, *s.pointer, part.data(), s.count);
+                    state_to_host(model.m, which, s.state, *s.pointer, again.data(), s.count);
+                    if (again != part) verdict(name + "what is saved comes back", false);
+                }
+            }
+            size_t bytes = model.m.optimizer_memory.bytes(), each = (model.m.narrow_moments ? 4 : 8) + (!BF16 || !strcmp(masters, "none") ? 0 : !strcmp(masters, "fp32") ? 4 : 2);
+            check_true(name + text("%zu bytes for each weight", each), bytes >= n * each && bytes < n * each + 3 * 256);
+            bool first = !strcmp(masters, "fp32") && !strcmp(moments, "fp32");
+            for (int i = 0; i < 3; i++) {
+                std::string what = name + (i == 0 ? "weights" : i == 1 ? "m" : "v");
+                if (first) reference[i] = found[i];
+                else if (!strcmp(masters, "remainder") && !strcmp(moments, "fp32")) check_equal(what, found[i], reference[i]);
+                // 8 roundings at random of twice the roundoff, some of them of what was there before
+                else check(what, found[i], reference[i], i == 0 && BF16 && !strcmp(masters, "none") ? 8 * 2 * 0x1p-8 : 0.1, false);
+            }
+        }
+    if (!BF16) return;
+    // Weights that only decay are rounded by the random numbers of their positions in the whole model.
+    Model model(c, 2, 5, 0, "none", "fp32");
+    model.set(Vec(params.size(), 1));
+    olmoe_zero_grad(&model.m);
+    o.seed = 77;
+    olmoe_update(&model.m, 3, 0, o);
+    Vec want;
+    for (size_t i = 0; i < params.size(); i++) {
+        floatX p;
+        store(&p, (float)(1 - o.lr * o.weight_decay), twin_philox({(uint32_t)i, 0, 3, 0}, {77, 0})[2] & 0xffff);
+        want.push_back((float)p);
+    }
+    check_equal("random numbers by position", model.flat(model.m.param_spans), want);
 }
 
 // A NaN in a tensor reaches the loss and the norm of the gradients, where training looks; and no comparison here lets one pass.
@@ -1625,6 +1969,173 @@ static void fixture_normalized() { fixture("normalized"); }
 static void fixture_bf16() { fixture("bf16"); }
 
 // ------------------------------------------------------------------------------------------------
+// Several ranks: mpirun -np N test_olmoe --ranks. Every rank knows what all of them send, from the same random numbers.
+
+// All ranks in groups of ep that share the experts, with or without ZeRO-1, until it goes
+struct Layout {
+    Layout(int ep, bool zero_1) { comm_close(); layout_set(world.rank, world.size, ep, zero_1); comm_open(); }
+    ~Layout() { comm_close(); layout_set(world.rank, world.size, 1, false); comm_open(); }
+};
+
+// Rows to the experts and back, for routings that a model would hardly choose
+static void ranks_exchange() {
+    const int G = world.size, mine = 3, E = mine * G, self = world.rank;
+    Layout layout(G, false);
+    const char* patterns[] = {"random", "none at all", "all to one expert", "all to the first rank", "none to the last rank", "only to oneself", "one rank sends nothing"};
+    for (int pattern = 0; pattern < 7; pattern++) {
+        std::vector<Ints> sent(G, Ints(E, 0));                  // by rank and expert
+        for (int g = 0; g < G; g++)
+            for (int e = 0; e < E; e++) {
+                int n = random_below(6), owner = e / mine;
+                bool some = pattern == 0 || (pattern == 2 && e == 1) || (pattern == 3 && owner == 0) || (pattern == 4 && owner != G - 1)
+                            || (pattern == 5 && owner == g) || (pattern == 6 && g != G - 1);
+                sent[g][e] = some ? pattern == 2 ? n + 20 : n : 0;
+            }
+        // the value in column i of row j that rank g sends to expert e; up to 250, which floatX holds
+        auto value = [](int g, int e, int j, int i) { return (double)((g * 59 + e * 17 + j * 5 + i) % 251); };
+        std::string name = text("exchange, %s, ", patterns[pattern]);
+        Ints arrivals(E), want_arrivals;
+        for (int g = 0; g < G; g++) want_arrivals.insert(want_arrivals.end(), sent[g].begin() + self * mine, sent[g].begin() + (self + 1) * mine);
+        Device<int> counts(sent[self]), arrivals_device(E);
+        exchange_counts(arrivals.data(), arrivals_device, counts, E, 0);
+        check_equal(name + "arrivals", arrivals, want_arrivals);
+        for (int width : {1, 7, 24}) {
+            Vec out, want;
+            for (int e = 0; e < E; e++)
+                for (int j = 0; j < sent[self][e]; j++)
+                    for (int i = 0; i < width; i++) out.push_back(value(self, e, j, i));
+            for (int e = self * mine; e < (self + 1) * mine; e++)
+                for (int g = 0; g < G; g++)
+                    for (int j = 0; j < sent[g][e]; j++)
+                        for (int i = 0; i < width; i++) want.push_back(value(g, e, j, i));
+            Device<floatX> from(out), to(want.size()), back(out.size());
+            double leaving = 0, returning = 0, before = traffic[ROWS];      // rows to other ranks, and answers to theirs
+            for (int i = 0; i < E; i++)
+                if (i / mine != self) { leaving += sent[self][i]; returning += arrivals[i]; }
+            exchange_rows(to.p, from.p, sent[self].data(), arrivals.data(), E, width, false, "test", 0);
+            check_equal(name + text("%d columns", width), to.get(), want);
+            exchange_rows(back.p, to.p, sent[self].data(), arrivals.data(), E, width, true, "test", 0);
+            check_equal(name + text("%d columns, back", width), back.get(), out);
+            check_true(name + text("%d columns, bytes sent", width), traffic[ROWS] - before == (leaving + returning) * width * sizeof(floatX));
+        }
+    }
+}
+
+// A model on all ranks, with the experts shared or not, against the formula for the rows of all of them
+struct RanksModel { int ep; bool one_token, lb_global; int recompute; bool zero; };     // one_token: all rows of all ranks to the same experts
+
+static void check_ranks_model(const RanksModel& r) {
+    const int W = world.size, self = world.rank, B = 2, T = 5;
+    OlmoeConfig c = model_shape(2, 12, 2, 23, 3 * W, 2, 10);
+    Vec params = random_params(c), want_logits, want_grads(params.size(), 0);
+    Batch all, part;
+    layout_set(0, 1, 1, false);
+    {
+        Model alone(c, B * W, T);
+        alone.set(params);
+        params = alone.params;
+        all = r.one_token ? random_batch(c, B * W, T) : decisive_batch(alone, B * W, T, BF16 ? 0.3 : 0.02);
+    }
+    layout_set(self, W, 1, false);
+    if (r.one_token) all.inputs.assign(all.inputs.size(), 3);
+    part = all;
+    part.B = B;
+    part.micro_batches = W;
+    auto rows_of = [&](int rank) {
+        part.inputs.assign(all.inputs.begin() + rank * B * T, all.inputs.begin() + (rank + 1) * B * T);
+        part.targets.assign(all.targets.begin() + rank * B * T, all.targets.begin() + (rank + 1) * B * T);
+    };
+    // Load balancing and z of each rank's rows, cross entropy of all: the mean over the ranks of what each would be alone, with its own
+    // divisor. With load balancing over all of them it is what one rank would compute of the whole batch.
+    for (int rank = 0; rank < W; rank++) {
+        rows_of(rank);
+        Outputs want;
+        twin_model(want, c, params, part);
+        if (rank == self) want_logits = want.logits;
+        for (size_t i = 0; i < params.size(); i++) want_grads[i] += want.grads[i];
+    }
+    if (r.lb_global) {
+        Outputs want;
+        twin_model(want, c, params, all);
+        want_grads = want.grads;
+    }
+    rows_of(self);
+
+    Layout layout(r.ep, r.zero);
+    Model model(c, B, T, r.recompute);
+    model.m.lb_global = r.lb_global;
+    model.set(params);
+    std::string name = text("%d ranks, --ep %d, --zero %d, --recompute %d%s%s, ", W, r.ep, r.zero, r.recompute, r.one_token ? ", one token" : "", r.lb_global ? ", --lb global" : "");
+    double tolerance = (24 * c.L + 8) * UX;
+    olmoe_zero_grad(&model.m);
+    olmoe_forward(&model.m, part.inputs.data(), B, T);
+    if (!r.lb_global)                                           // to look waits for all streams, and would hide that nobody waits for the counts of all ranks
+        check(name + "logits", Device<floatX>::get_from(model.m.acts.logits, (size_t)B * T * c.V), want_logits, BF16 ? tolerance : 1e-5);
+    olmoe_cross_entropy(&model.m, part.targets.data(), (float)part.ce_scale);
+    olmoe_backward(&model.m, part.inputs.data(), part.lb_coef, part.z_coef, 1, true);
+    Vec got, want;
+    for (const Span& s : model.m.grad_spans) {                  // under ZeRO-1 a rank's share of the sums
+        Vec values = Device<floatX>::get_from(*s.pointer + s.update_begin(), s.update_count());
+        got.insert(got.end(), values.begin(), values.end());
+        want.insert(want.end(), want_grads.begin() + s.offset + s.update_begin(), want_grads.begin() + s.offset + s.update_begin() + s.update_count());
+    }
+    check(name + "gradients", got, want, BF16 ? tolerance : 1e-4, false);
+}
+
+static void ranks_model() {
+    const int W = world.size;
+    for (int ep : {1, W})
+        for (bool one_token : {false, true}) check_ranks_model({ep, one_token, false, 0, false});
+    for (int recompute : {1, 2}) check_ranks_model({W, false, true, recompute, false});
+    check_ranks_model({1, false, true, 0, true});
+    if (W % 2 == 0) check_ranks_model({2, false, false, 0, true});      // at 4 ranks the experts are shared and spread
+}
+
+// Two steps with AdamW's state spread over the ranks come to the same parameters as with all of it on each. The sizes divide by no rank count.
+static void check_ranks_zero(const char* masters, const char* moments) {
+    const int W = world.size, B = 1, T = 5;
+    OlmoeConfig c = model_shape(2, 10, 1, 17, 5, 2, 7);
+    Vec params = random_params(c);
+    Batch batch = random_batch(c, B, T);
+    for (int& id : batch.inputs) id = (id + world.rank) % c.V;  // each rank its own rows
+    Vec results[2];
+    double norms[2];
+    size_t states[2];
+    for (int with : {0, 1}) {
+        Layout layout(1, with);
+        Model model(c, B, T, 0, masters, moments);
+        model.set(params);
+        for (int step = 1; step <= 2; step++) {
+            olmoe_zero_grad(&model.m);
+            olmoe_forward(&model.m, batch.inputs.data(), B, T);
+            olmoe_cross_entropy(&model.m, batch.targets.data(), (float)batch.ce_scale);
+            olmoe_backward(&model.m, batch.inputs.data(), batch.lb_coef, batch.z_coef, 1, true);
+            norms[with] = olmoe_grad_norm(&model.m);
+            olmoe_update(&model.m, step, norms[with], AdamWOptions());
+        }
+        results[with] = model.flat(model.m.param_spans);
+        states[with] = num_updated(model.m.param_spans);
+    }
+    std::string name = text("zero, %s masters, %s moments, ", masters, moments);
+    check(name + "gradient norm", norms[1], norms[0], BF16 ? 1e-2 : 1e-6);
+    check(name + "parameters", results[1], results[0], BF16 ? UX : !strcmp(moments, "fp32") ? 1e-6 : 1e-3);
+    check_true(name + "state is spread", states[0] == params.size() && states[1] < params.size() / W + c.L * LAYER_TENSORS + 3);
+    // what one rank holds, all hold
+    std::vector<double> sums(results[1].size() * W);
+    std::copy(results[1].begin(), results[1].end(), sums.begin() + world.rank * results[1].size());
+    host_sum(&sums);
+    bool same = true;
+    for (int r = 0; r < W; r++) same = same && std::equal(results[1].begin(), results[1].end(), sums.begin() + r * results[1].size());
+    check_true(name + "the same on all ranks", same);
+}
+
+static void ranks_zero() {
+    for (const char* masters : {"fp32", "remainder", "none"})
+        for (const char* moments : {"fp32", "bf16"})
+            if (BF16 || !strcmp(masters, "fp32")) check_ranks_zero(masters, moments);
+}
+
+// ------------------------------------------------------------------------------------------------
 
 struct Test { const char* name; void (*run)(); bool bf16; };    // bf16: also where floatX is bf16
 static const Test tests[] = {
@@ -1654,14 +2165,20 @@ static const Test tests[] = {
     {"model, odd width", model_odd_width, true},
     {"model batches", model_batches, true},
     {"model recompute", model_recompute, true},
+    {"model cache", model_cache, true},
+    {"sampling", sampling, false},
     {"model ties", model_ties, true},
     {"model update", model_update, true},
+    {"model state", model_state, true},
     {"model nan", model_nan, true},
     {"fixture regular", fixture_regular, false},
     {"fixture odd", fixture_odd, false},
     {"fixture all_experts", fixture_all_experts, false},
     {"fixture normalized", fixture_normalized, false},
     {"fixture bf16", fixture_bf16, true},
+    {"ranks exchange", ranks_exchange, true},
+    {"ranks model", ranks_model, true},
+    {"ranks zero", ranks_zero, true},
     {"gradient of the twin", gradient_of_twin, false},
     {"gradient as trained", gradient_as_trained, false},
     {"gradient with raised coefficients", gradient_raised, false},
@@ -1669,22 +2186,29 @@ static const Test tests[] = {
 
 int main(int argc, char** argv) {
     std::vector<std::string> only, without;
-    bool list = false;
+    bool list = false, on_ranks = false;
     for (int i = 1; i < argc; i++) {
         std::string arg = argv[i];
         if (arg == "--list") list = true;
+        else if (arg == "--ranks") on_ranks = true;
         else if (arg == "--only" && i + 1 < argc) only.push_back(argv[++i]);
         else if (arg == "--without" && i + 1 < argc) without.push_back(argv[++i]);
         else if (arg == "--fixtures" && i + 1 < argc) fixtures = argv[++i];
-        else die("usage: test_olmoe [--list] [--only SUBSTRING]... [--without SUBSTRING]... [--fixtures DIR]; '%s' is none of it", argv[i]);
+        else die("usage: test_olmoe [--list] [--ranks] [--only SUBSTRING]... [--without SUBSTRING]... [--fixtures DIR]; '%s' is none of it", argv[i]);
     }
     auto any = [](const std::vector<std::string>& parts, const char* name) {
         for (const std::string& part : parts) if (strstr(name, part.c_str())) return true;
         return false;
     };
     int run = 0;
+    if (on_ranks) {
+        ranks = ranks_start("", NCCL_BY_MPI);
+        layout_set(ranks.rank, ranks.size, 1, false);
+    }
     if (!list) device_open();
+    if (on_ranks) comm_open();
     for (const Test& t : tests) {
+        if ((strncmp(t.name, "ranks ", 6) == 0) != on_ranks && !list) continue;
         if ((BF16 && !t.bf16) || (!only.empty() && !any(only, t.name)) || any(without, t.name)) continue;
         run++;
         if (list) { printf("%s\n", t.name); continue; }
@@ -1699,7 +2223,9 @@ int main(int argc, char** argv) {
     }
     if (run == 0) die("test: nothing has such a name; see --list");
     if (list) return 0;
+    if (on_ranks) comm_close();
     device_close();
+    if (on_ranks) ranks_leave();
     printf("\nchecksum %016llx\n%d passed, %d failed\n", (unsigned long long)checksum, passed, failed);
     return failed > 0;
 }

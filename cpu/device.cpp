@@ -49,6 +49,8 @@ const char* cudaGetErrorString(cudaError_t error) {
         case cudaErrorMemoryAllocation: return "out of memory";
         case cudaErrorInvalidConfiguration: return "invalid configuration of a launch: grid and block need 1 or more of each and at most 1024 threads a block";
         case cudaErrorInvalidDevice: return "invalid device";
+        case cudaErrorInvalidResourceHandle: return "invalid handle: an event without timing, or one that was never recorded";
+        case cudaErrorNotReady: return "not ready: what comes before the event has not run";
     }
     return "unknown error";
 }

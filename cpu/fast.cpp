@@ -1,6 +1,7 @@
 // The fast machine's runtime: device memory is memory, a copy is done when it returns, streams and events have nothing to
 // order. Only matrix products wait: those that a program puts on several streams may run beside each other on the GPU, so
 // they are collected until anything else happens and then share the cores, one product a core.
+#include "collective.h"
 #include "cuda_profiler_api.h"
 #include "gemm.h"
 #include <algorithm>
@@ -28,7 +29,7 @@ __attribute__((constructor)) static void sleep_soon(int, char** argv, char**) {
 }
 
 struct CUstream_st { std::vector<Gemm> products; };
-struct CUevent_st {};
+struct CUevent_st { bool timing, recorded; double ms; };
 static CUstream_st null_stream;
 static cudaError_t last_error = cudaSuccess;
 static cudaError_t fail(cudaError_t error) { return last_error = error; }
@@ -43,9 +44,6 @@ static double now_ms() {
 typedef std::vector<std::vector<Gemm>> Group;      // products that may run beside each other, by stream
 static std::vector<CUstream_st*> waiting;          // streams with products, in the order of their first one
 
-static bool overlap(const void* a, size_t bytes_a, const void* b, size_t bytes_b) {
-    return (const char*)a < (const char*)b + bytes_b && (const char*)b < (const char*)a + bytes_a;
-}
 static bool depends(const Gemm& later, const Gemm& earlier) {
     size_t C = extent_C(earlier), C2 = extent_C(later);
     return overlap(later.A, extent_A(later), earlier.C, C) || overlap(later.B, extent_B(later), earlier.C, C)
@@ -204,6 +202,13 @@ double end_launch(const char* name, double start) {
 void bad_launch() { fail(cudaErrorInvalidConfiguration); }
 }
 
+void enqueue_collectives(const std::vector<NcclCall>& group) {
+    double start = cuda_on_cpu::begin_launch();
+    run_collectives(group);
+    cuda_on_cpu::end_launch("NCCL", start);
+}
+void finish_collectives() {}
+
 // ------------------------------------------------------------------------------------------------
 // Memory
 
@@ -279,9 +284,19 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) { flush(); delete stream; ret
 cudaError_t cudaStreamSynchronize(cudaStream_t) { flush(); return cudaSuccess; }
 cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { flush(); return cudaSuccess; }
 cudaError_t cudaDeviceSynchronize() { flush(); return cudaSuccess; }
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { *event = new CUevent_st; return cudaSuccess; }
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) { *event = new CUevent_st{flags != cudaEventDisableTiming, false, 0}; return cudaSuccess; }
 cudaError_t cudaEventDestroy(cudaEvent_t event) { delete event; return cudaSuccess; }
-cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { flush(); return cudaSuccess; }
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) {
+    flush();
+    event->recorded = true;
+    event->ms = now_ms();
+    return cudaSuccess;
+}
 cudaError_t cudaEventSynchronize(cudaEvent_t) { flush(); return cudaSuccess; }
+cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t start, cudaEvent_t end) {
+    for (cudaEvent_t e : {start, end}) if (!e->timing || !e->recorded) return fail(cudaErrorInvalidResourceHandle);
+    *ms = (float)(end->ms - start->ms);
+    return cudaSuccess;
+}
 
 cudaError_t cudaGetLastError() { cudaError_t error = last_error; last_error = cudaSuccess; return error; }

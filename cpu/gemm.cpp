@@ -1,5 +1,6 @@
-// cuBLAS's functions, and the products themselves by oneDNN: fp32 by its sgemm, bf16 by its matmul primitive.
+// cuBLAS's functions, and the products themselves: fp32 by oneDNN's sgemm, bf16 by its matmul primitive, thin ones of either by loops here.
 #include "gemm.h"
+#include <algorithm>
 #include <cuda_bf16.h>
 #include <dnnl.hpp>
 #include <map>
@@ -66,7 +67,7 @@ static void run_fp32(const Gemm& g, const float* A, const float* B, float* C) {
 constexpr int ROWS = 32;
 
 struct Product {
-    dnnl::memory::desc src, weights, dst;
+    dnnl::memory::desc src, weights, dst, scratchpad;
     dnnl::matmul primitive;
 };
 
@@ -82,13 +83,16 @@ static Product make_product(const Gemm& g) {
     p.weights = dnnl::memory::desc({g.k, g.m}, type::bf16, {g.transa ? 1 : g.lda, g.transa ? g.lda : 1});
     p.dst = dnnl::memory::desc({g.n, g.m}, g.typeC == CUDA_R_32F ? type::f32 : type::bf16, {g.ldc, 1});
     dnnl::primitive_attr attributes;
+    attributes.set_scratchpad_mode(dnnl::scratchpad_mode::user);
     if (g.alpha != 1) attributes.set_output_scales(0, {g.alpha});
     if (g.beta != 0) {
         dnnl::post_ops sum;
         sum.append_sum(g.beta);
         attributes.set_post_ops(sum);
     }
-    p.primitive = dnnl::matmul(dnnl::matmul::primitive_desc(dnnl::matmul::desc(p.src, p.weights, p.dst), attributes, engine()));
+    dnnl::matmul::primitive_desc described(dnnl::matmul::desc(p.src, p.weights, p.dst), attributes, engine());
+    p.scratchpad = described.scratchpad_desc();
+    p.primitive = dnnl::matmul(described);
     return p;
 }
 
@@ -112,11 +116,58 @@ static void run_product(const Gemm& g, const void* A, const void* B, void* C) {
         cache.emplace(key, p);
     }
     dnnl::memory src(p.src, engine(), (void*)B), weights(p.weights, engine(), (void*)A), dst(p.dst, engine(), C);
-    p.primitive.execute(stream, {{DNNL_ARG_SRC, src}, {DNNL_ARG_WEIGHTS, weights}, {DNNL_ARG_DST, dst}});
+    // Left to itself, oneDNN keeps the scratchpad with the thread that made the primitive, and another thread runs out of its own.
+    static thread_local std::vector<char> scratch;
+    if (scratch.size() < p.scratchpad.get_size() + 64) scratch.resize(p.scratchpad.get_size() + 64);
+    dnnl::memory scratchpad(p.scratchpad, engine(), (void*)(((uintptr_t)scratch.data() + 63) / 64 * 64));
+    p.primitive.execute(stream, {{DNNL_ARG_SRC, src}, {DNNL_ARG_WEIGHTS, weights}, {DNNL_ARG_DST, dst}, {DNNL_ARG_SCRATCHPAD, scratchpad}});
     stream.wait();
 }
 
+// Does oneDNN have products of bf16 for this processor? It needs AVX-512.
+static bool has_bf16() {
+    static const bool has = dnnl::get_effective_cpu_isa() >= dnnl::cpu_isa::avx512_core;
+    return has;
+}
+
+// Where it has none: operands widened to fp32, which is exact, a block of C at a time, so that what is widened stays in the cache.
+static void run_widened(const Gemm& g, const __nv_bfloat16* A, const __nv_bfloat16* B, void* C) {
+    constexpr int ELEMENTS = 1 << 18;                   // of an operand's block
+    static thread_local std::vector<float> wide_A, wide_B, wide_C;
+    const int most = std::max(16, ELEMENTS / g.k), rows = std::min(g.m, most), columns = std::min(g.n, most);
+    auto widen = [&](std::vector<float>* wide, const __nv_bfloat16* from, int ld, int outer, int inner) {      // `outer` runs of `inner`
+        wide->resize((size_t)outer * inner);
+        float* to = wide->data();
+#pragma omp parallel for schedule(static) if(!omp_in_parallel() && (size_t)outer * inner > 100000)
+        for (int j = 0; j < outer; j++)
+            for (int i = 0; i < inner; i++) to[(size_t)j * inner + i] = (float)from[(size_t)j * ld + i];
+    };
+    for (int j = 0; j < g.n; j += columns) {
+        Gemm block = g;
+        block.n = std::min(columns, g.n - j);
+        if (g.transb) widen(&wide_B, B + j, g.ldb, g.k, block.ldb = block.n);
+        else widen(&wide_B, B + (size_t)j * g.ldb, g.ldb, block.n, block.ldb = g.k);
+        for (int i = 0; i < g.m; i += rows) {
+            block.m = std::min(rows, g.m - i);
+            if (g.transa) widen(&wide_A, A + (size_t)i * g.lda, g.lda, block.m, block.lda = g.k);
+            else widen(&wide_A, A + i, g.lda, g.k, block.lda = block.m);
+            if (g.typeC == CUDA_R_32F) {
+                run_fp32(block, wide_A.data(), wide_B.data(), (float*)C + (size_t)j * g.ldc + i);
+                continue;
+            }
+            __nv_bfloat16* narrow = (__nv_bfloat16*)C + (size_t)j * g.ldc + i;
+            block.ldc = block.m;
+            if (g.beta != 0) widen(&wide_C, narrow, g.ldc, block.n, block.m);
+            else wide_C.resize((size_t)block.n * block.m);
+            run_fp32(block, wide_A.data(), wide_B.data(), wide_C.data());
+            for (int column = 0; column < block.n; column++)
+                for (int row = 0; row < block.m; row++) narrow[(size_t)column * g.ldc + row] = (__nv_bfloat16)wide_C[(size_t)column * block.m + row];
+        }
+    }
+}
+
 static void run_bf16(const Gemm& g, const uint16_t* A, const uint16_t* B, void* C) {
+    if (!has_bf16()) return run_widened(g, (const __nv_bfloat16*)A, (const __nv_bfloat16*)B, C);
     if (!g.transa && g.transb && g.k % ROWS != 0) {
         // A sum over rows (a weight's gradient): copied, and filled up with rows of zeros. Two products, one after the
         // other, would round C twice.
@@ -149,6 +200,71 @@ static void run_bf16(const Gemm& g, const uint16_t* A, const uint16_t* B, void* 
     }
 }
 
+// ------------------------------------------------------------------------------------------------
+// Thin products: y = W x of a token, or of a few, as in generation. They take as long as reading W from memory does, so W is read
+// once, from its first number to its last, and bf16 is widened in registers. One thread sums up an element, in an order that follows
+// from the shape alone.
+
+constexpr int THIN = 8;                 // columns at most
+constexpr int LANES = 8;                // numbers of a vector
+typedef float Lanes __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Bits __attribute__((vector_size(LANES * 4)));
+
+// 2 LANES numbers of a row. Those of bf16 at even places, and those at odd ones: each is the upper half of its fp32.
+struct Numbers { Lanes a, b; };
+static inline Numbers load(const float* p) {
+    Numbers x;
+    memcpy(&x.a, p, sizeof x.a);
+    memcpy(&x.b, p + LANES, sizeof x.b);
+    return x;
+}
+static inline Numbers load(const uint16_t* p) {
+    Bits pairs;
+    memcpy(&pairs, p, sizeof pairs);
+    return {(Lanes)(pairs << 16), (Lanes)(pairs & 0xffff0000)};
+}
+template <class T> static inline Numbers load(const T* p, int count) {      // the last ones, filled up with zeros
+    T filled[2 * LANES] = {};
+    memcpy(filled, p, count * sizeof(T));
+    return load(filled);
+}
+
+// Row i of W with columns j .. j + N - 1 of x
+template <int N, class T> static inline void thin_row(const Gemm& g, const T* A, const T* B, void* C, int i, int j) {
+    const T *w = A + (size_t)i * g.lda, *x = B + (size_t)j * g.ldb;
+    Numbers sums[N] = {};
+    auto add = [&](int p, auto... count) {
+        Numbers ws = load(w + p, count...);
+        for (int c = 0; c < N; c++) {
+            Numbers xs = load(x + (size_t)c * g.ldb + p, count...);
+            sums[c].a += ws.a * xs.a;
+            sums[c].b += ws.b * xs.b;
+        }
+    };
+    int p = 0;
+    for (; p + 2 * LANES <= g.k; p += 2 * LANES) add(p);
+    if (p < g.k) add(p, g.k - p);
+    for (int c = 0; c < N; c++) {
+        Lanes v = sums[c].a + sums[c].b;
+        float sum = g.alpha * (((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])));
+        size_t at = (size_t)(j + c) * g.ldc + i;
+        auto store = [&](auto* y) { y[at] = g.beta == 0 ? sum : sum + g.beta * (float)y[at]; };
+        if (g.typeC == CUDA_R_32F) store((float*)C); else store((__nv_bfloat16*)C);
+    }
+}
+
+static bool is_thin(const Gemm& g) { return g.transa && !g.transb && g.n <= THIN; }
+
+template <class T> static void run_thin(const Gemm& g, const T* A, const T* B, void* C) {
+#pragma omp parallel for schedule(static)
+    for (int i = 0; i < g.m; i++) {
+        int j = 0;
+        for (; j + 4 <= g.n; j += 4) thin_row<4>(g, A, B, C, i, j);
+        for (; j + 2 <= g.n; j += 2) thin_row<2>(g, A, B, C, i, j);
+        if (j < g.n) thin_row<1>(g, A, B, C, i, j);
+    }
+}
+
 // Products of length 0, which oneDNN refuses: C = beta C.
 template <class T> static void scale(const Gemm& g) {
     for (int b = 0; b < g.batch; b++)
@@ -164,15 +280,18 @@ void run_gemm(const Gemm& g) {
         if (g.typeC == CUDA_R_32F) scale<float>(g); else scale<__nv_bfloat16>(g);
         return;
     }
-    // Below some 10 microseconds of work, waking the other threads takes longer than doing without them.
+    // Below some 10 microseconds of work, waking the other threads takes longer than doing without them. Thin ones move W, at 20 GB/s.
     int threads = omp_get_max_threads();
-    bool alone = flops(g) < 4e6 && threads > 1 && !omp_in_parallel();
+    bool little = is_thin(g) ? (double)g.m * g.k * g.batch * (double)bytes_of(g.typeAB) < 2e5 : flops(g) < 4e6;
+    bool alone = little && threads > 1 && !omp_in_parallel();
     if (alone) omp_set_num_threads(1);
     // One product at a time: oneDNN's own batches have no fast code for heads that lie side by side in a row.
     auto run = [&](int b) {
         char *A = (char*)g.A + b * g.strideA * (long long)bytes_of(g.typeAB), *B = (char*)g.B + b * g.strideB * (long long)bytes_of(g.typeAB);
         char* C = (char*)g.C + b * g.strideC * (long long)bytes_of(g.typeC);
-        if (g.typeAB == CUDA_R_32F) run_fp32(g, (float*)A, (float*)B, (float*)C);
+        if (is_thin(g) && g.typeAB == CUDA_R_32F) run_thin(g, (float*)A, (float*)B, C);
+        else if (is_thin(g)) run_thin(g, (uint16_t*)A, (uint16_t*)B, C);
+        else if (g.typeAB == CUDA_R_32F) run_fp32(g, (float*)A, (float*)B, (float*)C);
         else run_bf16(g, (uint16_t*)A, (uint16_t*)B, C);
     };
     if (g.batch > 1 && g.batch >= omp_get_max_threads()) {

@@ -25,6 +25,11 @@ inline size_t extent_B(const Gemm& g) { return extent(g.transb ? g.n : g.k, g.tr
 inline size_t extent_C(const Gemm& g) { return extent(g.m, g.n, g.ldc, g.batch, g.strideC, g.typeC); }
 inline double flops(const Gemm& g) { return 2.0 * g.m * g.n * g.k * g.batch; }
 
+// Do two ranges of bytes have one in common?
+inline bool overlap(const void* a, size_t bytes_a, const void* b, size_t bytes_b) {
+    return bytes_a > 0 && bytes_b > 0 && (const char*)a < (const char*)b + bytes_b && (const char*)b < (const char*)a + bytes_a;
+}
+
 // With all threads, or with one when called inside a parallel region.
 void run_gemm(const Gemm& g);
 

@@ -9,12 +9,16 @@
 //     of the wrong side.
 //   - missing synchronisation: work on streams waits until the program waits for it, and the order between streams is
 //     drawn too, within what events allow. cudaMemset and cudaMemcpy are no more synchronous than CUDA promises.
+//   - collectives whose buffers overlap where NCCL forbids it, or for which the ranks' calls differ.
 //   - launches beyond CUDA's limits, warp functions whose masks do not fit the lanes that come, lanes that wait forever.
 // It does not find: overflow of index products, a kernel's pointers inside of structs, accesses that miss their allocation
-// and fall into another one, races in which every order gives the same result. Host code must have one thread.
+// and fall into another one, races in which every order gives the same result, a missing event between two collectives
+// (they run in the order of their calls). Only one thread of the host may call CUDA and touch its memory.
+#include "collective.h"
 #include "cuda_profiler_api.h"
 #include "gemm.h"
 #include <algorithm>
+#include <chrono>
 #include <deque>
 #include <memory>
 #include <omp.h>
@@ -598,7 +602,8 @@ struct CUstream_st {
 struct CUevent_st {
     CUstream_st* stream = nullptr;
     uint64_t position = 0;
-    bool destroyed = false;
+    bool timing = false, destroyed = false;
+    double ms = 0;                       // when the record ran
 };
 static std::vector<std::unique_ptr<CUstream_st>> streams;      // the first is the null stream; kept, so that events may name them
 static std::vector<std::unique_ptr<CUevent_st>> events;
@@ -711,6 +716,52 @@ void enqueue_gemm(const Gemm& g, cudaStream_t stream) {
     });
 }
 
+static void wait_for(CUstream_st* stream, CUstream_st* other, uint64_t position) {
+    stream->queue.push_back({nullptr, other, position});
+    stream->queued++;
+}
+
+static void check_collectives(const std::vector<NcclCall>& group) {
+    for (const NcclCall& c : group) {
+        size_t sent = sent_bytes(c), received = received_bytes(c);
+        check_range(name_of(c), "sendbuff", c.send, sent, false);
+        check_range(name_of(c), "recvbuff", c.receive, received, false);
+        if (overlap(c.send, sent, c.receive, received) && (char*)c.receive - (char*)c.send != in_place_offset(c))
+            report("%s: sendbuff and recvbuff overlap, but not as they do in place: recvbuff, %s, is %td bytes after sendbuff; in place it would be %td",
+                   name_of(c), describe(c.receive), (char*)c.receive - (char*)c.send, in_place_offset(c));
+        for (const NcclCall& other : group)
+            if (&other != &c && (overlap(c.receive, received, other.receive, received_bytes(other)) || overlap(c.receive, received, other.send, sent_bytes(other))))
+                report("%s writes what %s of the same group reads or writes: %s", name_of(c), name_of(other), describe(c.receive));
+    }
+}
+
+// Two ranks that ran their collectives in different orders would wait for each other, so all run in the order of the calls.
+static CUstream_st* last_collective = nullptr;
+static uint64_t last_position = 0;
+
+void enqueue_collectives(const std::vector<NcclCall>& group) {
+    check_collectives(group);
+    std::vector<CUstream_st*> used;         // by the group, which waits for all of them and holds all of them up
+    for (const NcclCall& c : group) {
+        CUstream_st* s = check_stream(c.stream, name_of(c));
+        if (std::find(used.begin(), used.end(), s) == used.end()) used.push_back(s);
+    }
+    CUstream_st* stream = used[0];
+    for (CUstream_st* s : used) if (s != stream) wait_for(stream, s, s->queued);
+    if (last_collective && last_collective != stream) wait_for(stream, last_collective, last_position);
+    enqueue(stream, [group] {
+        running_call = "a group of NCCL calls";
+        // MPI has the system copy between processes, which opens no allocation by a fault.
+        for (const NcclCall& c : group) for (const void* p : {c.send, (const void*)c.receive}) open_allocation(p);
+        run_collectives(group);
+        running_call = nullptr;
+    });
+    last_collective = stream;
+    last_position = stream->queued;
+    for (CUstream_st* s : used) if (s != stream) wait_for(s, stream, last_position);
+}
+void finish_collectives() { if (last_collective) run_until(last_collective, last_position); }
+
 // ------------------------------------------------------------------------------------------------
 // The API
 
@@ -738,7 +789,7 @@ static void check_copy(const char* call, void* to, const void* from, size_t byte
 static void enqueue_copy(CUstream_st* stream, void* to, const void* from, size_t bytes) {
     enqueue(stream, [=] {
         running_call = "a copy";
-        memmove(to, from, bytes);
+        if (bytes > 0) memmove(to, from, bytes);        // C forbids null pointers even then
         running_call = nullptr;
     });
 }
@@ -747,7 +798,7 @@ static void enqueue_copy_of_pageable(CUstream_st* stream, void* to, const void* 
     auto staged = std::make_shared<std::vector<char>>((const char*)from, (const char*)from + bytes);
     enqueue(stream, [=] {
         running_call = "a copy";
-        memcpy(to, staged->data(), staged->size());
+        if (!staged->empty()) memcpy(to, staged->data(), staged->size());
         running_call = nullptr;
     });
 }
@@ -780,7 +831,7 @@ cudaError_t cudaMemsetAsync(void* to, int byte, size_t bytes, cudaStream_t strea
     check_range("cudaMemset", "the destination", to, bytes, false);
     enqueue(check_stream(stream, "cudaMemset"), [=] {
         running_call = "cudaMemset";
-        memset(to, byte, bytes);
+        if (bytes > 0) memset(to, byte, bytes);
         running_call = nullptr;
     });
     return cudaSuccess;
@@ -810,8 +861,9 @@ cudaError_t cudaDeviceSynchronize() {
 }
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
-    if (flags != cudaEventDisableTiming) report("cudaEventCreateWithFlags: only cudaEventDisableTiming is supported");
+    if (flags != cudaEventDisableTiming && flags != cudaEventDefault) report("cudaEventCreateWithFlags: only cudaEventDefault and cudaEventDisableTiming are supported");
     events.emplace_back(new CUevent_st);
+    events.back()->timing = flags == cudaEventDefault;
     *event = events.back().get();
     return cudaSuccess;
 }
@@ -822,6 +874,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     CUevent_st* e = check_event(event, "cudaEventRecord");
     e->stream = check_stream(stream, "cudaEventRecord");
+    if (e->timing) enqueue(e->stream, [e] { e->ms = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now().time_since_epoch()).count(); });
     e->position = e->stream->queued;
     return cudaSuccess;
 }
@@ -835,8 +888,14 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
     CUstream_st* s = check_stream(stream, "cudaStreamWaitEvent");
     CUevent_st* e = check_event(event, "cudaStreamWaitEvent");
     if (!e->stream) report("cudaStreamWaitEvent: the event was never recorded, so that this waits for nothing");
-    s->queue.push_back({nullptr, e->stream, e->position});
-    s->queued++;
+    wait_for(s, e->stream, e->position);
+    return cudaSuccess;
+}
+cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t start, cudaEvent_t end) {
+    CUevent_st* both[] = {check_event(start, "cudaEventElapsedTime"), check_event(end, "cudaEventElapsedTime")};
+    for (CUevent_st* e : both) if (!e->timing || !e->stream) return cudaErrorInvalidResourceHandle;
+    for (CUevent_st* e : both) if (e->stream->completed < e->position) return cudaErrorNotReady;
+    *ms = (float)(both[1]->ms - both[0]->ms);
     return cudaSuccess;
 }
 

@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
-"""Times a training step: bench.py [--shapes tiny,small] [--precisions FP32,BF16] [--steps 12] [--no-transformers]
+"""Times a training step, the tokenizer and generation: bench.py [--shapes tiny,small] [--precisions FP32,BF16] [--no-transformers]
 
 For each shape of configs/ and each precision, on this machine's CPU:
-  - tokens/s and ms of a step: the median over the steps behind the third;
+  - tokens/s and ms of a step: the median over the steps behind the third of two runs, before and after all of transformers', because
+    a machine that is shared has slow minutes;
   - that step's matmuls alone: its recorded list of shapes, transposes and accumulations, in order, on the same buffers;
   - time, calls and GB/s of each kernel (bytes by the formulas below: what has to be moved, not what is);
   - peak resident memory over what `olmoe info` planned;
   - tokens/s of transformers on PyTorch, in the same run (scripts/bench_transformers.py, in build/venv).
+Then, where OLMOE_DATA has texts and OLMoE's tokenizer, MB/s of encoding them, and of other tokenizers (scripts/bench_tokenizers.py), and
+tokens/s of `olmoe generate` and of llama.cpp (scripts/bench_generate.py).
 Prints tables and writes build/bench.json. Run it on an idle machine. Standard library only.
 """
 import argparse
@@ -19,7 +22,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SHAPES = {"tiny": (8, 256), "small": (4, 512)}
+SHAPES = {"tiny": (8, 256, 100), "small": (4, 512, 12)}     # sequences, tokens of each, steps of a run
 
 # Bytes that a step has to move, by kernel. x = sizeof(floatX); one dimension a letter as in olmoe.cu; P parameters; A = entries of
 # attention's score blocks, N/T sequences x H heads x sum over blocks of n S; S = slabs of rows
@@ -28,11 +31,10 @@ BYTES = {
     "embedding_backward_kernel": "N*C*x + 2*min(N,V)*C*x",
     "rmsnorm_forward_kernel": "(2*L+1)*2*N*C*x",
     "rmsnorm_backward_input_kernel": "(2*L+1)*4*N*C*x",
-    "rmsnorm_backward_weight_kernel": "(2*L+1)*(2*N*C*x + S*C*4)",
+    "norm_backward_weight_kernel": "(2*L+1)*(2*N*C*x + S*C*4) + L*(2*N*C*4 + 2*N*C*x + 2*S*C*4)",
     "sum_slabs_kernel": "(4*L+1)*S*C*4",
     "qk_norm_rope_forward_kernel": "L*4*N*C*x",
     "qk_norm_rope_backward_kernel": "L*(5*N*C*4 + 2*N*C*x + 3*N*C*x)",
-    "qk_norm_backward_weight_kernel": "L*(2*N*C*4 + 2*N*C*x + 2*S*C*4)",
     "attention_softmax_forward_kernel": "L*A*(4+x)",
     "attention_softmax_backward_kernel": "L*A*(8+2*x)",
     "router_forward_kernel": "L*N*E*8",
@@ -64,12 +66,13 @@ def dimensions(shape, precision, batch, seq):
     d["R"] = d["N"] * d["K"]
     d["S"] = min(256, -(-d["N"] // 16))
     d["P"] = 2 * d["V"] * d["C"] + d["L"] * (4 * d["C"] ** 2 + 4 * d["C"] + d["E"] * d["C"] + 3 * d["E"] * d["C"] * d["F"]) + d["C"]
-    d["A"] = batch * d["H"] * sum(min(256, seq - t) * min(t + 256, seq) for t in range(0, seq, 256))
+    d["A"] = batch * d["H"] * sum(min(128, seq - t) * min(t + 128, seq) for t in range(0, seq, 128))
     return d
 
 
-def bench(shape, precision, steps, out):
-    batch, seq = SHAPES[shape]
+def train(shape, precision):
+    """Runs the steps. Returns the milliseconds of each but the first three and the profiled last, the profile, peak memory, its plan."""
+    batch, seq, steps = SHAPES[shape]
     run(["make", "DEVICE=cpu", f"PRECISION={precision}", "olmoe"])
     program = ROOT / f"build/cpu-{precision.lower()}/olmoe"
     folder = ROOT / "build/bench"
@@ -90,23 +93,29 @@ def bench(shape, precision, steps, out):
     run([sys.executable, "-c", code, time_path, program, "train", "--config", f"configs/{shape}.json", "--data", folder / "train.npy", "--out", run_dir, "--steps", steps,
          "--batch", batch, "--seq", seq, "--warmup", 1], {"CUDA_PROFILE": str(profile_path)})
     lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    ms = statistics.median(line["ms"] for line in lines[1:] if 3 < line["step"] < steps)
-    profile, d = json.loads(profile_path.read_text()), dimensions(shape, precision, batch, seq)
+    ms = [line["ms"] for line in lines[1:] if 3 < line["step"] < steps]
+    return ms, json.loads(profile_path.read_text()), float(time_path.read_text()), planned
+
+
+def report(shape, precision, runs, out):
+    batch, seq, _ = SHAPES[shape]
+    name, profile, d = f"{shape}_{precision.lower()}", runs[0][1], dimensions(shape, precision, *SHAPES[shape][:2])
+    ms = statistics.median(x for r in runs for x in r[0])
+    alone = statistics.median(r[1]["gemm_ms_alone"] for r in runs)
     gflop = sum(g["gflop"] for g in profile["gemms"])
 
     print(f"\n{shape} {precision}: {batch} x {seq} tokens, {profile['threads']} threads: {ms:.1f} ms a step, {batch * seq / ms * 1000:.0f} tokens/s")
     print(f"  {'matmuls in the step':36} {sum(g['calls'] for g in profile['gemms']):6} calls {profile['gemm_ms_in_step']:8.1f} ms {gflop / profile['gemm_ms_in_step'] * 1000:7.0f} GFLOP/s")
-    print(f"  {'the same matmuls alone':36} {'':12} {profile['gemm_ms_alone']:8.1f} ms {gflop / profile['gemm_ms_alone'] * 1000:7.0f} GFLOP/s")
+    print(f"  {'the same matmuls alone':36} {'':12} {alone:8.1f} ms {gflop / alone * 1000:7.0f} GFLOP/s")
     for kernel, k in sorted(profile["kernels"].items(), key=lambda item: -item[1]["ms"]):
         rate = f"{eval(BYTES[kernel], d) / k['ms'] / 1e6:7.1f} GB/s" if kernel in BYTES else ""
         print(f"  {kernel:36} {k['calls']:6} calls {k['ms']:8.1f} ms {rate}")
     print(f"  {'copies and fills':36} {'':12} {profile['memcpy_memset_ms']:8.1f} ms")
-    rss = float(time_path.read_text())
     out[f"{name}_step_ms"] = ms
     out[f"{name}_tokens_per_s"] = batch * seq / ms * 1000
-    out[f"{name}_gemm_ms"] = profile["gemm_ms_alone"]
-    out[f"{name}_step_over_gemms"] = ms / profile["gemm_ms_alone"]
-    out[f"{name}_rss_over_plan"] = rss / planned
+    out[f"{name}_gemm_ms"] = alone
+    out[f"{name}_step_over_gemms"] = ms / alone
+    out[f"{name}_rss_over_plan"] = runs[0][2] / runs[0][3]
     for kernel, k in profile["kernels"].items():
         out[f"{name}_{kernel}_ms"] = k["ms"]
 
@@ -115,27 +124,37 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default="tiny,small")
     parser.add_argument("--precisions", default="FP32,BF16")
-    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--no-transformers", action="store_true")
     o = parser.parse_args()
     out = {}
     for shape in o.shapes.split(","):
-        for precision in o.precisions.split(","):
-            bench(shape, precision, o.steps, out)
+        precisions = o.precisions.split(",")
+        runs = {precision: [train(shape, precision)] for precision in precisions}
         python = ROOT / "build/venv/bin/python"
-        if o.no_transformers:
-            continue
-        if not python.exists():
-            print(f"  (transformers is not compared: no {python.relative_to(ROOT)}; make venv)")
-            continue
-        path = ROOT / f"build/bench/transformers_{shape}.json"
-        print("\n" + run([python, "scripts/bench_transformers.py", "--config", f"configs/{shape}.json", "--batch", SHAPES[shape][0], "--seq", SHAPES[shape][1], "--json", path]).rstrip())
-        best = json.loads(path.read_text())["best"]
-        for precision, theirs in best.items():
-            out[f"{shape}_transformers_{precision}_tokens_per_s"] = theirs["tokens_per_s"]
-            for ours in o.precisions.split(","):
-                key = f"{shape}_{ours.lower()}_tokens_per_s"
-                out[f"{shape}_{ours.lower()}_over_transformers_{precision}"] = out[key] / theirs["tokens_per_s"]
+        theirs = {}
+        if not o.no_transformers and not python.exists():
+            print(f"(transformers is not compared: no {python.relative_to(ROOT)}; make venv)")
+        elif not o.no_transformers:
+            path = ROOT / f"build/bench/transformers_{shape}.json"
+            print("\n" + run([python, "scripts/bench_transformers.py", "--config", f"configs/{shape}.json", "--batch", SHAPES[shape][0], "--seq", SHAPES[shape][1],
+                               "--steps", 10 if shape == "tiny" else 3, "--json", path]).rstrip())
+            theirs = json.loads(path.read_text())["best"]
+        for precision in precisions:
+            runs[precision].append(train(shape, precision))
+            report(shape, precision, runs[precision], out)
+            for their_precision, best in theirs.items():
+                out[f"{shape}_transformers_{their_precision}_tokens_per_s"] = best["tokens_per_s"]
+                ours = out[f"{shape}_{precision.lower()}_tokens_per_s"]
+                out[f"{shape}_{precision.lower()}_over_transformers_{their_precision}"] = ours / best["tokens_per_s"]
+
+    data, python = os.environ.get("OLMOE_DATA"), ROOT / "build/venv/bin/python"
+    if not data or not python.exists():
+        print(f"(the tokenizer and generation are not timed: {'no OLMOE_DATA=FOLDER' if python.exists() else 'no build/venv; make venv'})")
+    else:
+        for script in ("tokenizers", "generate"):
+            path = ROOT / f"build/bench/{script}.json"
+            print(run([python, f"scripts/bench_{script}.py", data, "--json", path]).rstrip())
+            out.update(json.loads(path.read_text()))
 
     print(f"\n{'figure':52} value")
     for name, value in out.items():

@@ -43,11 +43,14 @@ def read(out):
     return [steps[step] for step in sorted(steps)]
 
 
-def curve(run, value):
-    """Steps and values, where the run has the value."""
+def draw(axis, run, value, **style):
+    """A curve of the steps where the run has the value; a single one is a dot, and none has no entry in the legend."""
     points = [(record["step"], value(record)) for record in run]
     points = [(step, y) for step, y in points if isinstance(y, (int, float)) and math.isfinite(y)]
-    return [step for step, _ in points], [y for _, y in points]
+    if len(points) == 1:
+        style["marker"] = "o"
+    if points:
+        axis.plot([step for step, _ in points], [y for _, y in points], **style)
 
 
 def main():
@@ -62,9 +65,9 @@ def main():
     figure, ((loss, validation), (rate, load)) = plt.subplots(2, 2, figsize=(11, 7), sharex=True)
     for i, (out, run) in enumerate(zip(options.runs, runs)):
         name, colour = os.path.basename(os.path.abspath(out)), f"C{i}"
-        loss.plot(*curve(run, lambda r: r.get("ce_loss")), color=colour, label=name, linewidth=1)
-        validation.plot(*curve(run, lambda r: r.get("val_bpb", r.get("val_loss"))), color=colour, marker="o", markersize=3, label=name)
-        rate.plot(*curve(run, lambda r: r.get("lr")), color=colour, label=name)
+        draw(loss, run, lambda r: r.get("ce_loss"), color=colour, label=name, linewidth=1)
+        draw(validation, run, lambda r: r.get("val_bpb", r.get("val_loss")), color=colour, marker="o", markersize=3, label=name)
+        draw(rate, run, lambda r: r.get("lr"), color=colour, label=name)
         layers = max(len(r.get("balance") or []) for r in run)
         for l in range(layers):
             def max_over_mean(r, l=l):
@@ -72,7 +75,7 @@ def main():
                 return balance[l].get("max_over_mean") if l < len(balance) else None
             # One run: a colour a layer. Several: a colour a run, and fainter for deeper layers.
             style = {"color": f"C{l % 10}", "label": f"layer {l}"} if len(runs) == 1 else {"color": colour, "alpha": 1 - 0.7 * l / layers, "label": name if l == 0 else None}
-            load.plot(*curve(run, max_over_mean), linewidth=1, **style)
+            draw(load, run, max_over_mean, linewidth=1, **style)
 
     loss.set_title("training loss (cross entropy, nats a token)")
     in_bits = any("val_bpb" in record for run in runs for record in run)

@@ -1,5 +1,5 @@
 // Tests of checkpoint.h that need to be inside the process: bad files, kills between any two system calls, full disks, the
-// order of syncs. tests/test_checkpoint.py builds and runs it, and checks the files' format with a reader of its own.
+// order of syncs, several ranks. tests/test_checkpoint.py builds and runs it, and checks the files' format with a reader of its own.
 //   test_checkpoint list | GROUP DIR        a group of tests, with DIR to write in
 //   test_checkpoint save DIR bf16 step bytes_per_shard | load DIR OUT | half OUT
 #include <cstdarg>
@@ -14,6 +14,7 @@ struct OlmoeConfig {
     int eos_token_id = 50279, pad_token_id = 1;
 };
 #include "../checkpoint.h"
+#include <atomic>
 #include <csignal>
 #include <sys/resource.h>
 #include <sys/syscall.h>
@@ -44,7 +45,7 @@ enum class Trap { none, kill, full };        // at call number trap_at: SIGKILL,
 static Trap trap = Trap::none;
 static int trap_at = 0, calls = 0;
 static bool exchange_works = true;           // false: a filesystem without RENAME_EXCHANGE
-static std::vector<string>* trace = nullptr; // "write PATH", "sync PATH", "rename FROM", ...
+static std::vector<string>* trace = nullptr; // "write PATH", "sync PATH", "rename FROM", ..., "sum "
 
 static string fd_path(int fd) {
     char path[4096];
@@ -61,10 +62,11 @@ static bool trapped(const char* name, const string& path) {
     return true;
 }
 
-extern "C" ssize_t write(int fd, const void* data, size_t bytes) {
-    if (fd > 2 && trap == Trap::kill && calls + 1 == trap_at) syscall(SYS_write, fd, data, bytes / 2);   // a kill in the middle of it
-    return fd > 2 && trapped("write", fd_path(fd)) ? -1 : syscall(SYS_write, fd, data, bytes);
+extern "C" ssize_t pwrite(int fd, const void* data, size_t bytes, off_t at) {
+    if (trap == Trap::kill && calls + 1 == trap_at) syscall(SYS_pwrite64, fd, data, bytes / 2, at);   // a kill in the middle of it
+    return trapped("write", fd_path(fd)) ? -1 : syscall(SYS_pwrite64, fd, data, bytes, at);
 }
+extern "C" int ftruncate(int fd, off_t bytes) noexcept { return trapped("write", fd_path(fd)) ? -1 : (int)syscall(SYS_ftruncate, fd, bytes); }
 extern "C" int fsync(int fd) { return trapped("sync", fd_path(fd)) ? -1 : (int)syscall(SYS_fsync, fd); }
 extern "C" int mkdir(const char* path, mode_t mode) noexcept { return trapped("mkdir", path) ? -1 : (int)syscall(SYS_mkdir, path, mode); }
 extern "C" int rename(const char* from, const char* to) noexcept { return trapped("rename", from) ? -1 : (int)syscall(SYS_rename, from, to); }
@@ -123,7 +125,8 @@ static void spill(const string& path, const string& text) {
 static void fresh(const string& dir) { fs::remove_all(dir), fs::create_directories(dir); }
 static std::map<string, string> files_of(const string& dir) {
     std::map<string, string> all;
-    for (auto& e : fs::directory_iterator(dir)) all[e.path().filename().string()] = slurp(e.path().string());
+    std::error_code none;                     // no directory, no files
+    for (auto& e : fs::directory_iterator(dir, none)) all[e.path().filename().string()] = slurp(e.path().string());
     return all;
 }
 
@@ -144,8 +147,10 @@ static uint16_t upper(float f) {
     return (uint16_t)(bits >> 16);
 }
 
-static void save(const string& out, int64_t step, bool bf16, int g, const OlmoeConfig& c = little(), const string& tokenizer = "", size_t shard = 5000000000) {
+static void save(const string& out, int64_t step, bool bf16, int g, const OlmoeConfig& c = little(), const string& tokenizer = "", size_t shard = 5000000000, const Savers& savers = {}) {
     auto read = [&](State s, size_t offset, size_t count, void* dst) {
+        auto [rank, end] = savers.owner(offset);
+        if (rank != savers.rank || offset + count > end) die("rank %d is asked for [%zu, %zu)", savers.rank, offset, offset + count);
         for (size_t i = 0; i < count; i++) {
             float f = value(s, offset + i, g);
             uint16_t half = upper(f);
@@ -153,7 +158,7 @@ static void save(const string& out, int64_t step, bool bf16, int g, const OlmoeC
             else memcpy((char*)dst + 4 * i, &f, 4);
         }
     };
-    checkpoint_save(out, step, c, bf16, read, {{"g", g}, {"seen", 1234567890123456789}, {"loss", 0.1}}, tokenizer, shard);
+    checkpoint_save(out, step, c, bf16, bf16, read, {{"g", g}, {"seen", 1234567890123456789}, {"loss", 0.1}}, tokenizer, savers, shard);
 }
 static int generation(const string& dir) { return checkpoint_trainer_state(dir)["g"].get<int>(); }
 static string step_dir(const string& out, int step) {
@@ -336,17 +341,9 @@ static void test_safetensors(const string& dir) {
     dies("past the end", {"[1, 3)"}, [&] { tensor_to_float(two, f.tensors[0], 1, 2); });
     safetensors_close(&f);
 
-    SafetensorsWriter w;
-    dies("too little written", {"promises"}, [&] { w.open(path, {{"a", "F32", {2}}}, {}); w.write(eight.data(), 7); w.close(); });
-    dies("/dev/full", {"/dev/full", "No space left"}, [&] { w.open("/dev/full", {{"a", "F32", {2}}}, {}); });
-    check(fs::exists("/dev/full"), "a device is not removed");
-    w.open(path, {{"a", "F32", {2}}, {"b", "U8", {}}}, {{"k", "v\""}});
-    w.write(eight.data(), 3), w.write("123456", 6);
-    FileSum sum = w.close();
-    const string bytes = slurp(path);
-    check(sum.bytes == bytes.size() && sum.crc == crc32(0, (const Bytef*)bytes.data(), (unsigned)bytes.size()), "the sum of what was written");
+    const string bytes = safetensors_header({{"a", "F32", {2}}, {"b\"", "U8", {}}}) + "123456786";
     f = opens(bytes);
-    check(f.find("a") && f.find("b") && *f.find("b")->data == '6' && f.metadata["k"] == "v\"" && (size_t)(f.tensors[0].data - (unsigned char*)f.map) % 8 == 0, "reads back, aligned");
+    check(f.find("a") && f.find("b\"") && *f.find("b\"")->data == '6' && f.metadata["format"] == "pt" && (size_t)(f.tensors[0].data - (unsigned char*)f.map) % 8 == 0, "reads back, aligned");
     safetensors_close(&f);
 }
 
@@ -360,12 +357,13 @@ static void write_model(const string& dir, const OlmoeConfig& c, bool sharded, c
     for (size_t s = 0; s < (sharded ? 2 : 1); s++) {
         const string file = !sharded ? "model.safetensors" : s ? "b.safetensors" : "a.safetensors";
         std::vector<TensorInfo> part(infos.begin() + (s ? 7 : 0), sharded && !s ? infos.begin() + 7 : infos.end());
-        SafetensorsWriter w;
-        w.open(dir + "/" + file, part, {});
-        for (const TensorInfo& t : part) map[t.name] = file;
-        const string zeros(w.expected - w.file.sum.bytes, 0);
-        w.write(zeros.data(), zeros.size());
-        w.close();
+        string text = safetensors_header(part);
+        for (const TensorInfo& t : part) {
+            size_t n = dtype_bytes(t.dtype);
+            for (int64_t d : t.shape) n *= (size_t)d;
+            text.append(n, 0), map[t.name] = file;
+        }
+        spill(dir + "/" + file, text);
     }
     if (sharded) spill(dir + "/model.safetensors.index.json", Json{{"weight_map", map}}.dump());
 }
@@ -435,7 +433,7 @@ static void test_roundtrip(const string& dir) {
                 order = order && inside && count <= checkpoint_chunk && offset == end[(size_t)s];
                 end[(size_t)s] += count;
             };
-            checkpoint_save(out, 7, c, bf16, [&](State s, size_t offset, size_t count, void* dst) {
+            checkpoint_save(out, 7, c, bf16, bf16, [&](State s, size_t offset, size_t count, void* dst) {
                 follows(s, offset, count);
                 for (size_t i = 0; i < count; i++) {
                     float f = value(s, offset + i, 1);
@@ -443,7 +441,7 @@ static void test_roundtrip(const string& dir) {
                     if (s == State::weights && bf16) memcpy((char*)dst + 2 * i, &half, 2);
                     else memcpy((char*)dst + 4 * i, &f, 4);
                 }
-            }, {{"a", 1}, {"pi", 3.141592653589793}, {"big", 18446744073709551615u}, {"text", "\xc3\xa9\n"}}, "", shard);
+            }, {{"a", 1}, {"pi", 3.141592653589793}, {"big", 18446744073709551615u}, {"text", "\xc3\xa9\n"}}, "", {}, shard);
             check(order && end == std::vector<size_t>({total, total, total, bf16 ? total : 0}), what + "states are read as promised");
             checkpoint_check(at);
             const Json t = checkpoint_trainer_state(at);
@@ -476,7 +474,14 @@ static void test_roundtrip(const string& dir) {
             });
             check(order && end == std::vector<size_t>({0, total, total, bf16 ? total : 0}), what + "optimizer handed over as promised");
             check(same, what + "optimizer comes back");
-            dies(what + "other precision", {bf16 ? "a BF16 build, this is an FP32" : "an FP32 build, this is a BF16"}, [&] { checkpoint_optimizer_read(at, r, !bf16, [](State, size_t, size_t, const float*) {}); });
+            size_t asked = 0, wanted = 0, got = 0;
+            auto third = [](size_t offset, size_t count) { return (offset + count) % 3 == 0; };
+            checkpoint_optimizer_read(at, r, bf16, [&](State, size_t offset, size_t count, const float*) { got += third(offset, count) ? 1 : 1000000; },
+                                      [&](size_t offset, size_t count) { asked += count, wanted += third(offset, count); return third(offset, count); });
+            check(asked == (bf16 ? 3 : 2) * total && wanted > 0 && got == wanted, what + "only what is wanted is handed over");
+            end.assign(4, 0), order = true;
+            checkpoint_optimizer_read(at, r, !bf16, [&](State s, size_t offset, size_t count, const float*) { follows(s, offset, count); });
+            check(order && end == std::vector<size_t>({0, total, total, 0}), what + "masters that are not there, or not wanted, are not handed over");
             r.L = 3;
             dies(what + "more layers", {"model.layers.2.input_layernorm.weight", "missing"}, [&] { checkpoint_optimizer_read(at, r, bf16, [](State, size_t, size_t, const float*) {}); });
             r.L = 1;
@@ -742,6 +747,201 @@ static void test_prune(const string& dir) {
     checkpoint_prune(dir + "/nowhere", 1, 0);
 }
 
+// ------------------------------------------------------------------------------------------------
+// Ranks: processes that save together
+
+constexpr int MAX_RANKS = 4;
+struct Meeting {                              // shared memory
+    std::atomic<int> arrivals, ended;         // at all sums; ranks that ended early
+    double values[2][MAX_RANKS][1000];        // of a sum, and of the one before, which others may still read
+};
+using Owner = std::function<std::pair<int, size_t>(size_t)>;
+
+// Runs act on every rank. When one ends early the others end too, with exit code 9, but not before they wait for it in a sum.
+static std::vector<Outcome> together(int ranks, const Owner& owner, const std::function<void(const Savers&)>& act) {
+    Meeting* meeting = (Meeting*)mmap(nullptr, sizeof(Meeting), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (meeting == MAP_FAILED) abort();
+    std::vector<Outcome> outcomes((size_t)ranks);
+    std::map<pid_t, size_t> pids;
+    std::vector<int> said;                    // a pipe each
+    fflush(stdout);
+    for (int rank = 0; rank < ranks; rank++) {
+        int ends[2];
+        if (pipe(ends) != 0) abort();
+        pid_t pid = fork();
+        if (pid == 0) {
+            dup2(ends[1], 2);
+            int sums = 0;
+            act({rank, ranks, owner, [&](std::vector<double>* x) {
+                if (trace) trace->push_back("sum ");
+                auto& values = meeting->values[sums++ % 2];
+                if (x->size() > sizeof values[0] / sizeof(double)) die("a sum of %zu numbers", x->size());
+                std::copy(x->begin(), x->end(), values[rank]);
+                for (meeting->arrivals++; meeting->arrivals < sums * ranks; usleep(100))
+                    if (meeting->ended) _exit(9);
+                for (size_t i = 0; i < x->size(); i++) {
+                    (*x)[i] = 0;
+                    for (int r = 0; r < ranks; r++) (*x)[i] += values[r][i];
+                }
+            }});
+            _exit(0);
+        }
+        close(ends[1]);
+        said.push_back(ends[0]), pids[pid] = (size_t)rank;
+    }
+    for (int n = 0; n < ranks; n++) {
+        int status;
+        pid_t pid = waitpid(-1, &status, 0);
+        outcomes[pids.at(pid)].status = status;
+        if (status != 0) meeting->ended++;
+    }
+    for (size_t r = 0; r < said.size(); r++) {
+        char buffer[4096];
+        ssize_t n;
+        while ((n = read(said[r], buffer, sizeof buffer)) > 0) outcomes[r].err.append(buffer, (size_t)n);
+        close(said[r]);
+    }
+    munmap(meeting, sizeof(Meeting));
+    return outcomes;
+}
+
+static bool exited(const Outcome& o, int code) { return WIFEXITED(o.status) && WEXITSTATUS(o.status) == code; }
+
+static void test_ranks(const string& dir) {
+    const string out = dir + "/out", one = dir + "/one";
+    const size_t total = hf_tensors(little()).back().offset + hf_tensors(little()).back().count;
+    auto even = [&](int ranks) -> Owner {
+        size_t share = (total + (size_t)ranks - 1) / (size_t)ranks;
+        return [=](size_t offset) { return std::make_pair((int)(offset / share), (offset / share + 1) * share); };
+    };
+    auto uneven = [](int ranks) -> Owner {    // in the embedding, in q_proj, in an expert
+        return [=](size_t offset) {
+            const size_t ends[] = {7, 29, 111, SIZE_MAX};
+            int r = 0;
+            while (r < ranks - 1 && offset >= ends[r]) r++;
+            return std::make_pair(r, r == ranks - 1 ? SIZE_MAX : ends[r]);
+        };
+    };
+    auto stripes = [](int ranks) -> Owner { return [=](size_t offset) { return std::make_pair((int)(offset / 5 % (size_t)ranks), (offset / 5 + 1) * 5); }; };
+    auto last = [](int ranks) -> Owner { return [=](size_t) { return std::make_pair(ranks - 1, SIZE_MAX); }; };
+    auto ends = [](int ranks) -> Owner {      // the last and the first, but none between
+        return [=](size_t offset) { return std::make_pair(offset < 150 ? ranks - 1 : 0, offset < 150 ? (size_t)150 : SIZE_MAX); };
+    };
+    const std::vector<std::pair<string, std::function<Owner(int)>>> splits = {{"even", even}, {"uneven", uneven}, {"stripes", stripes}, {"the last", last}, {"ends", ends}};
+
+    // The bytes are those of one rank; what a rank wrote is on the disk before it meets the others; none returns too early.
+    int saves = 0;
+    for (bool bf16 : {false, true})
+        for (size_t shard : {(size_t)5000000000, (size_t)150}) {
+            spill(dir + "/tokenizer.json", "{}");
+            fresh(one);
+            save(one, 2, bf16, 1, little(), dir + "/tokenizer.json", shard);
+            for (auto& [name, split] : splits)
+                for (int ranks = 1; ranks <= MAX_RANKS; ranks++) {
+                    const string what = std::to_string(ranks) + " ranks, " + name + (bf16 ? ", BF16, " : ", FP32, ") + std::to_string(shard);
+                    fresh(out);
+                    auto outcomes = together(ranks, split(ranks), [&](const Savers& savers) {
+                        std::vector<string> log;
+                        trace = &log;
+                        if (savers.rank == ranks - 1) usleep(3000);          // the others wait
+                        save(out, 2, bf16, 1, little(), dir + "/tokenizer.json", shard, savers);
+                        trace = nullptr;
+                        if (!fs::exists(step_dir(out, 2))) die("it is not complete");
+                        std::set<string> dirty;
+                        int sums = 0;
+                        for (const string& event : log) {
+                            string name = event.substr(0, event.find(' ')), path = event.substr(event.find(' ') + 1);
+                            if (name == "write") dirty.insert(path);
+                            if (name == "sync") dirty.erase(path);
+                            if (name == "sum" && ++sums == 2 && !dirty.empty()) die("%s is not synced", dirty.begin()->c_str());
+                            if (name == "rename" && (sums != 2 || savers.rank != 0)) die("renamed between sums %d and %d", sums, sums + 1);
+                        }
+                        if (sums != 3) die("%d sums", sums);
+                    });
+                    for (const Outcome& o : outcomes) check(o.status == 0 && o.err.empty(), what + ": " + o.err);
+                    check(files_of(step_dir(out, 2)) == files_of(step_dir(one, 2)), what + ": other bytes than one rank's");
+                    check(std::distance(fs::directory_iterator(out), fs::directory_iterator()) == 1, what + ": something is left beside it");
+                    saves++;
+                }
+        }
+    printf("%d saves by 1 to %d ranks\n", saves, MAX_RANKS);
+    for (auto& [name, text] : files_of(step_dir(out, 2)))
+        for (size_t at = 0; at < text.size() && name != "trainer_state.json"; at += 101) {
+            string bad = text;
+            bad[at] = (char)(bad[at] ^ 4);
+            spill(step_dir(out, 2) + "/" + name, bad);
+            check(checkpoint_damage(step_dir(out, 2), true) == name + " is damaged: its checksum differs", name + " flipped at " + std::to_string(at));
+            spill(step_dir(out, 2) + "/" + name, text);
+        }
+    checkpoint_check(step_dir(out, 2));
+
+    // A rank that is killed, or has no space, at any of its system calls.
+    fresh(one);
+    save(one, 1, false, 1);
+    const auto before = files_of(step_dir(one, 1));
+    save(one, 3, false, 3);
+    const auto clean = files_of(step_dir(one, 3));
+    int points = 0;
+    for (Trap kind : {Trap::kill, Trap::full})
+        for (int bad : {0, 1})
+            for (int n = 1;; n++) {
+                const string what = "rank " + std::to_string(bad) + (kind == Trap::kill ? " killed at call " : " without space at call ") + std::to_string(n);
+                fresh(out);
+                fs::copy(step_dir(one, 1), step_dir(out, 1));
+                auto outcomes = together(3, even(3), [&](const Savers& savers) {
+                    if (savers.rank == bad) trap = kind, trap_at = n;
+                    save(out, 3, false, 3, little(), "", 5000000000, savers);
+                });
+                const Outcome& o = outcomes[(size_t)bad];
+                if (o.status == 0) { check(n > 10, what + ": calls seen"); break; }
+                points++;
+                bool renaming = kind == Trap::kill ? bad == 0 : o.err.find("cannot sync") == 0 || o.err.find("cannot rename") == 0, complete = fs::exists(step_dir(out, 3));
+                check(kind == Trap::kill ? WIFSIGNALED(o.status) : exited(o, 1) && o.err.find("No space left") != string::npos && std::count(o.err.begin(), o.err.end(), '\n') == 1, what + ": " + o.err);
+                for (int r = 0; r < 3; r++) {
+                    const Outcome& other = outcomes[(size_t)r];
+                    if (r != bad) check(exited(other, 9) ? other.err.empty() : exited(other, 1) && other.err.find("Another rank failed") != string::npos, what + ": rank " + std::to_string(r) + ": " + other.err);
+                }
+                check(!complete || renaming, what + ": a complete directory");
+                check(!complete || checkpoint_damage(step_dir(out, 3), true).empty(), what + ": a damaged directory");
+                check(files_of(step_dir(out, 1)) == before, what + ": the earlier checkpoint");
+                if (kind == Trap::full && !renaming) check(std::distance(fs::directory_iterator(out), fs::directory_iterator()) == 1, what + ": something is left");
+                if (kind == Trap::full) continue;
+                save(out, 3, false, 3);
+                check(files_of(step_dir(out, 3)) == clean, what + ": saved again, other bytes");
+                for (auto& e : fs::directory_iterator(out)) check(e.path().filename().string()[0] != '.', what + ": " + e.path().string() + " is left");
+            }
+    printf("one of 3 ranks failed at %d system calls\n", points);
+
+    // Ranks that do not share a file system, or do not agree, or whose sum is none.
+    auto refused = [&](const string& what, const string& words, const std::function<void(Savers*)>& change) {
+        fresh(out);
+        int said = 0;
+        for (const Outcome& o : together(2, even(2), [&](const Savers& savers) {
+            Savers mine = savers;
+            change(&mine);
+            save(mine.rank == 1 && what == "elsewhere" ? dir + "/elsewhere" : out, 3, true, 3, little(), "", 5000000000, mine);
+        })) {
+            said += o.err.find(words) != string::npos;
+            check(exited(o, 9) || (exited(o, 1) && o.err.find(words) != string::npos && std::count(o.err.begin(), o.err.end(), '\n') == 1), what + ": " + o.err);
+        }
+        check(said > 0 && checkpoint_list(out).empty(), what + ": a checkpoint");
+    };
+    refused("elsewhere", "do not share", [](Savers*) {});
+    refused("two owners", "disagree", [&](Savers* s) { if (s->rank == 1) s->owner = last(2); });
+    refused("other runs", "disagree", [&](Savers* s) { if (s->rank == 1) s->owner = uneven(2); });
+    refused("no sum", "disagree", [](Savers* s) { s->sum = [](std::vector<double>*) {}; });
+    refused("an owner too many", "nobody owns element 128", [&](Savers* s) { s->owner = [](size_t offset) { return std::make_pair((int)(offset / 64), offset / 64 * 64 + 64); }; });
+    refused("an empty run", "nobody owns element 7", [&](Savers* s) { s->owner = [](size_t) { return std::make_pair(0, (size_t)7); }; });
+
+    OlmoeConfig large = little();             // a tensor of more than a chunk, split
+    large.V = 270000;
+    fresh(one), fresh(out);
+    save(one, 2, true, 1, large);
+    for (const Outcome& o : together(3, [](size_t offset) { return offset < 5 ? std::make_pair(2, (size_t)5) : offset < 1070001 ? std::make_pair(0, (size_t)1070001) : std::make_pair(1, SIZE_MAX); },
+                                     [&](const Savers& savers) { save(out, 2, true, 1, large, "", 5000000000, savers); })) check(o.status == 0, "chunks: " + o.err);
+    check(files_of(step_dir(out, 2)) == files_of(step_dir(one, 2)), "chunks: other bytes than one rank's");
+}
+
 // configs/*.json are what config_json prints, so that they can't drift from what we save.
 static void test_configs(const string&) {
     for (const char* name : {"tiny", "small", "olmoe-1b-7b"}) {
@@ -755,7 +955,7 @@ static void test_configs(const string&) {
 int main(int argc, char** argv) {
     const std::vector<std::pair<string, void (*)(const string&)>> groups = {
         {"config", test_config}, {"configs", test_configs}, {"tensors", test_tensors}, {"safetensors", test_safetensors}, {"weights", test_weights}, {"roundtrip", test_roundtrip},
-        {"damage", test_damage}, {"kill", test_kill}, {"sync", test_sync}, {"full", test_full}, {"prune", test_prune}};
+        {"damage", test_damage}, {"kill", test_kill}, {"sync", test_sync}, {"full", test_full}, {"prune", test_prune}, {"ranks", test_ranks}};
     const string command = argc > 1 ? argv[1] : "";
     if (command == "list") {
         for (auto& [name, run] : groups) puts(name.c_str());

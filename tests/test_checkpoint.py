@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-GROUPS = ["config", "configs", "tensors", "safetensors", "weights", "roundtrip", "damage", "kill", "sync", "full", "prune"]
+GROUPS = ["config", "configs", "tensors", "safetensors", "weights", "roundtrip", "damage", "kill", "sync", "full", "prune", "ranks"]
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,11 @@
 
 The program is ./olmoe, or what the variable OLMOE names.
 """
+import hashlib
 import json
 import os
+import pty
+import re
 import resource
 import shutil
 import signal
@@ -64,7 +67,8 @@ def train_args(data, out, *more):
 
 
 def files(directory):
-    return {p.name: p.read_bytes() for p in Path(directory).iterdir()}
+    """Name -> digest: of bytes that differ pytest would print the difference, which takes minutes."""
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in Path(directory).iterdir()}
 
 
 def log(out):
@@ -251,6 +255,36 @@ def test_interrupt(data, tmp_path, which):
     assert a["model.safetensors"] == b["model.safetensors"] and a["optimizer.safetensors"] == b["optimizer.safetensors"]
 
 
+def test_no_signal_is_handled_where_matmuls_run(data, tmp_path):
+    """A handler's frame on oneDNN's stack, which is in the heap, would overwrite what lies below: every thread blocks what stops a run."""
+    process = start(*train_args(data, tmp_path, "--steps", 4000, "--schedule", "constant"))
+    wait_for_step(tmp_path, 3)
+    stops = sum(1 << (s - 1) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1))
+    threads = [dict(line.split(":", 1) for line in (task / "status").read_text().splitlines()) for task in Path(f"/proc/{process.pid}/task").iterdir()]
+    process.kill()
+    process.communicate()
+    assert len(threads) >= 2
+    for thread in threads:
+        assert int(thread["SigCgt"], 16) & stops == 0
+    assert sum(int(thread["SigBlk"], 16) & stops == stops for thread in threads) >= len(threads) - 1      # one waits for them
+
+
+def test_second_interrupt(data, tmp_path):
+    """Ctrl-C twice ends the program at once, in the middle of a step that takes long."""
+    (tmp_path / "long.npy").write_bytes((data / "train.npy").read_bytes() * 200)
+    process = start("train", "--config", data / "config.json", "--data", tmp_path / "long.npy", "--out", tmp_path / "out", "--batch", 1, "--global-batch", 30000, "--steps", 1, "--peak-tflops", 1)
+    until = time.time() + 60
+    while time.time() < until and not (tmp_path / "out" / "log.jsonl").exists():
+        time.sleep(0.01)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+    assert process.returncode == -signal.SIGINT
+
+
 def test_kill(data, tmp_path):
     """SIGKILL while it trains and saves: the newest complete checkpoint resumes, and ends where an undisturbed run ends."""
     more = ["--schedule", "constant", "--save-every", 1]
@@ -350,6 +384,22 @@ def test_skip_spikes(data, tmp_path):
     assert files(tmp_path / "a" / "step-00000080") == files(tmp_path / "b" / "step-00000080")
 
 
+def test_recipe_changed_between_runs(data, tmp_path):
+    """A resumed run may have another recipe; the table says what it was. A warm-up that outlasts the run is named, too."""
+    out = ok(*train_args(data, tmp_path, "--steps", 2))
+    assert "warm-up 2: longer than the run" in out
+    out = ok(*train_args(data, tmp_path, "--steps", 4, "--weight-decay", 0.2, "--resume"))
+    assert "longer than the run" not in out and "adamw until step 2" in out and '"weight_decay":0.1' in out and "schedule until step 2" in out and "losses until" not in out
+    out = ok(*train_args(data, tmp_path, "--steps", 4, "--weight-decay", 0.2, "--resume"))
+    assert "until step" not in out
+
+
+def test_output_that_cannot_be_written(data):
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([OLMOE, "info", "--config", data / "config.json"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 1 and "standard output" in result.stderr
+
+
 # ------------------------------------------------------------------------------------------------
 # Wrong options and files
 
@@ -420,6 +470,20 @@ def test_bad_configs(data, tmp_path):
     refused("info", "--config", tmp_path / "config.json", words=["config.json"])
 
 
+def test_tokenizer_json(data, tmp_path):
+    """Trains on its tokens, samples with it, and saves it, so that a checkpoint is all that is needed to go on."""
+    tokenizer = FIXTURES / "tokenizer"
+    ok("tokenize", "--tokenizer", tokenizer, "--out", tmp_path / "text.npy", data / "text.jsonl")
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": 1024, "eos_token_id": 982}))
+    words = ["--data", tmp_path / "text.npy", "--out", tmp_path / "run", "--batch", 2, "--warmup", 0, "--peak-tflops", 1]
+    ok("train", "--config", tmp_path / "config.json", "--tokenizer", tokenizer, "--steps", 2, "--sample-prompt", "naïve", "--sample-tokens", 20, *words)
+    saved = tmp_path / "run" / "step-00000002"
+    assert (saved / "tokenizer.json").read_bytes() == (tokenizer / "tokenizer.json").read_bytes()
+    ok("tokenize", "--tokenizer", saved, "--out", tmp_path / "again.npy", data / "text.jsonl")
+    assert (tmp_path / "again.npy").read_bytes() == (tmp_path / "text.npy").read_bytes()
+    refused("train", "--config", data / "config.json", "--tokenizer", tokenizer, "--steps", 1, *words, words=["vocabulary"])
+
+
 # ------------------------------------------------------------------------------------------------
 # verify, info, tokenize
 
@@ -469,6 +533,40 @@ def test_verify_sees_other_experts(tmp_path):
     assert result.returncode == 1 and "router.0.experts" in [l for l in result.stdout.splitlines() if "FAILED" in l][0]
 
 
+def test_verify_allocates_what_it_compares(tmp_path):
+    """Logits and routing need no gradients, gradients need no moments: the least memory that is enough for a model of 60 MB tells."""
+    config = {**CONFIG, "hidden_size": 96, "intermediate_size": 2048, "num_hidden_layers": 5, "max_position_embeddings": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "ids.npy").write_bytes(struct.pack("<16H", *range(16)))
+    ok("train", "--config", tmp_path / "config.json", "--data", tmp_path / "ids.npy", "--out", tmp_path / "out", "--batch", 1, "--steps", 1, "--peak-tflops", 1)
+    model = next((tmp_path / "out").glob("step-*"))
+    tensors = {"inputs": ("I32", [1, 8], bytes(32)), "targets": ("I32", [1, 8], bytes(32))}
+    parts = {"logits": ("F32", [1, 8, 320], bytes(4 * 8 * 320)), "grad.model.norm.weight": ("F32", [96], bytes(4 * 96)), "losses": ("F32", [2], bytes(8))}
+    needed = []
+    for part in parts:
+        some = {**tensors, part: parts[part]}
+        if part == "logits":
+            some["router.4.logits"] = ("F32", [1, 8, 5], bytes(4 * 8 * 5))
+        at, header = 0, {}
+        for name, (dtype, shape, data) in some.items():
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(data)]}
+            at += len(data)
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        path = tmp_path / "reference.safetensors"
+        path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(data for _, _, data in some.values()))
+        low, high = 0, 4096                                                     # MB of address space: too little, enough
+        while high - low > 4:
+            limit = (low + high) // 2 << 20
+            result = run("verify", "--model", model, "--reference", path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
+            if "they DIFFER" in result.stdout:                                  # zeros agree with none of them
+                high = limit >> 20
+            else:
+                low = limit >> 20
+        needed.append(high)
+    assert abs(needed[1] - needed[0] - 60) < 12 and abs(needed[2] - needed[1] - 120) < 12, needed
+
+
 def test_verify_zero_reference(tmp_path):
     def edit(header, tensors):
         tensors["grad.lm_head.weight"] = bytes(len(tensors["grad.lm_head.weight"]))
@@ -503,6 +601,68 @@ def test_info():
 
 def test_info_model(straight):
     assert "all there" in ok("info", "--model", straight / "step-00000020")
+
+
+def test_tokenize(tmp_path):
+    """Options, environment and what is printed; the rules are in test_data.py."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(30000)) + "{\n")
+    printed = set()
+    for threads in ("1", "3", ""):
+        (tmp_path / threads / "out").mkdir(parents=True)
+        environment = {**{k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}, **({"OMP_NUM_THREADS": threads} if threads else {})}
+        result = run("tokenize", "--tokenizer", "bytes", "--out", "out/x.npy", "--max-tokens", 200000, "--save-every", 100000, tmp_path / "a.jsonl", cwd=tmp_path / threads, env=environment)
+        assert result.returncode == 0 and result.stderr == f"{tmp_path}/a.jsonl:30001: not JSON from byte 2 on; left out\n"
+        printed.add(result.stdout)
+    assert printed == {"out/x.npy: 30000 documents, 438890 tokens in 3 files, 1 damaged lines left out\n"}
+    assert files(tmp_path / "1" / "out") == files(tmp_path / "3" / "out") == files(tmp_path / "out") and len(files(tmp_path / "out")) == 6
+    refused("tokenize", "--tokenizer", "bytes", "--out", tmp_path / "out" / "x.npy", "--max-tokens", 200000, tmp_path / "a.jsonl", words=["x-00000.npy", "--restart"])
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([OLMOE, "tokenize", "--tokenizer", "bytes", "--out", tmp_path / "y.npy", tmp_path / "a.jsonl"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 1 and "standard output" in result.stderr.splitlines()[-1]
+
+
+def test_tokenize_two_at_a_time(tmp_path):
+    """A second run into the same file is refused, and does the first no harm."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(30000)))
+    command = ["tokenize", "--tokenizer", "bytes", "--out", tmp_path / "x.npy"]
+    ok(*command, tmp_path / "a.jsonl")
+    before = files(tmp_path)
+    first = subprocess.Popen([OLMOE, *map(str, command), tmp_path / "a.jsonl"], stdout=subprocess.DEVNULL)
+    first.send_signal(signal.SIGSTOP)
+    while not (tmp_path / "x.npy.tmp").exists() and first.poll() is None:
+        first.send_signal(signal.SIGCONT)
+        time.sleep(0.001)
+        first.send_signal(signal.SIGSTOP)
+    if (tmp_path / "x.npy.tmp").exists():
+        refused(*command, tmp_path / "a.jsonl", words=["x.npy.tmp", "another run"])
+    first.send_signal(signal.SIGCONT)
+    assert first.wait(60) == 0 and files(tmp_path) == before
+
+
+def test_tokenize_progress(tmp_path):
+    """A bar on a terminal, and only there; a damaged line stands on a line of its own."""
+    with open(tmp_path / "a.jsonl", "w") as f:
+        for part in range(40):
+            f.writelines(json.dumps({"text": f"document {i} of part {part}", "id": str(i)}) + "\n" for i in range(10000))
+            f.write("{\n")
+    command = [OLMOE, "tokenize", "--tokenizer", "bytes", "--out", tmp_path / "x.npy", tmp_path / "a.jsonl"]
+    terminal, end = pty.openpty()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=end, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    os.close(end)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(terminal, 1 << 16)
+        except OSError:                     # so ends a terminal whose other end is closed
+            break
+    os.close(terminal)
+    assert process.wait() == 0 and process.stdout.read() == f"{tmp_path}/x.npy: 400000 documents, {(tmp_path / 'x.npy').stat().st_size // 2} tokens, 40 damaged lines left out\n"
+    bars = re.findall(r"\r\[(#*) *\] +(\d+) % \| ([\d.]+) MB/s \| ([\d.]+) M tok/s \| eta 0h\d\dm\d\ds\x1b\[K", shown.decode())
+    assert bars and all(len(bar) == int(share) // 5 for bar, share, *_ in bars) and shown.endswith(b"\r\x1b[K")
+    assert float(bars[-1][2]) > 0 and float(bars[-1][3]) > 0
+    assert shown.count(b"\r\x1b[K" + str(tmp_path).encode() + b"/a.jsonl:") == 21
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0 and len(result.stderr.splitlines()) == 21 and "\r" not in result.stderr and "\x1b" not in result.stderr + result.stdout
 
 
 def test_help():

@@ -1,4 +1,4 @@
-// Lets test_data.py drive dataloader.h and tokenizer.h: reads commands from standard input, a line each, and prints what they give.
+// Lets test_data.py drive dataloader.h, tokenizer.h and tokenize.h: reads commands from standard input, a line each, and prints what they give.
 
 #include <cstdarg>
 #include <cstdio>
@@ -17,7 +17,7 @@ void die(const char* format, ...) {
     exit(1);
 }
 
-// With TRACE set, prints what reaches the disk and in which order.
+// With TRACE set, prints what reaches the disk and in which order. With DIE_AT=N ends at the Nth rename, before or after it, or unlink.
 #include <unistd.h>
 #include <nlohmann/json.hpp>
 static int traced_fsync(int file) {
@@ -25,14 +25,26 @@ static int traced_fsync(int file) {
     if (getenv("TRACE") && readlink(("/proc/self/fd/" + std::to_string(file)).c_str(), path, sizeof path - 1) > 0) printf("fsync %s\n", path);
     return fsync(file);
 }
+static void step() {
+    static int steps = 0;
+    if (getenv("DIE_AT") && ++steps == atoi(getenv("DIE_AT"))) _exit(2);
+}
 static int traced_rename(const char* from, const char* to) {
+    step();
     if (getenv("TRACE")) printf("rename %s %s\n", from, to);
-    return rename(from, to);
+    int result = rename(from, to);
+    step();
+    return result;
+}
+static int traced_unlink(const char* path) {
+    step();
+    return unlink(path);
 }
 #define fsync(file) traced_fsync(file)
 #define rename(from, to) traced_rename(from, to)
+#define unlink(path) traced_unlink(path)
 
-#include "../tokenizer.h"
+#include "../tokenize.h"
 #include "../dataloader.h"
 
 static void print_rows(const std::vector<int32_t>& values, size_t rows, int T) {
@@ -93,13 +105,26 @@ int main() {
             std::ifstream status("/proc/self/status");
             while (std::getline(status, line))
                 if (line.compare(0, 6, "VmHWM:") == 0) printf("%ld\n", atol(line.c_str() + 6));
-        } else if (word == "tokenize") {        // tokenize TOKENIZER OUT FILE...
-            Tokenizer t; std::string name, out, file; std::vector<std::string> files;
+        } else if (word == "tokenize") {        // tokenize TOKENIZER OUT [max=N] [save=N] [threads=N] [restart] FILE...
+            Tokenizer t; std::string name, out, file; std::vector<std::string> files; TokenizeOptions o;
             in >> name >> out;
-            while (in >> file) files.push_back(file);
+            while (in >> file) {
+                size_t value = file.find('=') < file.size() ? strtoull(file.c_str() + file.find('=') + 1, nullptr, 10) : 0;
+                if (file.compare(0, 4, "max=") == 0) o.max_tokens = value;
+                else if (file.compare(0, 5, "save=") == 0) o.save_every = value;
+                else if (file.compare(0, 8, "threads=") == 0) o.threads = value;
+                else if (file == "restart") o.restart = true;
+                else files.push_back(file);
+            }
             tokenizer_open(&t, name);
-            TokenizeCounts counts = tokenize_files(t, files, out);
-            printf("%zu %zu\n", counts.documents, counts.tokens);
+            TokenizeCounts counts = tokenize_files(t, files, out, o);
+            printf("%zu %zu %zu %zu\n", counts.documents, counts.tokens, counts.files, counts.damaged);
+        } else if (word == "pieces") {          // pieces BYTES FILE: the pieces of a document that is a file, in hexadecimal
+            size_t bytes; std::string file, piece; in >> bytes >> file;
+            LineReader lines;
+            if (!lines_open(&lines, file)) die("%s", file.c_str());
+            for (bool last = false; !last && lines_piece(&lines, &piece, bytes, &last); printf("\n")) for (char c : piece) printf("%02x", (unsigned char)c);
+            gzclose(lines.file);
         } else if (word == "documents") {       // documents NPY
             std::string npy; in >> npy;
             for (const Document& x : documents_read(npy)) printf("%zu\t%zu\t%s\t%s\n", x.start, x.end, x.id.c_str(), document_domain(x).c_str());

@@ -1,5 +1,6 @@
-"""Data: token files, their order, the filter, the byte tokenizer, the corpus, the plot. C++ runs under address and undefined sanitizers."""
+"""Data: token files, their order, the filter, text to token files, the corpus, the plot. C++ runs under address and undefined sanitizers."""
 import gzip
+import hashlib
 import json
 import lzma
 import os
@@ -15,25 +16,30 @@ import pytest
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
+def build(path, sanitizers):
+    subprocess.run(["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-g", "-O1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all",
+                    "-o", str(path), os.path.join(ROOT, "tests", "test_data.cpp"), "-lz", "-lutf8proc"], check=True)
+    return str(path)
+
+
 @pytest.fixture(scope="session")
 def program(tmp_path_factory):
-    path = str(tmp_path_factory.mktemp("build") / "test_data")
-    subprocess.run(["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
-                    "-o", path, os.path.join(ROOT, "tests", "test_data.cpp"), "-lz"], check=True)
-    return path
+    return build(tmp_path_factory.mktemp("build") / "test_data", "address,undefined")
 
 
 @pytest.fixture
 def drive(program):
-    """Runs commands; the lines printed. With fails, the one line on standard error."""
-    def run(*commands, fails=False, limit=None):
+    """Runs commands; the lines printed. With fails, the one line on standard error; with says, the lines there, too; with stopped, the exit code."""
+    def run(*commands, fails=False, says=False, stopped=False, limit=None):
         r = subprocess.run([program], input="\n".join(commands) + "\n", capture_output=True, text=True, preexec_fn=limit)
+        if stopped:
+            return r.returncode
         if fails:
             assert r.returncode == 1, (r.returncode, r.stderr)
             assert r.stderr.count("\n") == 1 and r.stderr.endswith("\n"), r.stderr
             return r.stderr.strip()
-        assert r.returncode == 0 and r.stderr == "", r.stderr
-        return r.stdout.splitlines()
+        assert r.returncode == 0 and (says or r.stderr == ""), r.stderr
+        return (r.stdout.splitlines(), r.stderr.splitlines()) if says else r.stdout.splitlines()
     return run
 
 
@@ -324,7 +330,7 @@ def test_tokenize_round_trip(drive, tmp_path):
     kept[4] = bytes(range(256))     # its first and last bytes are no white space
     lines = drive(command, f"documents {out}")
     expected = [x for text in kept for x in list(text) + [256]]
-    assert read_tokens(out) == expected and lines[0] == f"6 {len(expected)}"
+    assert read_tokens(out) == expected and lines[0] == f"6 {len(expected)} 1 0"
 
     starts = [0]
     for text in kept:
@@ -333,8 +339,8 @@ def test_tokenize_round_trip(drive, tmp_path):
     assert lines[1:] == [f"{starts[i]}\t{starts[i + 1]}\t{ids[i]}\t{ids[i].split('-')[0]}" for i in range(6)]
     with gzip.open(tmp_path / "out.csv.gz", "rt") as f:
         table = f.read().splitlines()
-    assert table[0] == f'0,{starts[1]},"story,""x""-0",a.jsonl,1' and table[3] == f"{starts[3]},{starts[4]},a.jsonl-7,a.jsonl,7"
-    assert table[5] == f"{starts[5]},{starts[6]},z-1,z.jsonl.gz,1" and len(table) == 6
+    assert table[0] == f'0,{starts[1]},"story,""x""-0",{tmp_path}/a.jsonl,1' and table[3] == f"{starts[3]},{starts[4]},a.jsonl-7,{tmp_path}/a.jsonl,7"
+    assert table[5] == f"{starts[5]},{starts[6]},z-1,{tmp_path}/z.jsonl.gz,1" and len(table) == 6
 
     decoded = drive("decode " + " ".join(map(str, expected)), "decode 256 257 319 -1 65")
     assert bytes.fromhex(decoded[0]) == b"".join(kept) and decoded[1] == "41"
@@ -366,14 +372,11 @@ def test_long_lines_and_many_documents(drive, tmp_path):
 
 
 BAD_TEXT = {
-    "not json": ("a.jsonl", b'{"text": "good"}\n{"text": "bad\n', "a.jsonl:2:"),
-    "not an object": ("a.jsonl", b'{"text": "good"}\n\n["text"]\n', "a.jsonl:3:"),
-    "no text": ("a.jsonl", b'{"id": "x"}\n', "a.jsonl:1:"),
-    "text is a number": ("a.jsonl", b'{"text": 5}\n', "a.jsonl:1:"),
-    "not utf-8": ("a.jsonl", b'{"text": "\xff\xfe"}\n', "a.jsonl:1:"),
     "nothing": ("a.jsonl", b"\n\n", "no text"),
+    "empty documents": ("a.jsonl", b'{"text": ""}\n{"text": "  "}\n', "no text"),
     "empty file": ("a.txt", b"", "no text"),
     "other name": ("a.csv", b"a,b\n", "neither .txt"),
+    "json of many lines": ("a.json", b'{\n"text": "a"\n}\n', "neither .txt"),
     "gzip cut short": ("a.jsonl.gz", gzip.compress(b'{"text": "good"}\n' * 100, mtime=0)[:-20], "damaged"),
     "gzip damaged": ("a.txt.gz", gzip.compress(random.Random(4).randbytes(5000))[:2000] + bytes(100), "damaged"),
 }
@@ -398,33 +401,286 @@ def test_bad_text_writes_nothing(drive, tmp_path, case):
 def test_tokenize_refusals(drive, tmp_path):
     (tmp_path / "a.txt").write_text("good")
     assert "missing.txt" in drive(f"tokenize bytes {tmp_path}/a.npy {tmp_path}/missing.txt", fails=True)
-    assert "only the byte tokenizer" in drive(f"tokenize tokenizer.json {tmp_path}/a.npy {tmp_path}/a.txt", fails=True)
+    assert "tokenizer martian: cannot be read" in drive(f"tokenize martian {tmp_path}/a.npy {tmp_path}/a.txt", fails=True)
     assert "no/such/a.npy" in drive(f"tokenize bytes {tmp_path}/no/such/a.npy {tmp_path}/a.txt", fails=True)
     assert "no input file" in drive(f"tokenize bytes {tmp_path}/a.npy", fails=True)
     assert sorted(os.listdir(tmp_path)) == ["a.txt"]
 
 
-def test_full_disk(drive, tmp_path):
-    """A file size limit stands in for the disk: the write fails in the middle."""
-    (tmp_path / "a.txt").write_text("x" * 300000)
-    (tmp_path / "out").mkdir()
+DAMAGED = [(b'{"text": "bad', "not JSON from byte 14"), (b'["text"]', "not an object with a string \"text\""), (b'{"id": "x"}', "not an object with a string"),
+           (b'{"text": 5}', "not an object with a string"), (b'{"text": "\xff\xfe"}', "not UTF-8 at byte 11"), (b'{"text": "\\ud800"}', "not JSON"), (b"[" * 100000, "not JSON"),
+           (b'{"text": "a"} {"text": "b"}', "not JSON from byte 15")]
 
+
+def test_damaged_lines_are_left_out(drive, tmp_path):
+    good = [json.dumps({"text": f"good {i}"}).encode() for i in range(len(DAMAGED) + 1)]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(sum([[good[i], DAMAGED[i][0]] for i in range(len(DAMAGED))], [])) + b"\n" + good[-1])
+    lines, said = drive(f"tokenize bytes {tmp_path}/x.npy {tmp_path}/a.jsonl", f"documents {tmp_path}/x.npy", says=True)
+    assert bytes(t if t < 256 else 10 for t in read_tokens(tmp_path / "x.npy")).decode().splitlines() == [f"good {i}" for i in range(len(good))]
+    assert lines[0].split()[0::3] == [str(len(good)), str(len(DAMAGED))] and len(lines) == 1 + len(good)
+    assert len(said) == len(DAMAGED)
+    for i, (line, (_, why)) in enumerate(zip(said, DAMAGED)):
+        assert line.startswith(f"{tmp_path}/a.jsonl:{2 * i + 2}: {why}"), line
+
+
+def test_damaged_lines_past_the_twentieth_are_counted(drive, tmp_path):
+    for name, count in (("a", 30), ("b", 21), ("c", 20)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(["{"] * count + ['{"text": "good"}']))
+    lines, said = drive(f"tokenize bytes {tmp_path}/x.npy {tmp_path}/a.jsonl {tmp_path}/b.jsonl {tmp_path}/c.jsonl", says=True)
+    assert lines == ["3 15 1 71"] and len(said) == 62
+    assert said[20] == f"{tmp_path}/a.jsonl: 10 more damaged lines" and said[41] == f"{tmp_path}/b.jsonl: 1 more damaged lines" and said[61].startswith(f"{tmp_path}/c.jsonl:20: ")
+
+
+def folder(path):
+    """Name -> digest: of bytes that differ pytest would print the difference, which takes minutes."""
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in path.iterdir()}
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """Some MB of text in all kinds of input: gzipped or not, a document a line or a file, small ones and large ones, damaged lines."""
+    d, draw = tmp_path_factory.mktemp("texts"), random.Random(7)
+    words = ["the", "cat", "sät", "日本", "on", "a", "mat", "😀", "12", "\n\n", "  ", "x" * 50]
+    text = lambda n: " ".join(draw.choices(words, k=n))
+    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl"):
+        with (gzip.open if name.endswith("gz") else open)(d / name, "wt", encoding="utf-8") as f:
+            for i in range(1500):
+                f.write("{\n" if draw.random() < 0.01 else json.dumps({"text": text(draw.choice([0, 1, 20, 200])), "id": f"{name}-{i}"}, ensure_ascii=False) + "\n")
+            f.write(json.dumps({"text": text(100000)}))
+    (d / "d.txt").write_text(text(150000))
+    (d / "e.txt").write_text("")
+    with gzip.open(d / "f.txt.gz", "wt") as f:
+        f.write(text(60000))
+    for i in range(100):
+        (d / f"g{i}.txt").write_text(text(10))
+    return " ".join(str(d / name) for name in sorted(os.listdir(d)))
+
+
+def expected_files(texts, max_tokens):
+    """Tokens and rows of every file, by the rules, one document after the other."""
+    files, n = [([], [])], 0
+    for path in texts.split():
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
+            lines = [f.read()] if ".txt" in path else f.read().split("\n")
+        for number, line in enumerate(lines, 1):
+            document, name = {"text": line, "id": os.path.basename(path)}, os.path.basename(path)
+            if ".jsonl" in path:
+                if line in ("", "{"):
+                    continue
+                document = {"id": f"{name}-{number}", **json.loads(line)}
+            if not document["text"].strip():
+                continue
+            ids = list(document["text"].strip().encode()) + [256]
+            n += 1
+            if max_tokens and files[-1][0] and len(files[-1][0]) + len(ids) >= max_tokens:
+                files.append(([], []))
+            while ids:
+                if max_tokens and len(files[-1][0]) + len(ids) > max_tokens and files[-1][0]:
+                    files.append(([], []))
+                part, ids = (ids[:max_tokens], ids[max_tokens:]) if max_tokens else (ids, [])
+                files[-1][1].append(f"{len(files[-1][0])},{len(files[-1][0]) + len(part)},{document['id']},{path},{number}")
+                files[-1][0].extend(part)
+    return n, files
+
+
+@pytest.mark.parametrize("max_tokens", [0, 10**8, 1 << 20, 20000])
+def test_tokenize_by_the_rules(drive, tmp_path, texts, max_tokens):
+    n, files = expected_files(texts, max_tokens)
+    lines, _ = drive(f"tokenize bytes {tmp_path}/x.npy max={max_tokens} threads=3 {texts}", says=True)
+    assert lines[0].split()[:3] == [str(n), str(sum(len(f[0]) for f in files)), str(len(files))]
+    assert len(files) == {0: 1, 10**8: 1, 1 << 20: 8}.get(max_tokens, len(files)) and (max_tokens != 20000 or len(files) > 200)
+    names = ["x"] if len(files) == 1 else [f"x-{i:05d}" for i in range(len(files))]
+    assert sorted(os.listdir(tmp_path)) == sorted([f"{name}.npy" for name in names] + [f"{name}.csv.gz" for name in names])
+    for name, (ids, table) in zip(names, files):
+        assert (tmp_path / f"{name}.npy").read_bytes() == struct.pack(f"<{len(ids)}H", *ids), name
+        packed = (tmp_path / f"{name}.csv.gz").read_bytes()
+        assert gzip.decompress(packed).decode().splitlines() == table and packed[3:8] == bytes(5)       # no name, no time
+        assert not max_tokens or len(ids) <= max_tokens
+
+
+def test_tokenize_document_that_reaches_the_limit(drive, tmp_path):
+    """It begins the next file, as in dolma; one of the limit's own length has a file for itself, longer ones several."""
+    (tmp_path / "a.jsonl").write_text('{"text": "aaaa"}\n{"text": "bbbb"}\n')
+    (tmp_path / "b.txt").write_text("b" * 9)
+    sizes = lambda: [p.stat().st_size // 2 for p in sorted(tmp_path.glob("x*.npy"))]
+    drive(f"tokenize bytes {tmp_path}/x.npy max=11 {tmp_path}/a.jsonl")
+    assert sizes() == [10]
+    for limit, found in ((10, [5, 5, 10]), (12, [10, 10]), (9, [5, 5, 9, 1]), (5, [5, 5, 5, 5])):
+        drive(f"tokenize bytes {tmp_path}/x.npy max={limit} restart {tmp_path}/a.jsonl {tmp_path}/b.txt")
+        assert sizes() == found, limit
+
+
+def test_tokenize_any_number_of_threads(drive, tmp_path, texts):
+    found = []
+    for threads in (1, 2, 3, 7):
+        (tmp_path / str(threads)).mkdir()
+        lines, said = drive(f"tokenize bytes {tmp_path}/{threads}/x.npy max=500000 save=300000 threads={threads} {texts}", says=True)
+        found.append((lines, said, folder(tmp_path / str(threads))))
+    assert all(f == found[0] for f in found) and len(found[0][2]) > 20 and len(found[0][1]) > 20
+
+
+def test_tokenize_threads_do_not_race(tmp_path, texts):
+    program = build(tmp_path / "racing", "thread")
+    r = subprocess.run([program], input=f"tokenize bytes {tmp_path}/x.npy max=500000 save=300000 threads=7 {texts}\n", capture_output=True, text=True)
+    assert r.returncode == 0 and "WARNING" not in r.stderr, r.stderr[-3000:]
+
+
+@pytest.mark.parametrize("max_tokens", [0, 300000])
+def test_tokenize_killed_again_and_again(program, drive, tmp_path, texts, max_tokens):
+    """Killed at some moment, as often as it takes; then the files are those of a run that was not, and nothing else is there."""
+    for name in ("straight", "killed"):
+        (tmp_path / name).mkdir()
+    command = "tokenize bytes {}/x.npy max={} save=100000 threads=3 {}"
+    start = time.time()
+    straight, _ = drive(command.format(tmp_path / "straight", max_tokens, texts), says=True)
+    seconds, draw, kills, went_on = time.time() - start, random.Random(3), 0, 0
+    for attempt in range(100):
+        went_on += os.path.exists(tmp_path / "killed" / "x.npy.state")
+        with open(tmp_path / "said", "w+") as said:
+            process = subprocess.Popen([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True)
+            process.stdin.write(command.format(tmp_path / "killed", max_tokens, texts) + "\n")
+            process.stdin.close()
+            try:
+                process.wait(timeout=seconds * draw.uniform(0.1, 0.6) if kills < 12 else None)
+                assert process.returncode == 0 and process.stdout.read().splitlines() == straight, open(said.name).read()[-1000:]
+                break
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                kills += 1
+        if folder(tmp_path / "killed") == folder(tmp_path / "straight"):    # killed behind its last step, before it said so
+            break
+    assert folder(tmp_path / "killed") == folder(tmp_path / "straight")
+    assert kills >= 3 and went_on >= 2, (kills, went_on)
+
+
+def test_tokenize_stopped_at_every_step(drive, tmp_path, monkeypatch):
+    """Between any two steps that another program could see."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": "text " * (i % 300)}) + "\n" for i in range(1000)))
+    (tmp_path / "b.txt").write_text("text " * 100000)
+    texts = f"{tmp_path}/a.jsonl {tmp_path}/b.txt"
+    for name in ("straight", "stopped"):
+        (tmp_path / name).mkdir()
+    command = "tokenize bytes {}/x.npy max=400000 save=200000 threads=2 {}"
+    drive(command.format(tmp_path / "straight", texts))
+    for step in range(1, 100):
+        monkeypatch.setenv("DIE_AT", str(step))
+        for p in (tmp_path / "stopped").iterdir():
+            p.unlink()
+        r = drive(command.format(tmp_path / "stopped", texts), stopped=True)
+        monkeypatch.delenv("DIE_AT")
+        if r == 0:
+            break
+        drive(command.format(tmp_path / "stopped", texts))
+        assert folder(tmp_path / "stopped") == folder(tmp_path / "straight"), step
+    assert step > 15
+
+
+def test_tokenize_goes_on_only_with_the_same(drive, tmp_path, texts):
+    """What was saved is refused where inputs that were read, options or tokenizer are others; inputs not yet read may be."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(30000)))
+    (tmp_path / "bad.jsonl.gz").write_bytes(gzip.compress(b'{"text": "good"}\n' * 100, mtime=0)[:-20])
+    (tmp_path / "good.txt").write_text("good")
+    (tmp_path / "out").mkdir()
+    x, a, bad, good = (tmp_path / name for name in ("out/x.npy", "a.jsonl", "bad.jsonl.gz", "good.txt"))
+    message = drive(f"tokenize bytes {x} save=100000 {a} {bad}", fails=True)
+    assert "bad.jsonl.gz:" in message and "cannot be read from here on" in message and "the same command goes on" in message
+    saved = folder(tmp_path / "out")
+    assert sorted(saved) == ["x.csv.tmp", "x.npy.state", "x.npy.tmp"]
+    for command in (f"max=100000000 {a} {bad}", f"{good} {a}", f"{bad}"):
+        message = drive(f"tokenize bytes {x} save=100000 {command}", fails=True)
+        assert "x.npy.state: saved by a run with other inputs" in message and folder(tmp_path / "out") == saved
+    was = os.stat(a)
+    os.utime(a, ns=(was.st_atime_ns, was.st_mtime_ns + 1))
+    assert "other inputs" in drive(f"tokenize bytes {x} {a} {bad}", fails=True)
+    os.utime(a, ns=(was.st_atime_ns, was.st_mtime_ns))
+    lines = drive(f"tokenize bytes {x} save=100000 {a} {good}")
+    assert lines[0].startswith("30001 ") and sorted(folder(tmp_path / "out")) == ["x.csv.gz", "x.npy"]
+    went_on = folder(tmp_path / "out")
+    drive(f"tokenize bytes {x} {a} {good}")
+    assert folder(tmp_path / "out") == went_on
+
+    for content in (b"", b"{}", b"nonsense", b'{"run": 1, "at": 2}'):
+        (tmp_path / "out" / "x.npy.state").write_bytes(content)
+        message = drive(f"tokenize bytes {x} {good}", fails=True)
+        assert "x.npy.state: " in message and "--restart" in message
+    assert drive(f"tokenize bytes {x} restart {good}") == ["1 5 1 0"]
+    assert sorted(folder(tmp_path / "out")) == ["x.csv.gz", "x.npy"]
+
+
+def test_tokenize_replaces_parts_only_when_told(drive, tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 100)
+    x, a = tmp_path / "x.npy", tmp_path / "a.txt"
+    drive(f"tokenize bytes {x} {a}")
+    assert drive(f"tokenize bytes {x} max=20 {a}")[0] == "1 101 6 0"
+    many = folder(tmp_path)
+    assert sorted(many) == sorted(["a.txt"] + [f"x-{i:05d}.{s}" for i in range(6) for s in ("npy", "csv.gz")])
+    assert "x-00000.npy: written by an earlier run" in drive(f"tokenize bytes {x} max=60 {a}", fails=True) and folder(tmp_path) == many
+    assert drive(f"tokenize bytes {x} max=60 restart {a}")[0] == "1 101 2 0"
+    assert sorted(folder(tmp_path)) == ["a.txt", "x-00000.csv.gz", "x-00000.npy", "x-00001.csv.gz", "x-00001.npy"]
+    assert drive(f"tokenize bytes {x} max=200 restart {a}")[0] == "1 101 1 0" and sorted(folder(tmp_path)) == ["a.txt", "x.csv.gz", "x.npy"]
+
+
+def test_pieces_of_a_long_text(drive, tmp_path):
+    """They are cut in front of white space that follows none, where no word of a tokenizer can reach across, and so that little is left at the ends to strip."""
+    draw = random.Random(9)
+    text = "".join(draw.choices(["a", "é", "日", " ", "\n", "\u3000", "\u00a0", "\x1c", "\t", "x" * 99], weights=[9, 2, 2, 3, 1, 1, 1, 1, 1, 1], k=60000))
+    (tmp_path / "a.txt").write_text(text, newline="")
+    for size in (1, 1000, 70000):
+        pieces = [bytes.fromhex(line).decode() for line in drive(f"pieces {size} {tmp_path}/a.txt")]
+        assert "".join(pieces) == text and len(pieces) > 1
+        assert all(p[0] in " \t\n" for p in pieces[1:]) and not any(p[-1].isspace() for p in pieces[:-1])
+        assert max(len(p.encode()) for p in pieces[:-1]) < size + (1 << 16) + 200
+    (tmp_path / "b.txt").write_bytes(b" " * 200000 + b"a" * 300000 + b" " * 100000)
+    assert [len(line) // 2 for line in drive(f"pieces 1000 {tmp_path}/b.txt")] == [500000, 100000]
+    drive(f"tokenize bytes {tmp_path}/b.npy {tmp_path}/b.txt")
+    assert read_tokens(tmp_path / "b.npy") == [97] * 300000 + [256]
+
+
+def full_at(size):
+    """A limit on file sizes stands in for the disk: a write fails in the middle."""
     def limit():
         import signal
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    return limit
 
-    assert "File too large" in drive(f"tokenize bytes {tmp_path}/out/x.npy {tmp_path}/a.txt", fails=True, limit=limit)
+
+def test_full_disk(drive, tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 300000)
+    (tmp_path / "out").mkdir()
+    assert "File too large" in drive(f"tokenize bytes {tmp_path}/out/x.npy {tmp_path}/a.txt", fails=True, limit=full_at(100000))
     assert os.listdir(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("size", [0, 10, 1000, 2000, 10000])
+def test_full_disk_by_the_documents(drive, tmp_path, size):
+    """Many documents of two tokens: the list of documents is what finds no room."""
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' * 2000)
+    (tmp_path / "out").mkdir()
+    assert "File too large" in drive(f"tokenize bytes {tmp_path}/out/x.npy {tmp_path}/a.jsonl", fails=True, limit=full_at(size))
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_full_disk_loses_nothing(drive, tmp_path, texts):
+    """What was saved stays, and the run goes on from there when there is room again."""
+    for name in ("straight", "out"):
+        (tmp_path / name).mkdir()
+    command = "tokenize bytes {}/x.npy save=100000 {}"
+    straight, _ = drive(command.format(tmp_path / "straight", texts), says=True)
+    r = drive(command.format(tmp_path / "out", texts), stopped=True, limit=full_at(3000000))
+    assert r == 1 and sorted(os.listdir(tmp_path / "out")) == ["x.csv.tmp", "x.npy.state", "x.npy.tmp"]
+    assert drive(command.format(tmp_path / "out", texts), says=True)[0] == straight and folder(tmp_path / "out") == folder(tmp_path / "straight")
 
 
 def test_files_reach_the_disk_before_their_names(drive, tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("text")
     monkeypatch.setenv("TRACE", "1")
     trace = drive(f"tokenize bytes {tmp_path}/x.npy {tmp_path}/a.txt")
-    a, b = f"{tmp_path}/x.npy", f"{tmp_path}/x.csv.gz"
+    a, b, s = f"{tmp_path}/x.npy", f"{tmp_path}/x.csv.gz", f"{tmp_path}/x.npy.state"
     assert sorted(trace[:2]) == sorted([f"fsync {a}.tmp", f"fsync {b}.tmp"])
-    assert trace[2:5] == [f"rename {b}.tmp {b}", f"rename {a}.tmp {a}", f"fsync {tmp_path}"]
+    assert trace[2:5] == [f"fsync {s}.tmp", f"rename {s}.tmp {s}", f"fsync {tmp_path}"]
+    assert trace[5:8] == [f"rename {b}.tmp {b}", f"rename {a}.tmp {a}", f"fsync {tmp_path}"]
 
 
 def test_documents_of_other_files(drive, tmp_path):

@@ -21,6 +21,10 @@ RUNS = {
     "fast BF16": ("cpu-bf16", ("PRECISION=BF16",), (), {}),
     "fast FP32, 2 threads": ("cpu-fp32", (), SHORT, {"OMP_NUM_THREADS": "2"}),
     "fast FP32, 2 threads, again": ("cpu-fp32", (), SHORT, {"OMP_NUM_THREADS": "2"}),
+    "fast BF16, 2 threads": ("cpu-bf16", ("PRECISION=BF16",), (), {"OMP_NUM_THREADS": "2"}),
+    "fast BF16, 2 threads, again": ("cpu-bf16", ("PRECISION=BF16",), (), {"OMP_NUM_THREADS": "2"}),
+    "fast BF16, widened": ("cpu-bf16", ("PRECISION=BF16",), (), {"DNNL_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "2"}),    # as where oneDNN has no bf16
+    "fast BF16, widened, again": ("cpu-bf16", ("PRECISION=BF16",), (), {"DNNL_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "2"}),
     **{f"strict FP32, seed {seed}": ("cpu-fp32-strict", ("STRICT=1",), SHORT, {"CUDA_SEED": str(seed)}) for seed in range(1, 6)},
     **{f"strict BF16, seed {seed}": ("cpu-bf16-strict", ("PRECISION=BF16", "STRICT=1"), (), {"CUDA_SEED": str(seed)}) for seed in (1, 2)},
     "address sanitizer": ("cpu-fp32-strict-address", ("SANITIZE=address",), SHORT, {}),
@@ -28,7 +32,9 @@ RUNS = {
 }
 # Runs that must give the same bits
 EQUAL = {
-    "fast": [name for name in RUNS if "2 threads" in name],
+    "fast FP32": [name for name in RUNS if name.startswith("fast FP32, 2 threads")],
+    "fast BF16": [name for name in RUNS if name.startswith("fast BF16, 2 threads")],
+    "fast BF16, widened": [name for name in RUNS if name.startswith("fast BF16, widened")],
     "strict FP32": [name for name in RUNS if name.startswith("strict FP32")],
     "strict BF16": [name for name in RUNS if name.startswith("strict BF16")],
 }

@@ -2,6 +2,7 @@
 //   bugs NAME bug|fixed     exit code 0: the result is right; 1: it is wrong; 99: the machine reported the mistake
 #include <cublas_v2.h>
 #include <cuda_runtime.h>
+#include <nccl.h>
 #include <cstdio>
 #include <cstring>
 #include <vector>
@@ -302,6 +303,96 @@ static int use_of_destroyed_stream() {
     return wrong;
 }
 
+// ---- collectives, of one rank: tests/machine/collectives.cu has what takes several
+
+static ncclComm_t one_rank() {
+    ncclUniqueId id;
+    ncclComm_t comm = nullptr;
+    ncclGetUniqueId(&id);
+    if (ncclCommInitRank(&comm, 1, id, 0) != ncclSuccess) fprintf(stderr, "ncclCommInitRank failed\n");
+    return comm;
+}
+static int sum_too_long() {
+    float *x = device<float>(65), *y = device<float>(64);
+    fill<<<1, 65, 0, a>>>(x, 65, 1);
+    ncclAllReduce(x, y, bug ? 65 : 64, ncclFloat, ncclSum, one_rank(), a);
+    return result(y, 64, 1);
+}
+static int sum_of_host_memory() {
+    float* y = device<float>(64);
+    fill<<<1, 64, 0, a>>>(y, 64, 1);
+    ncclAllReduce(bug ? host : y, y, 64, ncclFloat, ncclSum, one_rank(), a);
+    return result(y, 64, 1);
+}
+static int sum_not_in_place() {
+    float* y = device<float>(72);
+    fill<<<1, 128, 0, a>>>(y, 72, 1);
+    ncclAllReduce(y, y + (bug ? 8 : 0), 64, ncclFloat, ncclSum, one_rank(), a);
+    return result(y, 72, 1);
+}
+static int gather_not_in_place() {
+    float* y = device<float>(72);
+    fill<<<1, 128, 0, a>>>(y, 72, 1);
+    ncclAllGather(y + (bug ? 8 : 0), y, 64, ncclFloat, one_rank(), a);
+    return result(y, 64, 1);
+}
+static int received_twice() {
+    float *x = device<float>(128), *y = device<float>(128);
+    ncclComm_t comm = one_rank();
+    fill<<<1, 128, 0, a>>>(x, 128, 1);
+    ncclGroupStart();
+    for (int i = 0; i < 2; i++) {
+        ncclSend(x + 64 * i, 64, ncclFloat, 0, comm, a);
+        ncclRecv(y + (64 - bug) * i, 64, ncclFloat, 0, comm, a);
+    }
+    ncclGroupEnd();
+    return result(y, 128, 1);
+}
+static int never_received() {
+    float *x = device<float>(64), *y = device<float>(64);
+    ncclComm_t comm = one_rank();
+    fill<<<1, 64, 0, a>>>(x, 64, 1);
+    ncclGroupStart();
+    ncclSend(x, 64, ncclFloat, 0, comm, a);
+    if (!bug) ncclRecv(y, 64, ncclFloat, 0, comm, a);
+    ncclGroupEnd();
+    return result(y, 64, 1);
+}
+static int sum_without_event() {                // of what a has not written
+    float *x = device<float>(64), *y = device<float>(64);
+    cudaEvent_t event;
+    cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
+    fill<<<1, 64, 0, a>>>(x, 64, 1);
+    cudaEventRecord(event, a);
+    if (!bug) cudaStreamWaitEvent(b, event, 0);
+    ncclAllReduce(x, y, 64, ncclFloat, ncclSum, one_rank(), b);
+    cudaStreamSynchronize(b);
+    return result(y, 64, 1);
+}
+static int use_before_sum() {                   // a reads what b has not summed
+    float *x = device<float>(64), *y = device<float>(64), *z = device<float>(64);
+    cudaEvent_t event;
+    cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
+    fill<<<1, 64, 0, b>>>(x, 64, 1);
+    ncclAllReduce(x, y, 64, ncclFloat, ncclSum, one_rank(), b);
+    cudaEventRecord(event, b);
+    if (!bug) cudaStreamWaitEvent(a, event, 0);
+    copy<<<1, 64, 0, a>>>(z, y, 64);
+    return result(z, 64, 1);
+}
+static int overwritten_before_sum() {           // a writes over what b has not read
+    float *x = device<float>(64), *y = device<float>(64);
+    cudaEvent_t event;
+    cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
+    fill<<<1, 64, 0, b>>>(x, 64, 1);
+    cudaStreamSynchronize(b);
+    ncclAllReduce(x, y, 64, ncclFloat, ncclSum, one_rank(), b);
+    cudaEventRecord(event, b);
+    if (!bug) cudaStreamWaitEvent(a, event, 0);
+    fill<<<1, 64, 0, a>>>(x, 64, 2);
+    return result(y, 64, 1);
+}
+
 // ---- launches
 
 static int too_many_threads() {
@@ -359,7 +450,8 @@ int main(int argc, char** argv) {
         CASE(uninitialised), CASE(use_after_free), CASE(double_free), CASE(free_of_middle), CASE(free_of_host_memory), CASE(host_reads_device), CASE(host_writes_device),
         CASE(kernel_gets_host_pointer), CASE(null_pointer), CASE(copy_in_wrong_direction), CASE(copy_too_long), CASE(memset_too_long), CASE(product_too_large),
         CASE(host_reads_too_early), CASE(host_overwrites_too_early), CASE(missing_event), CASE(overtaking_stream), CASE(event_recorded_too_early), CASE(event_never_recorded),
-        CASE(memset_beside_stream), CASE(use_of_destroyed_stream), CASE(too_many_threads), CASE(no_blocks), CASE(grid_too_high), CASE(too_much_shared_memory),
+        CASE(memset_beside_stream), CASE(use_of_destroyed_stream), CASE(sum_too_long), CASE(sum_of_host_memory), CASE(sum_not_in_place),
+        CASE(gather_not_in_place), CASE(received_twice), CASE(never_received), CASE(sum_without_event), CASE(use_before_sum), CASE(overwritten_before_sum), CASE(too_many_threads), CASE(no_blocks), CASE(grid_too_high), CASE(too_much_shared_memory),
         CASE(misaligned_pack), CASE(index_overflow), CASE(blocks_write_the_same),
     };
     if (argc == 1) {

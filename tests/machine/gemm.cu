@@ -1,10 +1,13 @@
-// cuBLAS's products against sums in double: transposes, alpha and beta, batches, types, streams, and C unread when beta is 0.
+// cuBLAS's products against sums in double: transposes, alpha and beta, batches, types, streams, and C unread when beta is 0; and few
+// columns with several numbers of threads.
 #include <cublas_v2.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
+#include <omp.h>
 #include <vector>
 
 typedef __nv_bfloat16 bf16;
@@ -123,6 +126,32 @@ static void test_order() {
     cudaFree(dB);
 }
 
+// A product with few columns, large enough for several threads, has the same bits with any number of them.
+template <class T, class U> static void test_threads(int n) {
+    const int m = 5003, k = 261;
+    std::vector<T> A((size_t)m * k), B(n * k);
+    for (T& x : A) x = (T)uniform();
+    for (T& x : B) x = (T)uniform();
+    T *dA = device(A), *dB = device(B);
+    U* dC = device(std::vector<U>(m * n));
+    cudaDataType_t type = sizeof(T) == 4 ? CUDA_R_32F : CUDA_R_16BF, typeC = sizeof(U) == 4 ? CUDA_R_32F : CUDA_R_16BF;
+    const float one = 1, zero = 0;
+    const int most = omp_get_max_threads();
+    std::vector<U> got[3];
+    for (int threads : {1, 2, 3}) {
+        omp_set_num_threads(threads);
+        cublasGemmEx(handle, CUBLAS_OP_T, CUBLAS_OP_N, m, n, k, &one, dA, type, k, dB, type, k, &zero, dC, typeC, m, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
+        got[threads - 1].resize(m * n);
+        cudaStreamSynchronize(stream);
+        cudaMemcpy(got[threads - 1].data(), dC, m * n * sizeof(U), cudaMemcpyDeviceToHost);
+        if (memcmp(got[threads - 1].data(), got[0].data(), m * n * sizeof(U)) != 0) { failures++; printf("FAILED n %d: other bits with %d threads\n", n, threads); }
+    }
+    omp_set_num_threads(most);
+    cudaFree(dA);
+    cudaFree(dB);
+    cudaFree(dC);
+}
+
 int main() {
     cublasCreate(&handle);
     cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
@@ -136,6 +165,19 @@ int main() {
                 test<bf16, bf16>(t & 1, t & 2, s[0], s[1], s[2], s[3], alpha, beta, t);
                 test<bf16, float>(t & 1, t & 2, s[0], s[1], s[2], s[3], alpha, beta, t);
             }
+    for (int n = 1; n <= 9; n++)            // few columns; and lengths around those of a vector
+        for (int k : {1, 3, 8, 17, 100, 511})
+            for (int m : {1, 3, 4, 30}) {
+                float alpha = n % 2 ? 1.f : 0.5f, beta = k % 2 ? 0.f : n % 3 ? 1.f : -0.25f;
+                test<float, float>(true, false, m, n, k, m == 3 ? 3 : 1, alpha, beta, k % 4);
+                test<bf16, bf16>(true, false, m, n, k, m == 3 ? 3 : 1, alpha, beta, k % 4);
+                test<bf16, float>(true, false, m, n, k, m == 3 ? 3 : 1, alpha, beta, k % 4);
+            }
+    for (int n : {1, 3, 8}) {
+        test_threads<float, float>(n);
+        test_threads<bf16, bf16>(n);
+        test_threads<bf16, float>(n);
+    }
     test<float, float>(false, false, 4, 4, 0, 1, 1, 1, 0);
     test<bf16, float>(false, false, 4, 4, 0, 1, 1, 0, 0);
     test_order();

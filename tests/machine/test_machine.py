@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 
 import pytest
@@ -43,7 +44,7 @@ def run(program, *arguments, **environment):
 # ---- both machines compute
 
 @pytest.mark.parametrize("options", [(), ("STRICT=1",)], ids=["fast", "strict"])
-@pytest.mark.parametrize("name", ["gemm", "launches", "cpu_math"])
+@pytest.mark.parametrize("name", ["gemm", "launches", "cpu_math", "events"])
 def test_results(name, options):
     done = run(build(name, *options))
     assert done.returncode == 0 and done.stdout.endswith(f"{name} ok\n"), done.stdout + done.stderr
@@ -54,6 +55,12 @@ def test_results(name, options):
 def test_results_with_threads(name, threads):
     done = run(build(name), OMP_NUM_THREADS=threads)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_products_where_onednn_has_no_bf16():
+    for options in ((), ("STRICT=1",)):
+        done = run(build("gemm", *options), DNNL_MAX_CPU_ISA="AVX2")
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.skipif(not X86, reason="libmvec")
@@ -100,6 +107,15 @@ CASES = {
     "event_never_recorded": "the event was never recorded",
     "memset_beside_stream": None,
     "use_of_destroyed_stream": "the stream has been destroyed",
+    "sum_too_long": "ncclAllReduce: recvbuff of 260 bytes is not inside of an allocation",
+    "sum_of_host_memory": "ncclAllReduce: sendbuff must be device memory: 0x\\w+ is byte 0 of pinned host allocation 1",
+    "sum_not_in_place": "ncclAllReduce: sendbuff and recvbuff overlap, but not as they do in place: recvbuff, .*, is 32 bytes after sendbuff; in place it would be 0",
+    "gather_not_in_place": "ncclAllGather: sendbuff and recvbuff overlap",
+    "received_twice": "ncclRecv writes what ncclRecv of the same group reads or writes",
+    "never_received": "ncclSend to the own rank, 0, without an ncclRecv in the same group",
+    "sum_without_event": None,
+    "use_before_sum": None,
+    "overwritten_before_sum": None,
     "too_many_threads": "launch of fill: a block of \\(1025, 1, 1\\) threads",
     "no_blocks": "launch of fill: a grid of \\(0, 1, 1\\) blocks",
     "grid_too_high": "launch of fill: a grid of \\(1, 65536, 1\\) blocks",
@@ -160,6 +176,96 @@ def test_same_seed_same_run():
         assert strip(first) == strip(second)
 
 
+# ---- several ranks
+
+needs_mpi = pytest.mark.skipif(not shutil.which("mpirun") or not shutil.which("mpicc"), reason="needs Open MPI: make setup")
+
+
+def run_ranks(ranks, program, *arguments, **environment):
+    """On one rank without mpirun and so without MPI."""
+    if ranks == 1:
+        return run(program, *arguments, OMP_NUM_THREADS=1, **environment)
+    return run("mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-np", str(ranks), program, *arguments, OMP_NUM_THREADS=1, **environment)
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=needs_mpi), pytest.param(3, marks=needs_mpi)])
+def test_collectives(ranks):
+    """Right, and the same bits in each run, in both machines."""
+    runs = [run_ranks(ranks, build("collectives")) for _ in range(2)] + [run_ranks(ranks, build("collectives", "STRICT=1"), CUDA_SEED=seed) for seed in (1, 2, 3)]
+    for done in runs:
+        assert done.returncode == 0, done.stdout + done.stderr
+    lines = [sorted(done.stdout.splitlines()) for done in runs]
+    assert all(re.fullmatch(rf"rank {r} of {ranks}: hash \w{{16}}", line) for r, line in enumerate(lines[0])) and len(lines[0]) == ranks, lines[0]
+    assert all(other == lines[0] for other in lines), lines
+
+
+@needs_mpi
+@pytest.mark.skipif(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 8 << 30, reason="needs 8 GB of free memory")
+def test_counts_beyond_int():
+    done = run_ranks(2, build("collectives"), "huge")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_mpi
+@pytest.mark.parametrize("case, ranks, report", [
+    ("counts", 2, "the ranks' calls differ: .*ncclAllReduce of 6[34] elements.*ncclAllReduce of 6[34] elements"),
+    ("counts", 3, "the ranks' calls differ: .*ncclAllReduce of 6[34] elements.*ncclAllReduce of 6[34] elements"),
+    ("calls", 3, "the ranks' calls differ: .*(ncclBroadcast.*ncclAllReduce|ncclAllReduce.*ncclBroadcast)"),
+    ("roots", 2, "the ranks' calls differ: .*root [01].*root [01]"),
+    ("types", 2, "the ranks' calls differ: .*type [27].*type [27]"),
+    ("sizes", 2, "rank 0 receives 256 bytes from rank 1, which sent fewer"),
+    ("touch", 2, "host code touches device memory"),
+])
+def test_strict_compares_ranks(case, ranks, report):
+    done = run_ranks(ranks, build("collectives", "STRICT=1"), case)
+    assert done.returncode == 99 and re.search("cuda-on-cpu: " + report, done.stderr), done.stdout + done.stderr
+
+
+def test_signatures_are_nccls():
+    """What cpu/nccl.h declares stands in NVIDIA's header, too, with the same arguments and values."""
+    folders = [os.environ.get("NCCL_HOME", "") + "/include", "/usr/local/cuda/include", "/usr/include", "/usr/local/include"]
+    headers = [path for path in (folder + "/nccl.h" for folder in folders) if os.path.exists(path)]
+    if not headers:
+        pytest.skip("needs NVIDIA's nccl.h")
+    def declared(path):
+        with open(path) as f:
+            text = re.sub(r"/\*.*?\*/|//[^\n]*", "", f.read(), flags=re.S)
+        flat = lambda arguments: re.sub(r"\s*([*,])\s*", r"\1 ", " ".join(arguments.split()))
+        functions = {m[2]: (m[1].strip(), flat(m[3])) for m in re.finditer(r"^((?:const )?\w+\*?)\s+(nccl\w+)\(([^)]*)\);", text, flags=re.M)}
+        return functions, dict(re.findall(r"\b(nccl\w+)\s*=\s*(\d+)\b", text))
+    (functions, values), (real_functions, real_values) = declared(f"{ROOT}/cpu/nccl.h"), declared(headers[0])
+    assert len(functions) == 15 and len(values) > 20
+    assert {k: real_functions.get(k) for k in functions} == functions
+    assert {k: real_values.get(k) for k in values} == values
+
+
+def test_build_without_mpi(tmp_path):
+    """One rank, and make says so."""
+    shutil.copytree(f"{ROOT}/cpu", tmp_path / "cpu")
+    shutil.copytree(f"{ROOT}/tests/machine", tmp_path / "tests" / "machine")
+    shutil.copy(f"{ROOT}/Makefile", tmp_path)
+    target = "build/cpu-fp32-strict/tests/machine/collectives"
+    made = subprocess.run(["make", "DEVICE=cpu", "STRICT=1", "MPICC=/nowhere/mpicc", target], cwd=tmp_path, capture_output=True, text=True)
+    assert made.returncode == 0 and "warning" not in made.stderr and "-lmpi" not in made.stdout, made.stdout + made.stderr
+    assert run(tmp_path / target).stdout.startswith("rank 0 of 1: hash ")
+    said = subprocess.run(["make", "-n", "DEVICE=cpu", "MPICC=/nowhere/mpicc", "olmoe"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert "Building for the CPU in FP32, without MPI: " in said, said
+
+
+def test_build_without_nccl(tmp_path):
+    """The header that stands in for NCCL in CUDA builds, in a build of the fast machine: one rank, the results of NCCL over MPI."""
+    alone = run(build("collectives"))
+    preprocessed = subprocess.run(["g++", "-std=c++17", "-fopenmp", "-DWARP=1", "-Icpu/no_nccl", "-Icpu", "-Icpu/no_mpi", "-E", "-x", "c++", "tests/machine/collectives.cu"],
+                                  cwd=ROOT, capture_output=True, check=True).stdout
+    (tmp_path / "program.cpp").write_bytes(subprocess.run(["cpu/rewrite"], cwd=ROOT, input=preprocessed, capture_output=True, check=True).stdout)
+    (tmp_path / "unused.cpp").write_text('#include "collective.h"\n#include <stdlib.h>\nvoid run_collectives(const std::vector<NcclCall>&) { abort(); }\n')
+    made = subprocess.run(["g++", "-std=c++17", "-fopenmp", "-O2", "-Wall", "-Wextra", "-Werror", "-Icpu", tmp_path / "program.cpp", tmp_path / "unused.cpp",
+                           *[f"build/cpu-fp32/cpu/{name}.o" for name in ("fast", "gemm", "device")], "-ldnnl", "-o", tmp_path / "program"], cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    done = run(tmp_path / "program")
+    assert done.returncode == 0 and done.stdout == alone.stdout, done.stdout + done.stderr
+
+
 # ---- what does not build
 
 def compile_text(tmp_path, text, flags=()):
@@ -176,6 +282,7 @@ def compile_text(tmp_path, text, flags=()):
 
 PROGRAM = """#include <cublas_v2.h>
 #include <cuda_runtime.h>
+#include <nccl.h>
 __global__ void kernel(float* y) {{ {device} }}
 int main() {{
     float* y = nullptr; cudaStream_t stream = nullptr;
@@ -205,6 +312,9 @@ def test_program_builds(tmp_path, flags):
     ("", "cudaMemcpy2D(y, 4, y, 4, 4, 1, cudaMemcpyDeviceToDevice);", "cudaMemcpy2D"),
     ("", "cublasHandle_t h; cublasSgemm(h, CUBLAS_OP_N);", "cublasSgemm"),
     ("", "cudaDataType_t t = CUDA_R_16F;", "CUDA_R_16F"),
+    ("", "ncclReduce(y, y, 1, ncclFloat, ncclSum, 0, nullptr, stream);", "ncclReduce"),
+    ("", "ncclDataType_t t = ncclFloat16;", "ncclFloat16"),
+    ("", "ncclRedOp_t op = ncclAvg;", "ncclAvg"),
 ])
 def test_unimplemented_is_an_error(tmp_path, device, host, name, flags):
     code, errors = compile_text(tmp_path, PROGRAM.format(device=device, host=host), flags)

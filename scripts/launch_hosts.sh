@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Trains on several machines by mpirun:   scripts/launch_hosts.sh HOSTFILE --config FILE --data FILES --out DIR [options of olmoe train]
+# HOSTFILE has a line for each machine: its name and "slots=" its GPUs. All see this folder, the data and --out under the same paths.
+# Ctrl-C and SIGTERM save, as in launch_node.sh.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[ $# -gt 1 ] && [ -r "$1" ] || { echo "launch_hosts.sh HOSTFILE --config FILE --data FILES --out DIR ...: a readable HOSTFILE comes first" >&2; exit 1; }
+hosts=$1; shift
+root=(); [ "$(id -u)" -ne 0 ] || root=(--allow-run-as-root)
+trap 'kill -USR1 $!' INT TERM HUP
+setsid mpirun "${root[@]}" --hostfile "$hosts" --map-by slot --bind-to none "$PWD/olmoe" train "$@" &
+code=0; wait $! || code=$?
+while kill -0 $! 2>/dev/null; do code=0; wait $! || code=$?; done
+exit $code

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Trains on several nodes under Slurm:   sbatch -N 32 scripts/launch_slurm.sh --config FILE --data FILES --out DIR [options of olmoe train]
+# One task a GPU. Before the time limit, or when it preempts, Slurm sends SIGTERM; the ranks finish the step, save and end with 0, and
+# the same sbatch line goes on, because --resume is given here.
+#SBATCH --job-name=olmoe
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --signal=TERM@300
+#SBATCH --requeue
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:-.}"
+if srun --mpi=list 2>&1 | grep -q pmix; then
+    exec srun --mpi=pmix --kill-on-bad-exit=1 ./olmoe train --resume "$@"
+fi
+# Slurm without PMIx: the ranks meet at the first node
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+exec srun --kill-on-bad-exit=1 ./olmoe train --resume --rendezvous "$first:$(( 20000 + SLURM_JOB_ID % 20000 ))" "$@"

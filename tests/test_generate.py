@@ -1,0 +1,204 @@
+"""olmoe generate: what it says depends on the prompt, the options and the seed alone, and every way to ask and to be answered.
+
+The program is ./olmoe, or what the variable OLMOE names.
+"""
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+OLMOE = os.path.abspath(os.environ.get("OLMOE", ROOT / "olmoe"))
+ODD = ROOT / "tests" / "fixtures" / "odd"               # V 211, no tokenizer
+TOKENIZER = ROOT / "tests" / "fixtures" / "tokenizer" / "tokenizer.json"
+
+
+def run(*args, **kwargs):
+    return subprocess.run([OLMOE, *map(str, args)], capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def ok(*args, **kwargs):
+    result = run(*args, **kwargs)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def refused(*args, words=(), **kwargs):
+    result = run(*args, **kwargs)
+    lines = result.stderr.splitlines()
+    assert result.returncode == 1 and len(lines) == 1 and lines[0].startswith("olmoe: "), result.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+def samples(*args, **kwargs):
+    return [json.loads(line) for line in ok("generate", *args, "--json", **kwargs).splitlines()]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A small model of bytes that has learned a little, and its directory."""
+    d = tmp_path_factory.mktemp("model")
+    config = {"model_type": "olmoe", "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 3, "num_experts": 5, "num_experts_per_tok": 2,
+              "vocab_size": 320, "max_position_embeddings": 64, "eos_token_id": 256, "pad_token_id": None}
+    (d / "config.json").write_text(json.dumps(config))
+    (d / "text.jsonl").write_text("".join(json.dumps({"text": "the cat sat on the mat, and the dog ran. "}) + "\n" for _ in range(200)))
+    ok("tokenize", "--tokenizer", "bytes", "--out", d / "text.npy", d / "text.jsonl")
+    ok("train", "--config", d / "config.json", "--data", d / "text.npy", "--out", d / "out", "--steps", 60, "--batch", 8, "--lr", "1e-2", "--warmup", 5, "--peak-tflops", 1)
+    return d / "out" / "step-00000060"
+
+
+def test_the_same_alone_and_together(tmp_path):
+    """Greedy continuations of prompts of several lengths: one by one, and in batches of any size."""
+    prompts = [[1], [5, 6, 7, 8, 9], [1, 2, 3], [200, 100, 3, 3, 3, 3, 9, 1], [17, 4]]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"ids": ids, "id": f"p{i}"}) + "\n" for i, ids in enumerate(prompts)))
+    options = ["--model", ODD, "--temperature", 0, "--max-tokens", 9, "--logprobs"]
+    alone = [samples(*options, "--ids", ",".join(map(str, ids)))[0] for ids in prompts]
+    for batch in (1, 2, 3, 8):
+        together = samples(*options, "--input", tmp_path / "in.jsonl", "--batch", batch)
+        assert [s["id"] for s in together] == ["p0", "p1", "p2", "p3", "p4"] and [s["prompt_tokens"] for s in together] == [len(p) for p in prompts]
+        for a, b in zip(alone, together):
+            assert a["ids"] == b["ids"] and a["finish"] == b["finish"] == "length" and len(a["ids"]) == 9
+            assert all(abs(x - y) < 1e-4 for x, y in zip(a["logprobs"], b["logprobs"]))
+
+
+def test_greedy_follows_the_logits_of_verify(model):
+    """Every greedy token is the likeliest of the whole sequence's logits: a longer prompt of the tokens so far gives the same next one."""
+    whole = samples("--model", model, "--tokenizer", "bytes", "--prompt", "the c", "--temperature", 0, "--max-tokens", 12)[0]
+    ids = list(b"the c")
+    for token in whole["ids"]:
+        assert samples("--model", model, "--ids", ",".join(map(str, ids)), "--tokenizer", "bytes", "--temperature", 0, "--max-tokens", 1)[0]["ids"] == [token]
+        ids.append(token)
+
+
+def test_it_learned(model):
+    text = samples("--model", model, "--tokenizer", "bytes", "--prompt", "the cat sat", "--temperature", 0, "--max-tokens", 20)[0]["text"]
+    assert " " in text and "th" in text, text
+
+
+def test_seeds_and_samples(model):
+    options = ["--model", model, "--tokenizer", "bytes", "--prompt", "the ", "--max-tokens", 12]
+    three = samples(*options, "--n", 3, "--seed", 5)
+    assert len({s["text"] for s in three}) > 1
+    assert three == samples(*options, "--n", 3, "--seed", 5)
+    assert [s["ids"] for s in samples(*options, "--n", 5, "--seed", 5, "--batch", 2)[:3]] == [s["ids"] for s in three]
+    assert [s["ids"] for s in three] != [s["ids"] for s in samples(*options, "--n", 3, "--seed", 6)]
+    assert {s["text"] for s in samples(*options, "--n", 4, "--top-k", 1)} == {samples(*options, "--temperature", 0)[0]["text"]}
+    assert {s["text"] for s in samples(*options, "--n", 4, "--top-p", "1e-6")} == {s["text"] for s in samples(*options, "--n", 4, "--min-p", 1)}
+
+
+def test_logprobs(model):
+    """Those of the model as it is, whatever the temperature; they are probabilities."""
+    a = samples("--model", model, "--tokenizer", "bytes", "--prompt", "the ", "--max-tokens", 6, "--seed", 3, "--logprobs", "--temperature", 2)[0]
+    ids = list(b"the ")
+    for token, logprob in zip(a["ids"], a["logprobs"]):
+        assert logprob <= 0
+        greedy = samples("--model", model, "--ids", ",".join(map(str, ids)), "--tokenizer", "bytes", "--temperature", 0, "--max-tokens", 1, "--logprobs")[0]
+        assert greedy["logprobs"][0] >= logprob - 1e-5 and (greedy["ids"] != [token] or abs(greedy["logprobs"][0] - logprob) < 1e-4)
+        ids.append(token)
+
+
+def test_streamed_text_is_the_same(model):
+    options = ["--model", model, "--tokenizer", "bytes", "--prompt", "the ", "--max-tokens", 40, "--seed", 4]
+    text = samples(*options)[0]["text"]
+    assert ok("generate", *options) == text + "\n"
+    assert ok("generate", *options, "--n", 2).startswith(f"--- prompt 0, sample 0\n{text}\n\n--- prompt 0, sample 1\n")
+
+
+def test_stop_strings(model):
+    options = ["--model", model, "--tokenizer", "bytes", "--prompt", "the ", "--max-tokens", 40, "--seed", 4]
+    text = samples(*options)[0]["text"]
+    stop = text[10:13]
+    cut = samples(*options, "--stop", "never", stop)[0]
+    assert cut["finish"] == "stop" and cut["text"] == text[:text.index(stop)]
+    assert ok("generate", *options, "--stop", "never", stop) == cut["text"] + "\n"         # streamed, nothing of it is shown
+    refused("generate", *options, "--stop", "", words=["--stop"])
+
+
+def test_end_of_text_and_of_the_window(model):
+    """A sequence ends at eos, which is no text, or where its positions end."""
+    many = samples("--model", model, "--tokenizer", "bytes", "--prompt", "and the dog ran. ", "--n", 20, "--max-tokens", 1000, "--temperature", 1)
+    assert {s["finish"] for s in many} >= {"eos"}
+    for s in many:
+        assert (s["finish"] == "eos") == (s["ids"][-1] == 256) and s["prompt_tokens"] + len(s["ids"]) <= 64
+        assert s["finish"] == "eos" or s["prompt_tokens"] + len(s["ids"]) == 64
+    refused("generate", "--model", model, "--tokenizer", "bytes", "--prompt", "x" * 64, words=["64 tokens", "max_position_embeddings"])
+
+
+def test_repetition_penalty():
+    plain = samples("--model", ODD, "--ids", "1,2,3", "--temperature", 0, "--max-tokens", 20)[0]["ids"]
+    other = samples("--model", ODD, "--ids", "1,2,3", "--temperature", 0, "--max-tokens", 20, "--repetition-penalty", 1000)[0]["ids"]
+    assert len(set(plain)) < len(plain) and len(set(other)) == len(other)
+
+
+def test_chat(model):
+    """The template's text is the prompt; messages by JSON, by --prompt, and line by line."""
+    options = ["--model", model, "--tokenizer", "bytes", "--temperature", 0, "--max-tokens", 5]
+    text = "<|user|>\nHi\n<|assistant|>\n"
+    expected = samples(*options, "--prompt", text)[0]["text"]
+    assert samples(*options, "--chat", "--prompt", "Hi")[0]["text"] == expected
+    assert samples(*options, "--input", "-", input=json.dumps({"messages": [{"role": "user", "content": "Hi"}]}) + "\n")[0]["text"] == expected
+    assert ok("generate", *options, "--chat", input="Hi\n") == expected + "\n"
+    assert samples(*options, "--chat", "--system", "S", "--prompt", "Hi")[0]["text"] == samples(*options, "--prompt", "<|system|>\nS\n" + text)[0]["text"]
+
+
+def test_round_trip(tmp_path):
+    """Text, a tokenizer.json, a token file, 30 steps, a checkpoint that holds the tokenizer, and text again."""
+    vocabulary = json.loads(TOKENIZER.read_text())
+    size = -(-(1 + max([*vocabulary["model"]["vocab"].values(), *(t["id"] for t in vocabulary["added_tokens"])])) // 64) * 64
+    eos = next(t["id"] for t in vocabulary["added_tokens"] if t["content"] == "<|endoftext|>")
+    config = {"model_type": "olmoe", "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_experts": 4, "num_experts_per_tok": 2,
+              "vocab_size": size, "max_position_embeddings": 64, "eos_token_id": eos, "pad_token_id": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"the naïve café number {i}\n    opens at {i % 12}"}) + "\n" for i in range(300)))
+    ok("tokenize", "--tokenizer", TOKENIZER, "--out", tmp_path / "text.npy", tmp_path / "text.jsonl")
+    ok("train", "--config", tmp_path / "config.json", "--tokenizer", TOKENIZER, "--data", tmp_path / "text.npy", "--out", tmp_path / "out", "--steps", 30, "--batch", 4, "--lr", "1e-2",
+       "--warmup", 2, "--peak-tflops", 1, "--sample-tokens", 5)
+    saved = tmp_path / "out" / "step-00000030"
+    assert (saved / "tokenizer.json").read_bytes() == TOKENIZER.read_bytes()
+    told = samples("--model", saved, "--prompt", "the naïve", "--temperature", 0, "--max-tokens", 10)[0]
+    assert told["text"] and all(0 <= id < size for id in told["ids"])
+    first = samples("--model", saved, "--ids", "5,6", "--temperature", 0, "--max-tokens", 3)[0]
+    assert first["prompt_tokens"] == 2 and "text" in first
+
+
+def test_weights_that_are_not_finite(tmp_path):
+    """No token is drawn from a NaN."""
+    shutil.copytree(ODD, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-4:] = b"\x00\x00\xc0\x7f"
+    path.write_bytes(data)
+    for temperature in (0, 1):
+        refused("generate", "--model", tmp_path / "model", "--ids", "1,2", "--temperature", temperature, "--top-p", 0.5, words=["not finite"])
+
+
+def test_stats():
+    """On standard error, and only if asked for: the prompt's tokens once for all its samples, and rates."""
+    options = ["--model", ODD, "--ids", "1,2,3", "--max-tokens", 6, "--n", 2, "--json"]
+    done = run("generate", *options, "--stats")
+    generated = sum(len(json.loads(line)["ids"]) for line in done.stdout.splitlines())
+    rates = re.fullmatch(rf"prompts: 3 tokens, ([0-9.]+) a second; generated: {generated} tokens, ([0-9.]+) a second behind the first of each\n", done.stderr)
+    assert rates and all(float(rate) > 0 for rate in rates.groups()), done.stderr
+    plain = run("generate", *options)
+    assert plain.stdout == done.stdout and plain.stderr == ""
+
+
+def test_bad_input(tmp_path):
+    refused("generate", words=["--model"])
+    refused("generate", "--model", ODD, words=["--prompt"])
+    refused("generate", "--model", ODD, "--prompt", "a", words=["no tokenizer"])
+    refused("generate", "--model", ODD, "--prompt", "a", "--ids", "1", words=["one of"])
+    refused("generate", "--model", ODD, "--ids", "1,,2", words=["--ids"])
+    refused("generate", "--model", ODD, "--ids", "1,211", words=["210"])
+    refused("generate", "--model", ODD, "--input", tmp_path / "missing", words=["missing", "No such file"])
+    for text, words in (("{\"ids\": [1, 2]}\nnonsense\n", [":2:", "not a JSON object"]), ("{\"ids\": [-1]}\n", [":1:", "-1"]), ("{\"ids\": []}\n", ["empty"]),
+                        ("{\"ids\": \"a\"}\n", [":1:"]), ("\n\n", ["no prompt"]), ("{\"prompt\": \"a\"}\n", ["no tokenizer"])):
+        (tmp_path / "in.jsonl").write_text(text)
+        refused("generate", "--model", ODD, "--input", tmp_path / "in.jsonl", words=words)
+    assert math.isclose(float(ok("generate", "--model", ODD, "--ids", "1", "--max-tokens", 1, "--temperature", 0).strip()), samples("--model", ODD, "--ids", "1", "--max-tokens", 1, "--temperature", 0)[0]["ids"][0])

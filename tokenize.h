@@ -1,0 +1,575 @@
+// Token files, as dolma writes them: FILE.npy holds uint16 tokens without a header, and FILE.csv.gz next to it has a line for each
+// document: start, end (offsets of its tokens, its end-of-document included), id, src (the input file), loc (the line in it).
+//
+// Threads take turns at reading: each takes a batch of documents, encodes it while others read on, and hands it in. Batches are
+// written in the order of the inputs by whoever hands in the one that is due, so that no byte of the output depends on the number of
+// threads. Few batches are under way at a time, and a long .txt is cut into pieces: inputs may be larger than the memory.
+//
+// A run that is stopped goes on where it saved itself. FILE.npy.state says how much of the inputs is done and how long the
+// unfinished files were then; parts in front of the one being written are complete. What is not complete has a name in .tmp.
+
+#pragma once
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+#include <fcntl.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#include <zlib.h>
+#include <nlohmann/json.hpp>
+
+#include "dataloader.h"
+#include "tokenizer.h"
+
+// ------------------------------------------------------------------------------------------------
+// Reading text
+
+// Bytes of the white space character that s[begin, end) begins with, or with front = false ends with; 0 where that is none. It is
+// Python's white space: ASCII's, and Unicode's in UTF-8.
+inline size_t white_space(const std::string& s, size_t begin, size_t end, bool front) {
+    static const char* const wide[] = {
+        "\xc2\x85", "\xc2\xa0", "\xe1\x9a\x80", "\xe2\x80\x80", "\xe2\x80\x81", "\xe2\x80\x82", "\xe2\x80\x83", "\xe2\x80\x84", "\xe2\x80\x85", "\xe2\x80\x86",
+        "\xe2\x80\x87", "\xe2\x80\x88", "\xe2\x80\x89", "\xe2\x80\x8a", "\xe2\x80\xa8", "\xe2\x80\xa9", "\xe2\x80\xaf", "\xe2\x81\x9f", "\xe3\x80\x80"};
+    if (begin == end) return 0;
+    unsigned char c = (unsigned char)s[front ? begin : end - 1];
+    if (c == ' ' || (c >= 9 && c <= 13) || (c >= 28 && c <= 31)) return 1;
+    if (c < 128) return 0;
+    for (const char* w : wide) {
+        size_t n = strlen(w);
+        if (end - begin >= n && s.compare(front ? begin : end - n, n, w) == 0) return n;
+    }
+    return 0;
+}
+
+// Python's str.strip, which dolma applies to every document; at one end only where the other is not the document's.
+inline std::string strip(const std::string& s, bool front = true, bool back = true) {
+    size_t begin = 0, end = s.size();
+    while (size_t n = front ? white_space(s, begin, end, true) : 0) begin += n;
+    while (size_t n = back ? white_space(s, begin, end, false) : 0) end -= n;
+    return s.substr(begin, end - begin);
+}
+
+// The next `bytes` or so of a document that is a whole file. Pieces are cut where white space follows something else: white space
+// can only begin a word of byte-level BPE's pattern, never stand inside or at the end of one that begins with something else, and
+// the same holds for OLMoE's added tokens, so that the pieces' tokens are the document's. False where reading failed; sets `last` with what ends the file.
+inline bool lines_piece(LineReader* r, std::string* piece, size_t bytes, bool* last) {
+    piece->clear();
+    size_t searched = 0;
+    do {
+        piece->append(r->buffer, r->at, std::string::npos);
+        r->at = r->buffer.size();
+        if (piece->size() < bytes) continue;
+        for (size_t i = piece->size() - 1; i > searched; i--) {
+            char c = (*piece)[i];
+            if (!(c == ' ' || (c >= 9 && c <= 13)) || white_space(*piece, 0, i, false)) continue;
+            r->buffer.assign(*piece, i, std::string::npos);
+            r->at = 0;
+            piece->resize(i);
+            return true;
+        }
+        searched = piece->size() - 1;
+    } while (lines_read(r));
+    *last = true;
+    return !r->failed;
+}
+
+// ------------------------------------------------------------------------------------------------
+// From inputs to batches of tokens
+
+constexpr size_t BATCH_BYTES = 1 << 18;     // of text: some ten milliseconds of BPE
+constexpr size_t DAMAGE_SHOWN = 20;         // damaged lines of a file that are reported one by one
+
+struct TextPosition { size_t file = 0, offset = 0, line = 1; };     // the next byte of the (unpacked) inputs
+
+// A document, or of a long .txt a part
+struct TextPiece {
+    size_t file = 0, line = 0;              // where it stands
+    bool first = true, last = true;         // of its document
+    std::string text;                       // of a .jsonl the line; empty once encoded
+    std::string id;
+    std::string damage;                     // why the line can't be read; else empty
+    std::vector<uint16_t> tokens;           // none where the text is empty
+};
+
+struct TextBatch {
+    std::vector<TextPiece> pieces;
+    TextPosition next;                      // behind it
+    size_t bytes = 0;                       // of the inputs as they lie on the disk, up to its end
+    std::string failure;                    // why the inputs can't be read behind it; else empty
+};
+
+struct InputReader {
+    std::vector<std::string> paths;
+    std::vector<nlohmann::json> stamps;     // path, size and time of change: whether a file is still the one that was read
+    std::vector<size_t> starts;             // bytes in front of each file, and of all
+    TextPosition at;
+    LineReader lines;
+    bool open = false, inside = false;      // a file; the document of a .txt
+};
+
+// dolma's own files are named .json.gz.
+inline bool input_is_jsonl(const std::string& path) { return ends_with(path, ".jsonl") || ends_with(path, ".jsonl.gz") || ends_with(path, ".json.gz"); }
+
+// {path (any bytes made UTF-8), bytes, nanoseconds of its last change}; the last two are 0 where there is no such file.
+inline nlohmann::json file_stamp(const std::string& path) {
+    struct stat info = {};
+    bool there = stat(path.c_str(), &info) == 0;
+    return {nlohmann::json(path).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace), there ? (int64_t)info.st_size : 0, there ? info.st_mtim.tv_sec * 1000000000ll + info.st_mtim.tv_nsec : 0};
+}
+
+// Looks at all inputs, so that the wrong one is not found after hours.
+inline void inputs_check(InputReader* r, const std::vector<std::string>& paths) {
+    if (paths.empty()) die("tokenize: no input file given; name .txt or .jsonl files");
+    r->paths = paths;
+    r->starts = {0};
+    for (const std::string& path : paths) {
+        if (!input_is_jsonl(path) && !ends_with(path, ".txt") && !ends_with(path, ".txt.gz")) die("%s: neither .txt (a document) nor .jsonl (a document a line); rename it", path.c_str());
+        int file = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+        struct stat info;
+        if (file < 0 || fstat(file, &info) != 0) die("%s: cannot be read: %s", path.c_str(), strerror(errno));
+        if (!S_ISREG(info.st_mode)) die("%s: not a regular file; name the text files themselves", path.c_str());
+        close(file);
+        r->stamps.push_back(file_stamp(path));
+        r->starts.push_back(r->starts.back() + (size_t)info.st_size);
+    }
+}
+
+// The next batch; false behind the last one.
+inline bool inputs_next(InputReader* r, TextBatch* b) {
+    for (size_t bytes = 0; bytes < BATCH_BYTES && r->at.file < r->paths.size(); ) {
+        const std::string& path = r->paths[r->at.file];
+        if (!r->open && !lines_open(&r->lines, path, r->at.offset)) {
+            b->failure = path + ": cannot be read: " + strerror(errno);
+            break;
+        }
+        r->open = true;
+        TextPiece p;
+        p.file = r->at.file;
+        p.line = r->at.line;
+        bool jsonl = input_is_jsonl(path), more = true;
+        if (jsonl) {
+            more = lines_next(&r->lines, &p.text);
+            r->at.line++;
+            r->at.offset = r->lines.offset;
+        } else {
+            p.first = !r->inside;
+            p.last = false;
+            lines_piece(&r->lines, &p.text, BATCH_BYTES, &p.last);
+            r->inside = !p.last;
+        }
+        if (r->lines.failed) {
+            b->failure = path + ":" + std::to_string(p.line) + ": cannot be read from here on; the file is damaged or cut short";
+            break;
+        }
+        b->bytes = r->starts[p.file] + (size_t)gzoffset(r->lines.file);
+        bytes += p.text.size() + 64;
+        bool ended = jsonl ? !more : p.last;
+        if (more) b->pieces.push_back(std::move(p));
+        if (ended) {
+            gzclose(r->lines.file);
+            r->open = false;
+            r->at = TextPosition{r->at.file + 1, 0, 1};
+        }
+    }
+    b->next = r->at;
+    return !b->pieces.empty() || !b->failure.empty();
+}
+
+// .txt: the file is a document, named after it. .jsonl: a document a line, {"text": ..., "id": ...}; without an id it is named
+// FILE-LINE. Documents are stripped and encoded without special tokens.
+inline void piece_encode(const Tokenizer& t, const std::string& path, TextPiece* p) {
+    std::string text = strip(p->text, p->first, p->last), name = path.substr(path.rfind('/') + 1);     // npos + 1 is 0
+    p->text = std::string();
+    p->id = name;
+    if (input_is_jsonl(path) && !text.empty()) {
+        p->id += "-" + std::to_string(p->line);
+        try {
+            nlohmann::json j = nlohmann::json::parse(text);
+            auto field = [&](const char* key) { return j.is_object() && j.contains(key) && j[key].is_string(); };
+            if (!field("text")) p->damage = "not an object with a string \"text\"";
+            else text = strip(j["text"].get_ref<const std::string&>());
+            if (field("id")) p->id = j["id"].get<std::string>();
+        } catch (const nlohmann::json::parse_error& e) {
+            p->damage = (strstr(e.what(), "UTF-8") ? "not UTF-8 at byte " : "not JSON from byte ") + std::to_string(e.byte) + " on";
+        }
+        if (!p->damage.empty()) return;
+    }
+    if (text.empty()) return;
+    std::vector<int> ids = tokenizer_encode(t, text);
+    p->tokens.assign(ids.begin(), ids.end());
+}
+
+// ------------------------------------------------------------------------------------------------
+// Writing
+
+struct TokenizeCounts { size_t documents, tokens, files, damaged; };
+
+struct TokenWriter {
+    std::string out, base;                  // FILE.npy, FILE
+    int eos = 0;
+    size_t max_tokens = 0, save_every = 0;  // of a file, 0: no limit; between two saves
+    FILE *npy = nullptr, *csv = nullptr;    // of the part being written; the .csv is packed when it is complete
+    std::vector<uint16_t> document;         // of the document being written: what is not in the .npy
+    int previous = -1;                      // its last token, or -1
+    size_t start = 0;                       // where it starts in the .npy
+    size_t shown = 0, shown_file = 0;       // damaged lines of the file being written, and which it is
+
+    // What is saved
+    size_t part = 0, part_tokens = 0, csv_bytes = 0, documents = 0, tokens = 0, damaged = 0;
+    bool finished = false;
+    TextPosition at;
+
+    size_t saved_tokens = 0, published = 0; // tokens at the last save; parts that have their names
+    bool saved = false, bar = false;        // there is a state to go on from; there is a progress bar to write over
+};
+
+// Names: until it is complete a part's files have .tmp at their end. A single one is FILE.npy, else they are FILE-00000.npy and so on.
+inline std::string part_name(const TokenWriter& w, size_t part, bool single) {
+    char number[32];
+    snprintf(number, sizeof number, "-%05zu", part);
+    return single ? w.base : w.base + number;
+}
+inline std::string part_tmp(const TokenWriter& w, size_t part, const char* suffix) { return part_name(w, part, part == 0) + suffix + ".tmp"; }
+
+[[noreturn]] inline void writer_fails(const std::string& path) { throw std::runtime_error(path + ": cannot be written: " + strerror(errno)); }
+
+// A line on standard error, where the progress bar may stand
+inline void writer_says(const TokenWriter& w, const std::string& line) { fputs(((w.bar ? "\r\x1b[K" : "") + line + "\n").c_str(), stderr); }
+
+inline void writer_sync_directory(const TokenWriter& w) {
+    std::string directory = w.out.find('/') == std::string::npos ? "." : w.out.substr(0, w.out.rfind('/') + 1);
+    int file = open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (file < 0 || fsync(file) != 0 || close(file) != 0) writer_fails(directory);
+}
+
+// A file of the part being written, cut back to what was saved of it. It is locked: two runs into one file would destroy it.
+inline FILE* writer_open(const std::string& path, size_t bytes) {
+    int file = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+    struct stat info;
+    if (file < 0) writer_fails(path);
+    if (flock(file, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) throw std::runtime_error(path + ": another run is writing it");
+    if (fstat(file, &info) != 0 || (size_t)info.st_size < bytes) throw std::runtime_error(path + ": shorter than when it was saved; start over with --restart");
+    if (ftruncate(file, (off_t)bytes) != 0 || lseek(file, 0, SEEK_END) < 0) writer_fails(path);
+    return fdopen(file, "r+");
+}
+
+inline void writer_open_part(TokenWriter* w) {
+    w->npy = writer_open(part_tmp(*w, w->part, ".npy"), 2 * w->part_tokens);
+    w->csv = writer_open(part_tmp(*w, w->part, ".csv"), w->csv_bytes);
+}
+
+// Writes n tokens of the document.
+inline void writer_put(TokenWriter* w, const uint16_t* tokens, size_t n) {
+    if (!w->npy) writer_open_part(w);
+    if (fwrite(tokens, 2, n, w->npy) != n) writer_fails(part_tmp(*w, w->part, ".npy"));
+    w->part_tokens += n;
+    w->tokens += n;
+}
+
+// The document's line, from its start to here.
+inline void writer_row(TokenWriter* w, const TextPiece& p, const std::string& src) {
+    auto quote = [](const std::string& s) {     // for CSV; a line break would end the line, so it becomes a space
+        std::string q = "\"";
+        for (char c : s) q += c == '"' ? "\"\"" : std::string(1, c == '\n' || c == '\r' ? ' ' : c);
+        return s.find_first_of(",\"\r\n") == std::string::npos ? s : q + "\"";
+    };
+    std::string row = std::to_string(w->start) + "," + std::to_string(w->part_tokens) + "," + quote(p.id) + "," + quote(src) + "," + std::to_string(p.line) + "\n";
+    if (fwrite(row.data(), 1, row.size(), w->csv) != row.size()) writer_fails(part_tmp(*w, w->part, ".csv"));
+    w->csv_bytes += row.size();
+    w->start = w->part_tokens;
+}
+
+// Completes the part being written: both files are whole and on the disk, under temporary names.
+inline void writer_end_part(TokenWriter* w) {
+    std::string packed = part_tmp(*w, w->part, ".csv.gz");
+    int file = open(packed.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    gzFile gz = file < 0 ? nullptr : gzdopen(dup(file), "wb");      // its header has neither name nor time
+    if (!gz || fflush(w->csv) != 0) writer_fails(packed);
+    rewind(w->csv);
+    std::vector<char> buffer(1 << 16);
+    while (size_t n = fread(buffer.data(), 1, buffer.size(), w->csv))
+        if (gzwrite(gz, buffer.data(), (unsigned)n) != (int)n) writer_fails(packed);
+    if (ferror(w->csv) || gzclose(gz) != Z_OK || fsync(file) != 0 || close(file) != 0) writer_fails(packed);
+    if (fflush(w->npy) != 0 || fsync(fileno(w->npy)) != 0 || fclose(w->npy) != 0) writer_fails(part_tmp(*w, w->part, ".npy"));
+    fclose(w->csv);
+    w->npy = w->csv = nullptr;
+    w->part++;
+    w->part_tokens = w->csv_bytes = w->start = 0;
+}
+
+// Gives complete parts their names, the .csv.gz first, so that a .npy never misses its documents. Goes on where it was stopped.
+inline void writer_publish(TokenWriter* w) {
+    for (; w->published < w->part; w->published++) {
+        for (const char* suffix : {".csv.gz", ".npy"}) {
+            std::string from = part_tmp(*w, w->published, suffix), to = part_name(*w, w->published, w->finished && w->part == 1) + suffix;
+            if (rename(from.c_str(), to.c_str()) != 0 && (errno != ENOENT || access(to.c_str(), F_OK) != 0)) writer_fails(to);
+        }
+        unlink(part_tmp(*w, w->published, ".csv").c_str());
+    }
+    writer_sync_directory(*w);
+}
+
+// Saves how far the run is, then gives the parts in front of it their names.
+inline void writer_save(TokenWriter* w, const InputReader& r, const nlohmann::json& run) {
+    if (w->npy && (fflush(w->npy) != 0 || fsync(fileno(w->npy)) != 0)) writer_fails(part_tmp(*w, w->part, ".npy"));
+    if (w->csv && (fflush(w->csv) != 0 || fsync(fileno(w->csv)) != 0)) writer_fails(part_tmp(*w, w->part, ".csv"));
+    std::vector<nlohmann::json> inputs(r.stamps.begin(), r.stamps.begin() + (ptrdiff_t)(w->at.file + (w->at.offset > 0)));
+    std::string text = nlohmann::json{{"run", run}, {"inputs", inputs}, {"at", {w->at.file, w->at.offset, w->at.line}}, {"finished", w->finished},
+                                      {"part", {w->part, w->published, w->part_tokens, w->csv_bytes}}, {"counts", {w->documents, w->tokens, w->damaged}}}.dump() + "\n";
+    std::string path = w->out + ".state", tmp = path + ".tmp";
+    FILE* f = fopen(tmp.c_str(), "wbe");
+    if (!f || fwrite(text.data(), 1, text.size(), f) != text.size() || fflush(f) != 0 || fsync(fileno(f)) != 0 || fclose(f) != 0 || rename(tmp.c_str(), path.c_str()) != 0) writer_fails(path);
+    writer_sync_directory(*w);
+    w->saved = true;
+    w->saved_tokens = w->tokens;
+    writer_publish(w);
+}
+
+// Adds a document, or a piece of one. In dolma (memmap_writer.py) a document that would bring a file to max_tokens begins the next
+// one; there one of max_tokens itself fits into no file, here it begins a file, fills as many as it needs, and has a line in each.
+inline void writer_piece(TokenWriter* w, const TextPiece& p, const std::string& src) {
+    if (p.first) {
+        w->previous = -1;
+        w->start = w->part_tokens;
+    }
+    w->document.insert(w->document.end(), p.tokens.begin(), p.tokens.end());
+    if (!p.tokens.empty()) w->previous = p.tokens.back();
+    if (w->previous < 0) return;            // empty so far
+    if (p.last && w->previous != w->eos) w->document.push_back((uint16_t)w->eos);
+    const uint16_t* tokens = w->document.data();
+    size_t left = w->document.size(), max = w->max_tokens;
+    if (max > 0) {
+        if (w->part_tokens > 0 && w->part_tokens + left >= max && (p.last || left > max)) writer_end_part(w);
+        for (; left > max; tokens += max, left -= max) {
+            writer_put(w, tokens, max);
+            writer_row(w, p, src);
+            writer_end_part(w);
+        }
+    }
+    if (max == 0 || p.last) {
+        writer_put(w, tokens, left);
+        left = 0;
+    }
+    w->document.erase(w->document.begin(), w->document.end() - (ptrdiff_t)left);
+    if (!p.last) return;
+    writer_row(w, p, src);
+    w->documents++;
+}
+
+// Writes a batch, reports its damaged lines, and saves where a part became complete or enough was written.
+inline void writer_batch(TokenWriter* w, const TextBatch& b, const InputReader& r, const nlohmann::json& run) {
+    auto file = [&](size_t next) {          // from here on: lines of another file
+        if (w->shown > DAMAGE_SHOWN) writer_says(*w, r.paths[w->shown_file] + ": " + std::to_string(w->shown - DAMAGE_SHOWN) + " more damaged lines");
+        w->shown = 0;
+        w->shown_file = next;
+    };
+    for (const TextPiece& p : b.pieces) {
+        if (p.file != w->shown_file) file(p.file);
+        if (p.damage.empty()) {
+            writer_piece(w, p, r.paths[p.file]);
+        } else {
+            w->damaged++;
+            if (++w->shown <= DAMAGE_SHOWN) writer_says(*w, r.paths[p.file] + ":" + std::to_string(p.line) + ": " + p.damage + "; left out");
+        }
+    }
+    w->at = b.next;
+    if (w->at.file == r.paths.size() || !b.failure.empty()) file(w->shown_file);
+    if (!b.failure.empty()) throw std::runtime_error(b.failure);
+    if (b.pieces.back().last && (w->part > w->published || w->tokens - w->saved_tokens >= w->save_every)) writer_save(w, r, run);
+}
+
+// Begins, or goes on from the state that a stopped run saved; one of another run is refused.
+inline void writer_begin(TokenWriter* w, InputReader* r, const nlohmann::json& run, bool restart) {
+    std::string path = w->out + ".state", first = part_name(*w, 0, false) + ".npy", text;
+    LineReader lines;
+    if (!restart && lines_open(&lines, path)) {
+        lines_next(&lines, &text);
+        gzclose(lines.file);
+        nlohmann::json s = nlohmann::json::parse(text, nullptr, false);
+        try {
+            auto &at = s.at("at"), &part = s.at("part"), &counts = s.at("counts"), &inputs = s.at("inputs");
+            w->finished = s.at("finished");
+            bool same = s.at("run") == run && inputs.size() <= r->stamps.size() && (!w->finished || inputs.size() == r->stamps.size());
+            for (size_t i = 0; same && i < inputs.size(); i++) same = inputs[i] == r->stamps[i];
+            if (!same) throw std::runtime_error(path + ": saved by a run with other inputs, options or another tokenizer; start over with --restart");
+            w->at = TextPosition{at.at(0), at.at(1), at.at(2)};
+            w->part = part.at(0), w->published = part.at(1), w->part_tokens = part.at(2), w->csv_bytes = part.at(3);
+            w->documents = counts.at(0), w->tokens = w->saved_tokens = counts.at(1), w->damaged = counts.at(2);
+        } catch (const nlohmann::json::exception&) {
+            throw std::runtime_error(path + ": damaged; start over with --restart");
+        }
+        w->saved = true;
+        r->at = w->at;
+        w->shown_file = w->at.file;
+        if (!w->finished) writer_open_part(w);
+        writer_publish(w);
+        return;
+    }
+    if (!restart && errno != ENOENT) throw std::runtime_error(path + ": cannot be read: " + strerror(errno));
+    if (w->max_tokens > 0 && !restart && access(first.c_str(), F_OK) == 0) throw std::runtime_error(first + ": written by an earlier run; --restart replaces its files");
+    writer_open_part(w);
+    unlink(path.c_str());
+}
+
+// Completes the last part. What an earlier run left under this name goes.
+inline void writer_finish(TokenWriter* w, const InputReader& r, const nlohmann::json& run) {
+    if (w->documents == 0) throw std::runtime_error("tokenize: no text in " + r.paths[0] + (r.paths.size() > 1 ? " or the other files" : ""));
+    if (!w->finished) {
+        if (w->part_tokens > 0) writer_end_part(w);
+        w->finished = true;
+        writer_save(w, r, run);
+    }
+    auto remove = [](const std::string& path) { return unlink(path.c_str()) == 0; };
+    for (size_t k = w->part; remove(part_tmp(*w, k, ".npy")) | remove(part_tmp(*w, k, ".csv")) | remove(part_tmp(*w, k, ".csv.gz")); ) k++;
+    if (w->max_tokens > 0)
+        for (size_t k = w->part == 1 ? 0 : w->part; remove(part_name(*w, k, false) + ".npy") | remove(part_name(*w, k, false) + ".csv.gz"); ) k++;
+    if (w->part > 1) remove(w->out), remove(w->base + ".csv.gz");
+    remove(w->out + ".state");
+}
+
+// ------------------------------------------------------------------------------------------------
+// All of it
+
+struct TokenizeOptions {
+    size_t max_tokens = 0, save_every = 1 << 25;    // as in TokenWriter
+    size_t threads = 1;
+    bool restart = false;                           // forget what a stopped run saved, replace parts of an earlier run
+};
+
+// What the threads share. `reading` guards the reader and `taken`, `state` the rest; while `writing` is set a thread has the writer.
+struct TokenizePool {
+    const Tokenizer* tokenizer;
+    InputReader* reader;
+    TokenWriter* writer;
+    nlohmann::json run;
+    std::mutex reading, state;
+    std::condition_variable changed;
+    std::map<size_t, TextBatch> encoded;    // by number; not yet written
+    size_t threads = 1, taken = 0, written = 0, running = 0, bytes = 0, tokens = 0;
+    bool writing = false;
+    std::string failure;
+};
+
+// A thread: takes a batch, encodes it, hands it in, writes those that are due. Ends behind the last batch, or where one fails.
+inline void tokenize_batches(TokenizePool* pool) {
+    for (;;) {
+        TextBatch mine;
+        size_t number;
+        {
+            std::lock_guard<std::mutex> reading(pool->reading);
+            {
+                std::unique_lock<std::mutex> state(pool->state);
+                pool->changed.wait(state, [&] { return !pool->failure.empty() || pool->taken < pool->written + 4 * pool->threads; });
+                if (!pool->failure.empty()) break;
+            }
+            if (!inputs_next(pool->reader, &mine)) break;
+            number = pool->taken++;
+        }
+        try {
+            for (TextPiece& p : mine.pieces) piece_encode(*pool->tokenizer, pool->reader->paths[p.file], &p);
+        } catch (const std::exception& e) {
+            mine.failure = "tokenize: " + std::string(e.what());    // no memory
+        }
+
+        std::unique_lock<std::mutex> state(pool->state);
+        pool->encoded.emplace(number, std::move(mine));
+        if (pool->writing) continue;        // who writes takes it along
+        pool->writing = true;
+        for (auto due = pool->encoded.begin(); pool->failure.empty() && due != pool->encoded.end() && due->first == pool->written; due = pool->encoded.begin()) {
+            TextBatch b = std::move(due->second);
+            std::string failure;
+            pool->encoded.erase(due);
+            state.unlock();
+            try {
+                writer_batch(pool->writer, b, *pool->reader, pool->run);
+            } catch (const std::exception& e) {
+                failure = e.what();
+            }
+            state.lock();
+            pool->failure = failure;
+            pool->written++;
+            pool->bytes = b.bytes;
+            pool->tokens = pool->writer->tokens;
+            pool->changed.notify_all();
+        }
+        pool->writing = false;
+    }
+    std::lock_guard<std::mutex> state(pool->state);
+    pool->running--;
+    pool->changed.notify_all();
+}
+
+// The progress bar, on a terminal only: the share of the inputs' bytes that is written, rates, and the time to go.
+inline void tokenize_watch(TokenizePool* pool) {
+    auto begin = std::chrono::steady_clock::now();
+    size_t total = std::max<size_t>(1, pool->reader->starts.back()), first_bytes = pool->bytes, first_tokens = pool->tokens;
+    std::unique_lock<std::mutex> state(pool->state);
+    while (!pool->changed.wait_for(state, std::chrono::milliseconds(200), [&] { return pool->running == 0; })) {
+        if (!pool->writer->bar) continue;
+        double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count(), rate = (double)(pool->bytes - first_bytes) / seconds;
+        double share = std::min(1.0, (double)pool->bytes / (double)total);
+        long eta = rate > 0 ? (long)((1 - share) * (double)total / rate) : 0;
+        char line[128];
+        snprintf(line, sizeof line, "\r[%-20.*s] %3d %% | %.1f MB/s | %.2f M tok/s | eta %ldh%02ldm%02lds\x1b[K", (int)(20 * share), "####################", (int)(100 * share),
+                 rate / 1e6, (double)(pool->tokens - first_tokens) / seconds / 1e6, eta / 3600, eta / 60 % 60, eta % 60);
+        fputs(line, stderr);
+    }
+    if (pool->writer->bar) fputs("\r\x1b[K", stderr);
+}
+
+// Writes out_npy from the inputs. An error leaves what was there before; where the run has saved itself, also what it has done.
+inline TokenizeCounts tokenize_files(const Tokenizer& t, const std::vector<std::string>& paths, const std::string& out_npy, const TokenizeOptions& o = {}) {
+    if (t.vocab > 65536) die("tokenizer %s: its %d ids do not fit into the 16 bits of a token file", t.name.c_str(), t.vocab);
+    InputReader r;
+    inputs_check(&r, paths);
+    TokenWriter w;
+    w.out = out_npy;
+    w.base = documents_path(out_npy);
+    w.base.resize(w.base.size() - strlen(".csv.gz"));
+    w.eos = t.eos;
+    w.max_tokens = o.max_tokens;
+    w.save_every = o.save_every;
+    w.bar = isatty(fileno(stderr));
+    nlohmann::json run = {{"tokenizer", file_stamp(t.bytes ? t.name : t.path)}, {"max_tokens", o.max_tokens}};
+    try {
+        writer_begin(&w, &r, run, o.restart);
+    } catch (const std::exception& e) {
+        die("%s", e.what());
+    }
+
+    TokenizePool pool;
+    pool.tokenizer = &t;
+    pool.reader = &r;
+    pool.writer = &w;
+    pool.run = run;
+    pool.threads = pool.running = std::max<size_t>(1, o.threads);
+    pool.tokens = w.tokens;
+    pool.bytes = r.starts[w.at.file];
+    std::vector<std::thread> threads;
+    for (size_t i = 0; i < pool.threads; i++) threads.emplace_back(tokenize_batches, &pool);
+    tokenize_watch(&pool);
+    for (std::thread& thread : threads) thread.join();
+    try {
+        if (!pool.failure.empty()) throw std::runtime_error(pool.failure);
+        writer_finish(&w, r, run);
+    } catch (const std::exception& e) {
+        for (size_t k = w.published; !w.saved && k <= w.part; k++)
+            for (const char* suffix : {".npy", ".csv", ".csv.gz"}) unlink(part_tmp(w, k, suffix).c_str());
+        unlink((w.out + ".state.tmp").c_str());
+        die("%s%s", e.what(), w.saved ? "; the same command goes on from what is saved" : "");
+    }
+    return {w.documents, w.tokens, w.part, w.damaged};
+}
