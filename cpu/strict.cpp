@@ -21,6 +21,7 @@
 #include <chrono>
 #include <deque>
 #include <memory>
+#include <mutex>
 #include <omp.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -121,8 +122,11 @@ static const Allocation* nearest(const Arena& arena, const void* p) {
 }
 
 static bool open_allocation(const void* p) {
+    static std::mutex mutex;            // the threads of a matrix product touch an operand at the same time: the second one finds it open
+    std::lock_guard<std::mutex> lock(mutex);
     Allocation* a = locked || !device.holds(p) ? nullptr : (Allocation*)nearest(device, p);
-    if (!a || a->freed || a->open || (char*)p < a->pages || (char*)p >= a->end_pages) return false;
+    if (!a || a->freed || (char*)p < a->pages || (char*)p >= a->end_pages) return false;
+    if (a->open) return true;
     protect(*a, PROT_READ | PROT_WRITE);
     a->open = true;
     opened.push_back((uint32_t)(a - device.all.data()));
