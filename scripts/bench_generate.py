@@ -2,8 +2,8 @@
 """Times `olmoe generate` and llama.cpp on the same model: bench_generate.py [--precisions FP32,BF16] [--runs N] [--json FILE] DATA
 
 The model is configs/small.json with a vocabulary of 50304 and random weights, with DATA/tokenizer/tokenizer.json, which llama.cpp's converter
-wants. Prefill: prompts of 512 tokens, one at a time, logits of the last token. Decode: 128 tokens behind the first, one sequence. Each five
-times in a process, which is llama-bench's default; ours chooses each token (the likeliest), llama-bench takes any. Runs alternate, and the
+wants. Prefill: 20 prompts of 512 tokens, one at a time, logits of the last token; llama-bench runs one more before, to warm up. Decode: 128
+tokens behind the first, one sequence, five times; ours chooses each token (the likeliest), llama-bench takes any. Runs alternate, and the
 best of each counts. llama.cpp comes from PyPI, as the sdist of llama-cpp-python, and is built once, in build/llama.cpp.
 
 The bars: decode as fast as llama.cpp's, prefill twice as fast in FP32, and three times in BF16 where the CPU has AMX. Needs build/venv (make
@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON, LLAMA, FOLDER = ROOT / "build/venv/bin/python", ROOT / "build/llama.cpp", ROOT / "build/bench"
 SDIST = "llama-cpp-python==0.3.36"
-REPEATS, PROMPT, GENERATED, VOCABULARY, EOS = 5, 512, 128, 50304, 50279
+PROMPT, PROMPTS, GENERATED, SEQUENCES, VOCABULARY, EOS = 512, 20, 128, 5, 50304, 50279
 THREADS = int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0))))
 
 
@@ -84,27 +84,27 @@ def convert(model, precision):
 def ours(program, model):
     """Tokens a second of the program: prefill, decode."""
     rates = []
-    for length, generated in ((PROMPT, 1), (1, GENERATED + 1)):
+    for count, length, generated in ((PROMPTS, PROMPT, 1), (SEQUENCES, 1, GENERATED + 1)):
         prompts = FOLDER / "generate.jsonl"
-        prompts.write_text("".join(json.dumps({"ids": [(1000 * i + 37 * t) % 50000 for t in range(length)]}) + "\n" for i in range(REPEATS)))
+        prompts.write_text("".join(json.dumps({"ids": [(1000 * i + 37 * t) % 50000 for t in range(length)]}) + "\n" for i in range(count)))
         said = run(program, "generate", "--model", model, "--input", prompts, "--batch", 1, "--max-tokens", generated, "--temperature", 0, "--stats")[1]
         stats = re.search(r"prompts: (\d+) tokens, ([0-9.]+) a second; generated: (\d+) tokens, ([0-9.]+) a second", said)
-        if (int(stats[1]), int(stats[3])) != (REPEATS * length, REPEATS * generated):
+        if (int(stats[1]), int(stats[3])) != (count * length, count * generated):
             sys.exit(f"bench_generate.py: a sequence ended early: {stats[0]}")
         rates.append(float(stats[2 if generated == 1 else 4]))
     return rates
 
 
 def theirs(program, path):
-    tests = json.loads(run(program, "-m", path, "-p", PROMPT, "-n", GENERATED, "-t", THREADS, "-r", REPEATS, "-o", "json")[0])
-    return [next(t["avg_ts"] for t in tests if (t["n_prompt"] > 0) == prompt) for prompt in (True, False)]
+    return [json.loads(run(program, "-m", path, "-p", p, "-n", n, "-t", THREADS, "-r", repeats, "-o", "json")[0])[0]["avg_ts"]
+            for p, n, repeats in ((PROMPT, 0, PROMPTS), (0, GENERATED, SEQUENCES))]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", metavar="DATA")
     parser.add_argument("--precisions", default="FP32,BF16")
-    parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--json", type=Path)
     o = parser.parse_args()
     tokenizer = Path(o.data, "tokenizer", "tokenizer.json")
