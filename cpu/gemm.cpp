@@ -57,8 +57,17 @@ cublasStatus_t cublasGemmEx(cublasHandle_t handle, cublasOperation_t transa, cub
 // A column-major matrix is its transpose in row-major: C' (n, m) = op(B)' (n, k) op(A)' (k, m). So B goes first.
 
 static void run_fp32(const Gemm& g, const float* A, const float* B, float* C) {
-    dnnl_status_t status = dnnl_sgemm(g.transb ? 'T' : 'N', g.transa ? 'T' : 'N', g.n, g.m, g.k, g.alpha, B, g.ldb, A, g.lda, g.beta, C, g.ldc);
-    if (status != dnnl_success) { fprintf(stderr, "oneDNN: sgemm %d x %d x %d failed with status %d\n", g.m, g.n, g.k, (int)status); abort(); }
+    auto run = [&](int from, int rows) {                // of op(A)
+        dnnl_status_t status = dnnl_sgemm(g.transb ? 'T' : 'N', g.transa ? 'T' : 'N', g.n, rows, g.k, g.alpha, B, g.ldb,
+                                          A + (size_t)from * (g.transa ? g.lda : 1), g.lda, g.beta, C + from, g.ldc);
+        if (status != dnnl_success) { fprintf(stderr, "oneDNN: sgemm %d x %d x %d failed with status %d\n", rows, g.n, g.k, (int)status); abort(); }
+    };
+    // An A that is to be transposed, W in y = W x, oneDNN copies first, and where C has few columns each of its threads copies all
+    // of it: two threads took as long as one. So each thread gets rows of its own, a multiple of what a vector holds.
+    const int threads = omp_get_max_threads(), rows = (g.m + 16 * threads - 1) / (16 * threads) * 16;
+    if (!g.transa || threads == 1 || omp_in_parallel()) return run(0, g.m);
+#pragma omp parallel for schedule(static)
+    for (int from = 0; from < g.m; from += rows) run(from, std::min(rows, g.m - from));
 }
 
 // A primitive is code generated for one shape, a tenth to several megabytes of it, and making one takes as long as running
@@ -207,6 +216,7 @@ static void run_bf16(const Gemm& g, const uint16_t* A, const uint16_t* B, void* 
 
 constexpr int THIN = 8;                 // columns at most
 constexpr int LANES = 8;                // numbers of a vector
+constexpr int AHEAD = 8192;             // bytes of W asked of memory in advance: processors' own prefetching ends with a page
 typedef float Lanes __attribute__((vector_size(LANES * 4)));
 typedef uint32_t Bits __attribute__((vector_size(LANES * 4)));
 
@@ -234,6 +244,7 @@ template <int N, class T> static inline void thin_row(const Gemm& g, const T* A,
     const T *w = A + (size_t)i * g.lda, *x = B + (size_t)j * g.ldb;
     Numbers sums[N] = {};
     auto add = [&](int p, auto... count) {
+        __builtin_prefetch((const char*)(w + p) + AHEAD);
         Numbers ws = load(w + p, count...);
         for (int c = 0; c < N; c++) {
             Numbers xs = load(x + (size_t)c * g.ldb + p, count...);

@@ -156,7 +156,7 @@ int main() {
     cublasCreate(&handle);
     cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
     cublasSetStream(handle, stream);
-    int shapes[][4] = {{1, 1, 1, 1}, {7, 5, 3, 1}, {64, 48, 33, 1}, {33, 1, 100, 1}, {16, 130, 64, 3}, {5, 9, 17, 4}, {128, 100, 200, 1}};
+    int shapes[][4] = {{1, 1, 1, 1}, {7, 5, 3, 1}, {64, 48, 33, 1}, {33, 1, 100, 1}, {16, 130, 64, 3}, {5, 9, 17, 4}, {70, 90, 400, 1}, {128, 100, 200, 1}};
     for (auto& s : shapes)
         for (int t = 0; t < 4; t++)
             for (float beta : {0.f, 1.f}) {
