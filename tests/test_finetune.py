@@ -1,7 +1,7 @@
 """Training on from a model's directory, and what --master-weights and --moments promise of whole runs: which bits they keep, and that
 resuming works between them.
 
-The programs are ./olmoe, or what OLMOE names, and OLMOE_BF16 where it is set; what needs a BF16 build is skipped for others.
+The programs are ./olmoe, or what OLMOE names, and OLMOE_BF16 where it is set. What needs a BF16 build is a test where there is one.
 """
 import hashlib
 import json
@@ -21,18 +21,34 @@ SHAPE = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "nu
 SCHEMES = [("fp32", "fp32"), ("fp32", "bf16"), ("remainder", "fp32"), ("remainder", "bf16"), ("none", "fp32"), ("none", "bf16")]
 
 
-@pytest.fixture(scope="module", params=PROGRAMS, ids=lambda path: Path(path).parent.name)
-def program(request):
-    return request.param
-
-
 def run(program, *args):
     return subprocess.run([program, *map(str, args)], capture_output=True, text=True, timeout=300)
 
 
+def is_bf16(program):
+    return "BF16" in run(program, "info", "--config", ROOT / "configs/tiny.json").stdout.split("training")[1].split(",")[0]
+
+
+def folder(program):
+    return Path(program).parent.name
+
+
+BF16, FP32 = ([program for program in PROGRAMS if is_bf16(program) == wanted] for wanted in (True, False))
+
+
+def of_builds(programs):
+    """Decorates a test that some builds can't pass."""
+    return pytest.mark.parametrize("program", programs, ids=folder, indirect=True, scope="module") if programs else lambda test: None
+
+
+@pytest.fixture(scope="module", params=PROGRAMS, ids=folder)
+def program(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
 def bf16(program):
-    return "BF16" in run(program, "info", "--config", ROOT / "configs/tiny.json").stdout.split("training")[1].split(",")[0]
+    return program in BF16
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +97,9 @@ def straight(program, base, schemes, tmp_path_factory):
     return lambda scheme: d / "-".join(scheme)
 
 
-def test_remainders_are_fp32_masters(bf16, straight):
+@of_builds(BF16)
+def test_remainders_are_fp32_masters(program, straight):
     """Of a whole run, byte by byte: weights, moments, masters, losses."""
-    if not bf16:
-        pytest.skip("needs a BF16 build")
     for moments in ("fp32", "bf16"):
         a, b = straight(("fp32", moments)), straight(("remainder", moments))
         for step in ("step-00000020", "step-00000040"):
@@ -128,10 +143,9 @@ def test_resuming_is_exact(program, base, schemes, straight, tmp_path):
             assert digest(out / "step-00000040", name) == digest(straight(scheme) / "step-00000040", name), (scheme, name)
 
 
-def test_resuming_with_another_scheme(program, base, bf16, straight, tmp_path):
+@of_builds(BF16)
+def test_resuming_with_another_scheme(program, base, straight, tmp_path):
     """Between fp32 and remainders it changes nothing; from no masters to some, the weights become masters; the table says what was before."""
-    if not bf16:
-        pytest.skip("needs a BF16 build")
     for n, (a, b) in enumerate([("fp32", "remainder"), ("remainder", "fp32"), ("none", "remainder"), ("none", "fp32"), ("remainder", "none")]):
         out = tmp_path / str(n)
         train(program, base, out, (a, "fp32"), 20)
@@ -170,9 +184,8 @@ def test_the_table_and_the_plan(program, base, bf16, tmp_path):
         assert set(fits) == {("fp32", "fp32"), ("fp32", "bf16")}
 
 
-def test_what_an_fp32_build_cannot(program, base, bf16, tmp_path):
-    if bf16:
-        pytest.skip("needs an FP32 build")
+@of_builds(FP32)
+def test_what_an_fp32_build_cannot(program, base, tmp_path):
     for masters in ("remainder", "none"):
         said = train(program, base, tmp_path / "out", (masters, "fp32"), 1, code=1)
         assert re.fullmatch(f"olmoe: --master-weights {masters} needs a BF16 build .*\n", said) and not (tmp_path / "out").exists()
