@@ -1182,7 +1182,7 @@ void cross_entropy(float* losses /* (N) */, floatX* logits /* (N, V), overwritte
 }
 
 // ------------------------------------------------------------------------------------------------
-// Random numbers: Philox-4x32-10 (Salmon et al. 2011) of the seed, the parameter's position in the model and, where AdamW asks, the step,
+// Random numbers: Philox-4x32-10 (Salmon et al. 2011) of the seed, the parameter's position in the model and, where AdamW asks, the update's number,
 // so that they depend on nothing else.
 
 struct Philox { unsigned x[4]; };
