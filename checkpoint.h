@@ -60,10 +60,15 @@ inline bool file_contents(std::string* text, const std::string& path) {
     return n == 0;
 }
 
+// Discarded where the text is no JSON. Values nested deeper than anything here are dropped: dump() would recurse into them.
+inline Json json_parse(const std::string& text) {
+    return Json::parse(text, [](int depth, Json::parse_event_t, Json&) { return depth < 100; }, false);
+}
+
 inline Json json_read(const std::string& path) {
     std::string text;
     if (!file_contents(&text, path)) die("cannot read %s: %s", path.c_str(), strerror(errno));
-    Json j = Json::parse(text, nullptr, false);
+    Json j = json_parse(text);
     if (!j.is_object()) die("%s: not a JSON object; the file is damaged, or another kind of file", path.c_str());
     return j;
 }
@@ -582,6 +587,17 @@ inline void checkpoint_leftovers(const std::string& out_dir, bool remove) {
     }
 }
 
+// n numbers of fp32, or of bf16: none is a NaN or an infinity, whose exponents are all ones
+inline bool all_finite(const char* numbers, size_t n, bool bf16) {
+    bool finite = true;
+    for (size_t i = 0; i < n; i++) {
+        uint16_t upper;
+        memcpy(&upper, numbers + (bf16 ? 2 * i : 4 * i + 2), 2);
+        finite &= (upper & 0x7f80) != 0x7f80;
+    }
+    return finite;
+}
+
 // Saves OUT/step-<step>. The trainer's state may hold any JSON but numbers that aren't finite. Where the step exists (the run went
 // back to an earlier one), the new directory takes its name in one exchange; on a filesystem without it, the earlier one first
 // steps aside as .step-<step>.old, where checkpoint_newest and the next save find it if nothing came after.
@@ -590,12 +606,10 @@ inline void checkpoint_leftovers(const std::string& out_dir, bool remove) {
 // size; each rank writes its pieces into them; rank 0 writes the manifest, when all ranks' pieces are on the disk, and renames. A
 // rank that fails ends the program before it comes to the next sum, where the others wait until the job is ended.
 inline void checkpoint_save(const std::string& out_dir, int64_t step, const OlmoeConfig& c, bool bf16, bool masters, const ReadState& read, const Json& trainer_state,
-                            const std::string& tokenizer_path, const Savers& savers = {}, size_t max_shard_bytes = 5000000000) {
+                            const std::string& tokenizer /* text of tokenizer.json, or empty */, const Savers& savers = {}, size_t max_shard_bytes = 5000000000) {
     char name[32];
     snprintf(name, sizeof name, "step-%08lld", (long long)step);
     const std::string final = out_dir + "/" + name, tmp = out_dir + "/." + name + ".tmp", old = out_dir + "/." + name + ".old";
-    std::string tokenizer;
-    if (savers.rank == 0 && !tokenizer_path.empty() && !file_contents(&tokenizer, tokenizer_path)) die("cannot read %s: %s", tokenizer_path.c_str(), strerror(errno));
     std::error_code ec;
 
     // The plan, the same on every rank. A file is a text, which rank 0 writes, and pieces, each its owner's.
@@ -628,7 +642,7 @@ inline void checkpoint_save(const std::string& out_dir, int64_t step, const Olmo
     if (c.eos_token_id >= 0) generation["eos_token_id"] = c.eos_token_id;
     if (c.pad_token_id >= 0) generation["pad_token_id"] = c.pad_token_id;
     add_text("generation_config.json", json_text(generation));
-    if (!tokenizer_path.empty()) add_text("tokenizer.json", tokenizer);
+    if (!tokenizer.empty()) add_text("tokenizer.json", tokenizer);
     const char* dtype = bf16 ? "BF16" : "F32";
     std::vector<size_t> first = {0};                      // first tensor of every shard, then the end
     size_t total = 0, shard_bytes = 0;
@@ -682,6 +696,11 @@ inline void checkpoint_save(const std::string& out_dir, int64_t step, const Olmo
             if (p.rank != savers.rank) continue;
             if (w.fd < 0) w.open(tmp, f.name);
             read(p.state, p.offset, p.count, buffer.data());
+            if (!all_finite(buffer.data(), p.count, p.bytes == 2 * p.count)) {
+                std::filesystem::remove_all(tmp, ec);
+                const auto tensor = std::upper_bound(tensors.begin(), tensors.end(), p.offset, [](size_t offset, const HfTensor& t) { return offset < t.offset; }) - 1;
+                die("step %lld is not saved: %s has a number that is not finite%s. Earlier checkpoints are untouched", (long long)step, tensor->name.c_str(), p.state == State::weights ? "" : " in AdamW's state");
+            }
             crcs[i] = (double)crc32_z(0, (const Bytef*)buffer.data(), p.bytes);
             w.write(buffer.data(), p.bytes, p.at);
         }
@@ -720,7 +739,7 @@ inline void checkpoint_save(const std::string& out_dir, int64_t step, const Olmo
 inline std::string checkpoint_manifest(Json* state, const std::string& dir) {
     std::string text;
     if (!file_contents(&text, dir + "/trainer_state.json")) return std::string("trainer_state.json: ") + strerror(errno) + "; it is no checkpoint, or a partial one";
-    *state = Json::parse(text, nullptr, false);
+    *state = json_parse(text);
     if (!state->is_object() || !state->contains("crc32")) return "trainer_state.json is damaged: not the JSON that was saved";
     const Json crc = (*state)["crc32"];
     state->erase("crc32");

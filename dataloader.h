@@ -381,6 +381,12 @@ inline size_t dataloader_rows(DataLoader* d, size_t first, size_t n, int32_t* in
     return filled;
 }
 
+// Dies now where one of the first n instances has an id outside of the vocabulary.
+inline void dataloader_check(DataLoader* d, size_t n) {
+    std::vector<int32_t> row(2 * (size_t)d->T);
+    for (size_t i = 0; i < std::min(n, d->instances); i++) dataloader_row(d, i, row.data(), row.data() + d->T);
+}
+
 inline void dataloader_seek(DataLoader* d, int64_t epoch, int64_t position) {
     if (epoch < 0 || position < 0 || (uint64_t)position > d->instances)
         die("data: epoch %lld, sequence %lld does not exist in data of %zu sequences; resume with the data of the saved run", (long long)epoch, (long long)position, d->instances);

@@ -35,7 +35,9 @@ same inputs give the same bits, and so that the same text runs fast on a CPU, wh
 #include <string>
 #include <thread>
 #include <vector>
+#include <fcntl.h>
 #include <unistd.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 
 #include <cuda_runtime.h>
@@ -2419,12 +2421,14 @@ struct DomainTable {
     std::vector<double> counts;             // (L, domains, E)
 };
 
+// None where the documents' ids name more than 64: they are numbers of documents then.
 void domains_open(DomainTable* d, const std::string& npy, const OlmoeConfig& c) {
     d->documents = documents_read(npy);
     for (const Document& doc : d->documents) {
         std::string name = document_domain(doc);
         size_t i = std::find(d->names.begin(), d->names.end(), name) - d->names.begin();
         if (i == d->names.size()) d->names.push_back(name);
+        if (d->names.size() > 64) { *d = {}; return; }
         d->domain_of.push_back((int)i);
     }
     d->counts.assign((size_t)c.L * d->names.size() * c.E, 0);
@@ -2671,6 +2675,7 @@ static std::atomic<bool> stopping_saves = false;    // there are steps to finish
 static std::atomic<bool> stop_requested = false;
 
 void signals_watch() {
+    signal(SIGPIPE, SIG_IGN);               // of a screen that went away (| tee, | head): training goes on and saves
     sigset_t signals;
     struct sigaction hangup;
     sigaction(SIGHUP, nullptr, &hangup);
@@ -2690,14 +2695,14 @@ void signals_watch() {
     }).detach();
 }
 
-void save_checkpoint(Olmoe* m, const TrainOptions& o, int64_t step, const Json& state) {
+void save_checkpoint(Olmoe* m, const TrainOptions& o, int64_t step, const Json& state, const std::string& tokenizer_json) {
     cudaCheck(cudaDeviceSynchronize());
     Savers savers = {world.rank, world.size, [&](size_t offset) { return owner_of(m->param_spans, offset); }, [](std::vector<double>* x) { host_sum(x); }};
     checkpoint_save(o.out, step, m->config, BF16, m->masters != Masters::none, [&](State which, size_t offset, size_t count, void* dst) {
         ranks_alive();
         if (which == State::weights) copy_to_host((floatX*)dst, parameter_at(m->param_spans, offset), count);
         else for_updated(m->param_spans, offset, count, [&](size_t first, size_t at, size_t n) { state_to_host(*m, which, at, parameter_at(m->param_spans, first), (float*)dst, n); });
-    }, state, tokenizer_path(o.tokenizer), savers);
+    }, state, tokenizer_json, savers);
     if (world.rank == 0) checkpoint_prune(o.out, (int)o.keep_last, (int)o.keep_every);
 }
 
@@ -2835,14 +2840,21 @@ int command_train(int argc, char** argv) {
     bool have_tokenizer = !o.tokenizer.empty();
     if (have_tokenizer) tokenizer_open(&tokenizer, o.tokenizer);
     if (have_tokenizer && tokenizer.vocab > config.V) die("the tokenizer's %d ids don't fit the model's vocabulary of %d", tokenizer.vocab, config.V);
+    std::string tokenizer_json;             // for the checkpoints; read now, lest it should be missing then
+    if (!tokenizer.path.empty() && !file_contents(&tokenizer_json, tokenizer.path)) die("cannot read %s: %s", tokenizer.path.c_str(), strerror(errno));
 
     DataLoader data, val;
     dataloader_open(&data, o.data, (int)o.T, config.V, o.order == "global" ? DataOrder::global : DataOrder::sequential, o.seed, !o.no_filter);
     if (o.global_batch > (int64_t)data.instances) die("--global-batch %ld is more than the %zu sequences of the data; use a smaller one, or a smaller --seq", o.global_batch, data.instances);
+    DomainTable domains;
     if (!o.val.empty()) dataloader_open(&val, o.val, (int)o.T, config.V, DataOrder::sequential, 0, false);
+    if (!o.val.empty()) dataloader_check(&val, o.val_batches > 0 ? (size_t)(o.val_batches * o.B) : val.instances);     // not after hours
+    if (o.val.size() == 1) domains_open(&domains, o.val[0], config);
     if (mkdir(o.out.c_str(), 0777) != 0 && errno != EEXIST) die("cannot make the directory %s: %s", o.out.c_str(), strerror(errno));
     device_open();
     comm_open();
+    int lock = world.rank == 0 ? open(o.out.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1;       // held until the process ends; where the file system has no locks, none
+    if (lock >= 0 && flock(lock, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) die("another run is writing into %s; wait for its end, or choose another --out", o.out.c_str());
     // rank 0 looks for the newest checkpoint, and reads all of the one to resume from; the others take the same
     std::string from = o.resume == "newest" && world.rank == 0 ? checkpoint_newest(o.out, ranks_alive) : o.resume;
     if (!from.empty() && o.resume != "newest" && world.rank == 0) checkpoint_check(from, ranks_alive);
@@ -2999,14 +3011,12 @@ int command_train(int argc, char** argv) {
         if (skip) fprintf(log, ",\"skipped\":true");
         if (last || (o.val_every > 0 && step % o.val_every == 0)) {
             if (!o.val.empty()) {
-                DomainTable domains;
-                if (last && o.val.size() == 1) domains_open(&domains, o.val[0], config);
-                Validation v = validate(&m, &val, o.val_batches, have_tokenizer && tokenizer.bytes, have_tokenizer ? tokenizer.eos : -1, &balance, domains.documents.empty() ? nullptr : &domains);
+                Validation v = validate(&m, &val, o.val_batches, have_tokenizer && tokenizer.bytes, have_tokenizer ? tokenizer.eos : -1, &balance, last && domains.names.size() > 1 ? &domains : nullptr);
                 printf("  validation loss %.4f", v.loss);
-                fprintf(log, ",\"val_loss\":%.9g", v.loss);
+                fprintf(log, std::isfinite(v.loss) ? ",\"val_loss\":%.9g" : ",\"val_loss\":null", v.loss);
                 if (v.bits_per_byte > 0) { printf(", %.4f bits per byte", v.bits_per_byte); fprintf(log, ",\"val_bpb\":%.9g", v.bits_per_byte); }
                 printf("\n");
-                if (domains.names.size() > 1) print_domains(domains, config);
+                if (last && domains.names.size() > 1) print_domains(domains, config);
             }
             if (o.val.empty()) host_sum(&balance.counts);
             print_balance(balance);
@@ -3027,7 +3037,7 @@ int command_train(int argc, char** argv) {
             ids.insert(ids.begin(), tokenizer.eos);
             print_sample(o.prompt, sample_text(&m, tokenizer, ids, (int)o.sample_tokens, 0.8, o.seed + step));
         }
-        if (last || stop || (o.save_every > 0 && step % o.save_every == 0)) save_checkpoint(&m, o, step, trainer_state(o, data, step, updates, spikes, schedule));
+        if (last || stop || (o.save_every > 0 && step % o.save_every == 0)) save_checkpoint(&m, o, step, trainer_state(o, data, step, updates, spikes, schedule), tokenizer_json);
         fflush(stdout);
     }
     if (stop) printf("stopped at step %ld and saved; go on with --resume\n", step);
@@ -3483,6 +3493,10 @@ int command_generate(int argc, char** argv) {
     bool talk = chat && prompts.empty() && ids.empty() && input.empty();
     if (!talk && prompts.empty() + ids.empty() + input.empty() != 2) die("generate needs one of --prompt TEXTS, --ids IDS, --input FILE.jsonl, or --chat");
     for (const std::string& stop : o.stop) if (stop.empty()) die("--stop: an empty text would end every sequence at once");
+    if (logprobs && !json) die("--logprobs needs --json");
+    if (talk && (json || n > 1)) die("--%s needs prompts: --prompt or --input", json ? "json" : "n");
+    if (chat && !ids.empty()) die("--chat takes texts, not --ids");
+    if (!system_text.empty() && !chat) die("--system needs --chat");
     OlmoeConfig c;
     config_read(&c, model);
     Tokenizer tokenizer;
@@ -3524,16 +3538,20 @@ int command_generate(int argc, char** argv) {
         std::string line;
         for (size_t number = 1; std::getline(in, line); number++) {
             if (line.find_first_not_of(" \t\r") == std::string::npos) continue;
-            Json j = Json::parse(line, nullptr, false);
+            Json j = json_parse(line);
             auto where = [&] { return input + ":" + std::to_string(number); };
             try {
                 if (j.is_object() && j.contains("ids")) {
-                    std::vector<int> tokens = j["ids"].get<std::vector<int>>();
-                    for (int id : tokens) if (id < 0 || id >= c.V) die("%s: the id %d is outside the vocabulary of %d", where().c_str(), id, c.V);
-                    if (tokens.empty()) die("%s: ids is empty", where().c_str());
+                    std::vector<int> tokens;
+                    if (!j["ids"].is_array() || j["ids"].empty()) die("%s: ids is no list of token ids", where().c_str());
+                    for (const Json& id : j["ids"]) {
+                        if (!id.is_number_integer() || id < 0 || id >= c.V) die("%s: the id %s is none from 0 to %d", where().c_str(), json_shown(id).c_str(), c.V - 1);
+                        tokens.push_back(id);
+                    }
                     add(tokens, j.value("id", Json()));
                 } else if (o.tokenizer && j.is_object() && j.contains("messages")) {
                     std::vector<ChatMessage> said;
+                    if (!j["messages"].is_array() || j["messages"].empty()) die("%s: messages is no list of messages", where().c_str());
                     for (const Json& message : j["messages"]) said.push_back({message.at("role"), message.at("content")});
                     add(encode_chat(said), j.value("id", Json()));
                 } else if (o.tokenizer && j.is_object() && j.contains("prompt")) {
@@ -3597,7 +3615,7 @@ int command_generate(int argc, char** argv) {
                 return;
             }
             if (sequences.size() > 1) printf("%s--- prompt %d, sample %d\n", told ? "\n" : "", s.number, s.sample);
-            if (o.tokenizer) printf("%s\n", s.text.c_str());
+            if (o.tokenizer) { fwrite(s.text.data(), 1, s.text.size(), stdout); printf("\n"); }
             for (size_t i = 0; i < generated.size() && !o.tokenizer; i++) printf("%d%s", generated[i], i + 1 < generated.size() ? "," : "\n");
         };
         GenerateCounts counts = generate(&m, &sequences, o, [&](Sequence* s) {
@@ -3772,11 +3790,14 @@ int main(int argc, char** argv) {
         {"tokenize", command_tokenize, "text to token files"},
         {"info", command_info, "parameters, FLOPs and memory plan of a config or a model"},
     };
+    for (int fd : {0, 1, 2}) if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDWR) < 0) return 1;     // where one is closed, a file would take its number, and the messages
     setvbuf(stdout, nullptr, _IOLBF, 1 << 16);
     signal(SIGXFSZ, SIG_IGN);               // a limit on file sizes is an error of the write, not the end of the program
+    signal(SIGBUS, [](int) { const char line[] = "olmoe: a file became shorter while it was read\n"; _exit(write(2, line, sizeof line - 1) > 0); });
     for (auto& c : commands)
         if (argc > 1 && strcmp(argv[1], c.name) == 0) {
-            int code = c.run(argc, argv);
+            int code = 1;
+            try { code = c.run(argc, argv); } catch (const std::bad_alloc&) { die("out of memory"); }
             if (fflush(stdout) != 0 || ferror(stdout)) die("cannot write to standard output: %s", strerror(errno));
             return code;
         }

@@ -419,7 +419,8 @@ inline void writer_begin(TokenWriter* w, InputReader* r, const nlohmann::json& r
         return;
     }
     if (!restart && errno != ENOENT) throw std::runtime_error(path + ": cannot be read: " + strerror(errno));
-    if (w->max_tokens > 0 && !restart && access(first.c_str(), F_OK) == 0) throw std::runtime_error(first + ": written by an earlier run; --restart replaces its files");
+    for (const std::string& earlier : {first, w->out})
+        if (w->max_tokens > 0 && !restart && access(earlier.c_str(), F_OK) == 0) throw std::runtime_error(earlier + ": written by an earlier run; --restart replaces its files");
     writer_open_part(w);
     unlink(path.c_str());
 }

@@ -341,7 +341,8 @@ inline void tokenizer_open(Tokenizer* t, const std::string& name) {
     auto refuse = [&](const std::string& what) { die("tokenizer %s: %s", t->path.c_str(), what.c_str()); };
     auto read = [](const std::string& path) {
         std::ifstream file(path, std::ios::binary);
-        return file ? json::parse(file, nullptr, false) : json();
+        auto shallow = [](int depth, json::parse_event_t, json&) { return depth < 100; };       // deeper values are dropped: dump() would recurse into them
+        return file ? json::parse(file, shallow, false) : json();
     };
     json j = read(t->path);
     if (j.is_null()) refuse(std::string("cannot be read: ") + strerror(errno) + "; --tokenizer takes bytes, a tokenizer.json, or a directory that holds one");

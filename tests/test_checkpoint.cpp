@@ -492,15 +492,37 @@ static void test_roundtrip(const string& dir) {
         }
     // The bytes are those of the arguments: another place, another save, the same files.
     const string one = dir + "/one", two = dir + "/a/longer/path";
-    spill(dir + "/tok.json", "{\"tokens\": 1}\n");
-    save(one, 3, true, 5, little(), dir + "/tok.json", 100);
+    const string tokenizer = "{\"tokens\": 1}\n";
+    save(one, 3, true, 5, little(), tokenizer, 100);
     save(one, 3, true, 6, little(), "", 100);
-    save(one, 3, true, 5, little(), dir + "/tok.json", 100);
-    save(two, 3, true, 5, little(), one + "/step-00000003/tokenizer.json", 100);
+    save(one, 3, true, 5, little(), tokenizer, 100);
+    save(two, 3, true, 5, little(), tokenizer, 100);
     auto left = files_of(one + "/step-00000003"), right = files_of(two + "/step-00000003");
-    check(left == right && left.size() >= 8 && left["tokenizer.json"] == "{\"tokens\": 1}\n", "bytes do not depend on the path");
-    dies("no tokenizer", {"/nowhere/tokenizer.json", "No such file"}, [&] { save(dir + "/three", 1, false, 1, little(), "/nowhere/tokenizer.json"); });
-    check(!fs::exists(dir + "/three"), "and nothing was made");
+    check(left == right && left.size() >= 8 && left["tokenizer.json"] == tokenizer, "bytes do not depend on the path");
+    // A number that is not finite is saved by no name, and takes nothing away.
+    for (bool narrow : {false, true})
+        for (State bad : {State::weights, State::m, State::v, State::master})
+            for (float number : {NAN, INFINITY, -INFINITY}) {
+                if (bad == State::master && !narrow) continue;
+                const string three = dir + "/three";
+                fresh(three);
+                save(three, 1, narrow, 1);
+                auto kept = files_of(three + "/step-00000001");
+                dies("not finite", {"step 2 is not saved", "model.layers.0.self_attn.q_norm.weight has a number that is not finite", bad == State::weights ? "finite. E" : "in AdamW's state. E"}, [&] {
+                    const OlmoeConfig c = little();
+                    size_t at = 0;
+                    for (const HfTensor& t : hf_tensors(c)) if (t.name == "model.layers.0.self_attn.q_norm.weight") at = t.offset + t.count - 1;
+                    checkpoint_save(three, 2, c, narrow, narrow, [&](State s, size_t offset, size_t count, void* dst) {
+                        for (size_t i = 0; i < count; i++) {
+                            float f = s == bad && offset + i == at ? number : value(s, offset + i, 1);
+                            uint16_t half = upper(f);
+                            if (s == State::weights && narrow) memcpy((char*)dst + 2 * i, &half, 2);
+                            else memcpy((char*)dst + 4 * i, &f, 4);
+                        }
+                    }, {{"a", 1}}, "");
+                });
+                check(files_of(three + "/step-00000001") == kept && std::distance(fs::directory_iterator(three), fs::directory_iterator()) == 1, "the earlier checkpoint is all there is");
+            }
     spill(dir + "/plain", "x");
     dies("out is a file", {dir + "/plain", "nothing was saved"}, [&] { save(dir + "/plain", 1, false, 1); });
 }
@@ -834,9 +856,8 @@ static void test_ranks(const string& dir) {
     int saves = 0;
     for (bool bf16 : {false, true})
         for (size_t shard : {(size_t)5000000000, (size_t)150}) {
-            spill(dir + "/tokenizer.json", "{}");
             fresh(one);
-            save(one, 2, bf16, 1, little(), dir + "/tokenizer.json", shard);
+            save(one, 2, bf16, 1, little(), "{}", shard);
             for (auto& [name, split] : splits)
                 for (int ranks = 1; ranks <= MAX_RANKS; ranks++) {
                     const string what = std::to_string(ranks) + " ranks, " + name + (bf16 ? ", BF16, " : ", FP32, ") + std::to_string(shard);
@@ -845,7 +866,7 @@ static void test_ranks(const string& dir) {
                         std::vector<string> log;
                         trace = &log;
                         if (savers.rank == ranks - 1) usleep(3000);          // the others wait
-                        save(out, 2, bf16, 1, little(), dir + "/tokenizer.json", shard, savers);
+                        save(out, 2, bf16, 1, little(), "{}", shard, savers);
                         trace = nullptr;
                         if (!fs::exists(step_dir(out, 2))) die("it is not complete");
                         std::set<string> dirty;

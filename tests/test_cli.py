@@ -394,6 +394,114 @@ def test_recipe_changed_between_runs(data, tmp_path):
     assert "until step" not in out
 
 
+def test_screen_that_goes_away(data, tmp_path):
+    """Ctrl-C at `olmoe train | tee` ends tee at once: the step's line has no reader, and yet all is saved. So it is when nobody reads from the start."""
+    for stop in (True, False):
+        out = tmp_path / str(stop)
+        process = start(*train_args(data, out, "--steps", 4000 if stop else 5, "--schedule", "constant"))
+        process.stdout.close()
+        if stop:
+            wait_for_step(out, 3)
+            process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+        assert process.returncode == 1 and "cannot write to standard output" in process.stderr.read()
+        assert [p.name for p in out.glob("step-*")] == [f"step-{steps(out)[-1]['step']:08}"]
+
+
+def test_closed_streams(data, tmp_path):
+    """No file takes the number of a standard stream that is closed, and with it the messages."""
+    (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"text": \n')
+    for closed in (1, 2):
+        result = run("tokenize", "--tokenizer", "bytes", "--out", tmp_path / "t.npy", tmp_path / "bad.jsonl", preexec_fn=lambda: os.close(closed))
+        assert result.returncode == 0 and (tmp_path / "t.npy").read_bytes() == struct.pack("<5H", *b"good", 256)
+        result = run(*train_args(data, tmp_path / f"out{closed}", "--steps", 2), preexec_fn=lambda: os.close(closed))
+        assert result.returncode == 0 and [line["step"] for line in steps(tmp_path / f"out{closed}")] == [1, 2]
+
+
+def test_two_runs_in_one_directory(data, tmp_path):
+    process = start(*train_args(data, tmp_path, "--steps", 4000, "--schedule", "constant"))
+    wait_for_step(tmp_path, 3)
+    for more in ([], ["--resume"]):
+        refused(*train_args(data, tmp_path, "--steps", 5, *more), words=["another run", str(tmp_path)])
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 0 and len(list(tmp_path.glob("step-*"))) == 1
+    ok(*train_args(data, tmp_path, "--steps", steps(tmp_path)[-1]["step"] + 1, "--schedule", "constant", "--resume"))
+
+
+def test_validation_is_checked_before_training(data, tmp_path):
+    """What is wrong with it is not first found behind the last step, before its checkpoint."""
+    tokens = (data / "val.npy").read_bytes()
+    (tmp_path / "ids.npy").write_bytes(tokens[:1000] + struct.pack("<H", 9999) + tokens[1002:])
+    args = train_args(data, tmp_path / "out", "--steps", 2)
+    refused(*args, "--val", tmp_path / "ids.npy", words=["ids.npy", "token 500", "9999"])
+    (tmp_path / "documents.npy").write_bytes(tokens)
+    (tmp_path / "documents.csv.gz").write_bytes((data / "val.csv.gz").read_bytes()[:20])
+    refused(*args, "--val", tmp_path / "documents.npy", words=["documents.csv.gz", "damaged"])
+    assert not (tmp_path / "out").exists()
+    ok(*args, "--val", tmp_path / "ids.npy", "--val-batches", 5)                # 480 tokens, which are all right
+
+
+def test_tokenizer_that_goes_away(data, tmp_path):
+    """It is part of the checkpoints as it was when the run began."""
+    shutil.copy(ROOT / "tests" / "fixtures" / "tokenizer" / "tokenizer.json", tmp_path / "t.json")
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": 50304, "hidden_size": 6}))
+    args = train_args(data, tmp_path / "out", "--steps", 4000, "--schedule", "constant", "--tokenizer", tmp_path / "t.json")
+    args[2] = tmp_path / "config.json"
+    process = start(*args)
+    wait_for_step(tmp_path / "out", 1)
+    content = (tmp_path / "t.json").read_bytes()
+    (tmp_path / "t.json").unlink()
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert [p.read_bytes() == content for p in (tmp_path / "out").glob("step-*/tokenizer.json")] == [True]
+
+
+def test_weights_that_overflow_are_not_saved(data, tmp_path):
+    """The last update can leave what no step has computed with yet; the checkpoints before it stay."""
+    args = ["--lr", "1e3", "--min-lr", "1e3", "--weight-decay", 10, "--grad-clip", 0, "--warmup", 0, "--schedule", "constant", "--save-every", 1, "--keep-last", 1]
+    refused(*train_args(data, tmp_path, "--steps", 200, *args), words=["step"])
+    saved, = tmp_path.glob("step-*")
+    raw = (saved / "model.safetensors").read_bytes()
+    length, = struct.unpack("<Q", raw[:8])
+    wide = '"F32"' in raw[8:8 + length].decode()
+    upper = struct.unpack(f"<{(len(raw) - 8 - length) // 2}H", raw[8 + length:])[1 if wide else 0::2 if wide else 1]
+    assert all(x & 0x7f80 != 0x7f80 for x in upper)
+
+
+def test_many_domains(data, tmp_path):
+    """Documents whose ids name a domain each make no table."""
+    with open(tmp_path / "val.jsonl", "w") as f:
+        for i in range(3000):
+            f.write(json.dumps({"id": hashlib.md5(str(i).encode()).hexdigest(), "text": "the cat"}) + "\n")
+    ok("tokenize", "--tokenizer", "bytes", "--out", tmp_path / "val.npy", tmp_path / "val.jsonl")
+    said = ok(*train_args(data, tmp_path / "out", "--steps", 1, "--val", tmp_path / "val.npy", "--val-batches", 2))
+    assert "validation loss" in said and "by domain" not in said and len(said.splitlines()) < 60
+
+
+def test_deeply_nested_json(data, tmp_path):
+    deep = "[" * 300000 + "]" * 300000
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG).replace('"hidden_size": 24', f'"hidden_size": {deep}'))
+    refused("info", "--config", tmp_path / "config.json", words=["hidden_size"])
+    tokenizer = json.loads((ROOT / "tests" / "fixtures" / "tokenizer" / "tokenizer.json").read_text())
+    tokenizer["model"]["dropout"] = "deep"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer).replace('"deep"', deep))
+    (tmp_path / "text.txt").write_text("text")
+    refused("tokenize", "--tokenizer", tmp_path / "tokenizer.json", "--out", tmp_path / "x.npy", tmp_path / "text.txt", words=["dropout"])
+
+
+def test_file_that_shrinks(data, tmp_path):
+    (tmp_path / "t.npy").write_bytes((data / "train.npy").read_bytes() * 100)
+    args = train_args(data, tmp_path / "out", "--steps", 100000, "--schedule", "constant")
+    args[4] = tmp_path / "t.npy"
+    process = start(*args)
+    wait_for_step(tmp_path / "out", 3)
+    os.truncate(tmp_path / "t.npy", 0)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1 and stderr == "olmoe: a file became shorter while it was read\n"
+
+
 def test_output_that_cannot_be_written(data):
     with open("/dev/full", "w") as full:
         result = subprocess.run([OLMOE, "info", "--config", data / "config.json"], stdout=full, stderr=subprocess.PIPE, text=True)

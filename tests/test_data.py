@@ -612,7 +612,8 @@ def test_tokenize_replaces_parts_only_when_told(drive, tmp_path):
     (tmp_path / "a.txt").write_text("x" * 100)
     x, a = tmp_path / "x.npy", tmp_path / "a.txt"
     drive(f"tokenize bytes {x} {a}")
-    assert drive(f"tokenize bytes {x} max=20 {a}")[0] == "1 101 6 0"
+    assert "x.npy: written by an earlier run" in drive(f"tokenize bytes {x} max=20 {a}", fails=True) and sorted(folder(tmp_path)) == ["a.txt", "x.csv.gz", "x.npy"]
+    assert drive(f"tokenize bytes {x} max=20 restart {a}")[0] == "1 101 6 0"
     many = folder(tmp_path)
     assert sorted(many) == sorted(["a.txt"] + [f"x-{i:05d}.{s}" for i in range(6) for s in ("npy", "csv.gz")])
     assert "x-00000.npy: written by an earlier run" in drive(f"tokenize bytes {x} max=60 {a}", fails=True) and folder(tmp_path) == many

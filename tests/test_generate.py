@@ -110,6 +110,15 @@ def test_streamed_text_is_the_same(model):
     assert ok("generate", *options, "--n", 2).startswith(f"--- prompt 0, sample 0\n{text}\n\n--- prompt 0, sample 1\n")
 
 
+def test_every_byte_is_printed(model):
+    """Also a NUL, which ends no text."""
+    options = ["--model", model, "--tokenizer", "bytes", "--prompt", "a", "--n", 30, "--max-tokens", 50, "--temperature", 50, "--seed", 1]
+    printed = subprocess.run([OLMOE, *map(str, ["generate", *options])], capture_output=True, timeout=300).stdout
+    texts = [s["text"].encode() for s in samples(*options)]
+    assert any(b"\0" in text for text in texts)
+    assert printed == b"\n".join(b"--- prompt 0, sample %d\n%s\n" % (i, text) for i, text in enumerate(texts))
+
+
 def test_stop_strings(model):
     options = ["--model", model, "--tokenizer", "bytes", "--prompt", "the ", "--max-tokens", 40, "--seed", 4]
     text = samples(*options)[0]["text"]
@@ -189,15 +198,24 @@ def test_stats():
     assert plain.stdout == done.stdout and plain.stderr == ""
 
 
-def test_bad_input(tmp_path):
+def test_bad_input(model, tmp_path):
     refused("generate", words=["--model"])
     refused("generate", "--model", ODD, words=["--prompt"])
     refused("generate", "--model", ODD, "--prompt", "a", words=["no tokenizer"])
     refused("generate", "--model", ODD, "--prompt", "a", "--ids", "1", words=["one of"])
     refused("generate", "--model", ODD, "--ids", "1,,2", words=["--ids"])
     refused("generate", "--model", ODD, "--ids", "1,211", words=["210"])
+    refused("generate", "--model", ODD, "--ids", "1", "--logprobs", words=["--logprobs", "--json"])
+    refused("generate", "--model", ODD, "--ids", "1", "--chat", words=["--chat", "--ids"])
+    refused("generate", "--model", ODD, "--ids", "1", "--system", "a", words=["--system", "--chat"])
+    for more in (["--json"], ["--n", 2]):
+        refused("generate", "--model", model, "--tokenizer", "bytes", "--chat", *more, words=[more[0]])
+    for messages in ("[]", "{}", "null"):
+        (tmp_path / "in.jsonl").write_text('{"messages": ' + messages + "}\n")
+        refused("generate", "--model", model, "--tokenizer", "bytes", "--input", tmp_path / "in.jsonl", words=[":1:", "messages"])
     refused("generate", "--model", ODD, "--input", tmp_path / "missing", words=["missing", "No such file"])
-    for text, words in (("{\"ids\": [1, 2]}\nnonsense\n", [":2:", "not a JSON object"]), ("{\"ids\": [-1]}\n", [":1:", "-1"]), ("{\"ids\": []}\n", ["empty"]),
+    for text, words in (("{\"ids\": [1, 2]}\nnonsense\n", [":2:", "not a JSON object"]), ("{\"ids\": [-1]}\n", [":1:", "-1"]), ("{\"ids\": []}\n", ["no list of token ids"]),
+                        ("{\"ids\": [1.7]}\n", ["1.7"]), ("{\"ids\": [true]}\n", ["true"]), ("{\"ids\": [4294967301]}\n", ["4294967301"]), ("{\"ids\": [1], \"id\": " + "[" * 300000 + "\n", [":1:", "not a JSON"]),
                         ("{\"ids\": \"a\"}\n", [":1:"]), ("\n\n", ["no prompt"]), ("{\"prompt\": \"a\"}\n", ["no tokenizer"])):
         (tmp_path / "in.jsonl").write_text(text)
         refused("generate", "--model", ODD, "--input", tmp_path / "in.jsonl", words=words)
