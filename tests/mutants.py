@@ -122,4 +122,10 @@ MUTANTS = [
     ("half_written_file_stays", "checkpoint.h", "std::filesystem::remove_all(scratch, ignored);", "", CHECKPOINT + "[full]"),
     ("piece_of_another_rank_misplaced", "checkpoint.h", "w.write(buffer.data(), p.bytes, p.at);", "w.write(buffer.data(), p.bytes, p.at - savers.rank);", CHECKPOINT + "[ranks]"),
     ("checksums_combined_in_the_wrong_order", "checkpoint.h", "crc32_combine(crc, (uLong)crcs[i],", "crc32_combine((uLong)crcs[i], crc,", CHECKPOINT + "[ranks]"),
+    ("numbers_that_are_not_finite_are_saved", "checkpoint.h", "(upper & 0x7f80) != 0x7f80", "true", CHECKPOINT + "[roundtrip]"),
+
+    # ---- The command line
+    ("screen_that_goes_away_ends_training", "olmoe.cu", "signal(SIGPIPE, SIG_IGN);", "", CLI + "screen_that_goes_away"),
+    ("two_runs_share_a_directory", "olmoe.cu", "LOCK_EX | LOCK_NB", "LOCK_SH | LOCK_NB", CLI + "two_runs_in_one_directory"),
+    ("validation_data_is_read_too_late", "olmoe.cu", "if (!o.val.empty()) dataloader_check", "if (false) dataloader_check", CLI + "validation_is_checked_before_training"),
 ]
