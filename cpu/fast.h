@@ -24,8 +24,7 @@ inline bool valid(dim3 grid, dim3 block) {
         && grid.y > 0 && grid.y <= 65535 && grid.z > 0 && grid.z <= 65535;
 }
 
-// The launch's threads are dealt to cores in units of so many: with whole vectors in each unit, the bits of a result do
-// not depend on how many cores there are.
+// The launch's threads are dealt to cores in units of so many, whole vectors.
 constexpr unsigned UNIT = 16;
 
 // Units first .. last - 1 of a launch. Everything comes by value: what a region of OpenMP captures by reference would be
@@ -66,15 +65,12 @@ template <class Kernel> struct Launch {
         static double ns_per_unit = 100;
         double start = begin_launch();
         bool parallel = threads > 1 && units > 1 && ns_per_unit * (double)units > 10000;
-        if (!parallel) {
-            run_units(kernel, grid, block, 0, units, args...);
-        } else {
-            // Dealt out in turns: with one piece a core, a triangle's rows would leave the first core idle.
-            size_t pieces = units < 8 * (size_t)threads ? units : 8 * (size_t)threads;
-#pragma omp parallel for schedule(static, 1)
-            for (size_t p = 0; p < pieces; p++)
-                run_units(kernel, grid, block, units * p / pieces, units * (p + 1) / pieces, args...);
-        }
+        // Dealt out in turns: with one piece a core, a triangle's rows would leave the first core idle. The same pieces on one core:
+        // g++'s loop may take another way for few threads than for many, and time must not decide about bits.
+        size_t pieces = units < 8 * (size_t)threads ? units : 8 * (size_t)threads;
+#pragma omp parallel for schedule(static, 1) if(parallel)
+        for (size_t p = 0; p < pieces; p++)
+            run_units(kernel, grid, block, units * p / pieces, units * (p + 1) / pieces, args...);
         ns_per_unit = end_launch(name, start) / (double)units * (parallel ? threads : 1);
     }
 };
