@@ -101,6 +101,7 @@ void die(const char* format, ...) {
     va_start(args, format);
     at += std::min<int>(vsnprintf(at, end - at, format, args), (int)(end - at) - 1);
     va_end(args);
+    std::replace_if(line, at, [](char c) { return (unsigned char)c < 32; }, '?');      // a file's name may hold a newline
     strcpy(at, "\n");
     fputs(line, stderr);                    // in one piece: other ranks write, too
     ranks_end();                            // returns where there are no others
@@ -3773,7 +3774,8 @@ int command_tokenize(int argc, char** argv) {
     const char* threads = getenv("OMP_NUM_THREADS");
     o.max_tokens = (size_t)max_tokens;
     o.save_every = (size_t)save_every;
-    o.threads = threads && atoi(threads) > 0 ? (size_t)atoi(threads) : std::thread::hardware_concurrency();
+    size_t cores = std::max(1u, std::thread::hardware_concurrency());
+    o.threads = threads && atoi(threads) > 0 ? std::min<size_t>(atoi(threads), 4 * cores) : cores;
     TokenizeCounts counts = tokenize_files(t, inputs, out, o);
     std::string more = counts.files > 1 ? text(" in %zu files", counts.files) : "";
     if (counts.damaged > 0) more += text(", %zu damaged lines left out", counts.damaged);

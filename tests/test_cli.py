@@ -535,6 +535,7 @@ def test_output_that_cannot_be_written(data):
     (["verify"], ["--model", "--reference"]),
     (["info"], ["--config"]),
     (["info", "--config", "/nonexistent/config.json"], ["/nonexistent/config.json"]),
+    (["info", "--config", "two\nlines"], ["two?lines"]),
     (["tokenize"], ["--tokenizer"]),
     (["tokenize", "--tokenizer", "martian", "--out", "x.npy", "y.txt"], ["martian"]),
     (["tokenize", "--tokenizer", "bytes", "--out", "/tmp/x.npy", "/nonexistent.txt"], ["/nonexistent.txt"]),
