@@ -290,7 +290,7 @@ inline void safetensors_open(Safetensors* f, const std::string& path) {
     std::string twice;
     auto see = [&](int depth, nlohmann::json::parse_event_t event, nlohmann::json& key) {
         if (depth == 1 && event == nlohmann::json::parse_event_t::key && !names.insert(key.get<std::string>()).second) twice = json_shown(key);
-        return true;
+        return depth < 100;                               // as in json_parse
     };
     nlohmann::json j = nlohmann::json::parse(bytes + 8, data, see, false);
     if (!j.is_object()) die("%s: its header is not a JSON object; it is damaged, or not a safetensors file", at);

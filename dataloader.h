@@ -13,6 +13,7 @@
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <string>
 #include <vector>
 #include <fcntl.h>
@@ -381,10 +382,13 @@ inline size_t dataloader_rows(DataLoader* d, size_t first, size_t n, int32_t* in
     return filled;
 }
 
-// Dies now where one of the first n instances has an id outside of the vocabulary.
-inline void dataloader_check(DataLoader* d, size_t n) {
+// Dies now where one of the first n instances has an id outside of the vocabulary. Calls alive() while it reads.
+inline void dataloader_check(DataLoader* d, size_t n, const std::function<void()>& alive) {
     std::vector<int32_t> row(2 * (size_t)d->T);
-    for (size_t i = 0; i < std::min(n, d->instances); i++) dataloader_row(d, i, row.data(), row.data() + d->T);
+    for (size_t i = 0; i < std::min(n, d->instances); i++) {
+        dataloader_row(d, i, row.data(), row.data() + d->T);
+        if (i % 1024 == 0) alive();
+    }
 }
 
 inline void dataloader_seek(DataLoader* d, int64_t epoch, int64_t position) {

@@ -2849,7 +2849,7 @@ int command_train(int argc, char** argv) {
     if (o.global_batch > (int64_t)data.instances) die("--global-batch %ld is more than the %zu sequences of the data; use a smaller one, or a smaller --seq", o.global_batch, data.instances);
     DomainTable domains;
     if (!o.val.empty()) dataloader_open(&val, o.val, (int)o.T, config.V, DataOrder::sequential, 0, false);
-    if (!o.val.empty()) dataloader_check(&val, o.val_batches > 0 ? (size_t)(o.val_batches * o.B) : val.instances);     // not after hours
+    if (!o.val.empty()) dataloader_check(&val, o.val_batches > 0 ? (size_t)(o.val_batches * o.B) : val.instances, ranks_alive);     // not after hours
     if (o.val.size() == 1) domains_open(&domains, o.val[0], config);
     if (mkdir(o.out.c_str(), 0777) != 0 && errno != EEXIST) die("cannot make the directory %s: %s", o.out.c_str(), strerror(errno));
     device_open();
@@ -3015,7 +3015,7 @@ int command_train(int argc, char** argv) {
                 Validation v = validate(&m, &val, o.val_batches, have_tokenizer && tokenizer.bytes, have_tokenizer ? tokenizer.eos : -1, &balance, last && domains.names.size() > 1 ? &domains : nullptr);
                 printf("  validation loss %.4f", v.loss);
                 fprintf(log, std::isfinite(v.loss) ? ",\"val_loss\":%.9g" : ",\"val_loss\":null", v.loss);
-                if (v.bits_per_byte > 0) { printf(", %.4f bits per byte", v.bits_per_byte); fprintf(log, ",\"val_bpb\":%.9g", v.bits_per_byte); }
+                if (v.bits_per_byte > 0 && std::isfinite(v.loss)) { printf(", %.4f bits per byte", v.bits_per_byte); fprintf(log, ",\"val_bpb\":%.9g", v.bits_per_byte); }
                 printf("\n");
                 if (last && domains.names.size() > 1) print_domains(domains, config);
             }
@@ -3795,7 +3795,7 @@ int main(int argc, char** argv) {
     for (int fd : {0, 1, 2}) if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDWR) < 0) return 1;     // where one is closed, a file would take its number, and the messages
     setvbuf(stdout, nullptr, _IOLBF, 1 << 16);
     signal(SIGXFSZ, SIG_IGN);               // a limit on file sizes is an error of the write, not the end of the program
-    signal(SIGBUS, [](int) { const char line[] = "olmoe: a file became shorter while it was read\n"; _exit(write(2, line, sizeof line - 1) > 0); });
+    signal(SIGBUS, [](int) { const char line[] = "olmoe: a file became shorter while it was read, or shared memory is full\n"; (void)!write(2, line, sizeof line - 1); _exit(1); });
     for (auto& c : commands)
         if (argc > 1 && strcmp(argv[1], c.name) == 0) {
             int code = 1;

@@ -715,6 +715,7 @@ void enqueue_gemm(const Gemm& g, cudaStream_t stream) {
     check_range(call, "C", g.C, extent_C(g), false);
     enqueue(check_stream(stream, "cublasGemm"), [g] {
         running_call = "a matrix product";
+        for (const void* p : {g.A, g.B, (const void*)g.C}) open_allocation(p);        // lest a thread of oneDNN's, whose stack pointer is in the heap, should fault
         run_gemm(g);
         running_call = nullptr;
     });

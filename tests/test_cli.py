@@ -419,7 +419,7 @@ def test_closed_streams(data, tmp_path):
 
 
 def test_two_runs_in_one_directory(data, tmp_path):
-    process = start(*train_args(data, tmp_path, "--steps", 4000, "--schedule", "constant"))
+    process = start(*train_args(data, tmp_path, "--steps", 1000000, "--schedule", "constant"))
     wait_for_step(tmp_path, 3)
     for more in ([], ["--resume"]):
         refused(*train_args(data, tmp_path, "--steps", 5, *more), words=["another run", str(tmp_path)])
@@ -491,6 +491,13 @@ def test_deeply_nested_json(data, tmp_path):
     refused("tokenize", "--tokenizer", tmp_path / "tokenizer.json", "--out", tmp_path / "x.npy", tmp_path / "text.txt", words=["dropout"])
 
 
+def test_deeply_nested_header(data, straight, tmp_path):
+    shutil.copytree(straight / "step-00000020", tmp_path / "model")
+    header = ('{"x":{"dtype":' + "[" * 300000 + "]" * 300000 + ',"shape":[],"data_offsets":[0,0]}}').encode()
+    (tmp_path / "model" / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    refused("info", "--model", tmp_path / "model", words=["model.safetensors"])
+
+
 def test_file_that_shrinks(data, tmp_path):
     (tmp_path / "t.npy").write_bytes((data / "train.npy").read_bytes() * 100)
     args = train_args(data, tmp_path / "out", "--steps", 100000, "--schedule", "constant")
@@ -499,7 +506,7 @@ def test_file_that_shrinks(data, tmp_path):
     wait_for_step(tmp_path / "out", 3)
     os.truncate(tmp_path / "t.npy", 0)
     stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1 and stderr == "olmoe: a file became shorter while it was read\n"
+    assert process.returncode == 1 and stderr == "olmoe: a file became shorter while it was read, or shared memory is full\n"
 
 
 def test_output_that_cannot_be_written(data):

@@ -52,10 +52,12 @@ def build_and_run(name):
     assert made.returncode == 0, made.stderr
     command, options = [f"build/{folder}/test_olmoe", *arguments], {"cwd": ROOT, "env": {**clean, "OMP_NUM_THREADS": "1", **environment}}
     others = [subprocess.Popen(command, **options, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(4 if name.endswith("busy") else 0)]
-    done = subprocess.run(command, **options, capture_output=True, text=True, timeout=600)
-    for other in others:
-        other.wait()
-    return done
+    try:
+        return subprocess.run(command, **options, capture_output=True, text=True, timeout=600)
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 @pytest.fixture(scope="module")
