@@ -63,7 +63,7 @@ static void run_fp32(const Gemm& g, const float* A, const float* B, float* C) {
         if (status != dnnl_success) { fprintf(stderr, "oneDNN: sgemm %d x %d x %d failed with status %d\n", rows, g.n, g.k, (int)status); abort(); }
     };
     // An A that is to be transposed, W in y = W x, oneDNN copies first, and where C has few columns each of its threads copies all
-    // of it: two threads took as long as one. So each thread gets rows of its own, a multiple of what a vector holds, if there are enough.
+    // of it: two threads were hardly faster than one. So each thread gets rows of its own, a multiple of what a vector holds, if there are enough.
     const int threads = omp_get_max_threads(), rows = (g.m + 16 * threads - 1) / (16 * threads) * 16;
     if (!g.transa || threads == 1 || omp_in_parallel() || rows * (threads - 1) >= g.m) return run(0, g.m);
 #pragma omp parallel for schedule(static)
