@@ -86,7 +86,7 @@ constexpr int EXPERT_STREAMS = 8;           // streams over which the experts' m
 // One line on standard error and exit code 1.
 [[noreturn]] void die(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-#include "ranks.h"          // who the other ranks are, and whether they live
+#include "lib/ranks.h"          // who the other ranks are, and whether they live
 static Ranks ranks;
 
 void die(const char* format, ...) {
@@ -416,9 +416,9 @@ struct OlmoeConfig {
 };
 
 #include "tokenizer.h"      // text <-> token ids
-#include "tokenize.h"       // text files -> token files
+#include "commands/tokenize.h"       // text files -> token files
 #include "dataloader.h"     // token files -> batches, in OLMo's order
-#include "checkpoint.h"     // Hugging Face directories, training state
+#include "lib/checkpoint.h"     // Hugging Face directories, training state
 
 // ------------------------------------------------------------------------------------------------
 // Matrix multiplication, by cuBLAS

@@ -31,7 +31,7 @@
 #include <zlib.h>
 #include <nlohmann/json.hpp>
 #include <utf8proc.h>
-#include "unicode_differences.h"
+#include "lib/unicode_differences.h"
 
 [[noreturn]] void die(const char* format, ...) __attribute__((format(printf, 1, 2)));
 

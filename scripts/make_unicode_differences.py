@@ -24,7 +24,7 @@ except ImportError as e:
     sys.exit(f"make_unicode_differences.py: {e}; run it by build/venv/bin/python after make venv")
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
-FILE = Path(__file__).resolve().parent.parent / "unicode_differences.h"
+FILE = Path(__file__).resolve().parent.parent / "lib" / "unicode_differences.h"
 CODE_POINTS = [c for c in range(0x110000) if not 0xd800 <= c < 0xe000]
 KINDS = {"L": 1, "N": 2, "Z": 3}            # as in tokenizer.h; anything else 0
 

@@ -101,10 +101,10 @@ MUTANTS = [
     ("filter_threshold", "dataloader.h", "31 * p)", "32 * p)", DATA + "repetition_filter"),
     ("pcg_rotation", "dataloader.h", ">> 122", ">> 121", DATA + "pcg64_outputs"),
     ("ranks_take_runs", "dataloader.h", "rank + world * row", "rank * (G / world) + row", DATA + "ranks_share_the_global_batch[2]"),
-    ("batches_as_they_come", "tokenize.h", " && due->first == pool->written", "", DATA + "tokenize_any_number_of_threads"),
-    ("goes_on_behind_what_was_not_saved", "tokenize.h", "ftruncate(file, (off_t)bytes) != 0 || ", "", DATA + "full_disk_loses_nothing"),
-    ("document_fills_a_file_to_the_limit", "tokenize.h", "w->part_tokens + left >= max", "w->part_tokens + left > max", DATA + "tokenize_document_that_reaches_the_limit"),
-    ("pieces_cut_in_white_space", "tokenize.h", " || white_space(*piece, 0, i, false)", "", DATA + "pieces_of_a_long_text"),
+    ("batches_as_they_come", "commands/tokenize.h", " && due->first == pool->written", "", DATA + "tokenize_any_number_of_threads"),
+    ("goes_on_behind_what_was_not_saved", "commands/tokenize.h", "ftruncate(file, (off_t)bytes) != 0 || ", "", DATA + "full_disk_loses_nothing"),
+    ("document_fills_a_file_to_the_limit", "commands/tokenize.h", "w->part_tokens + left >= max", "w->part_tokens + left > max", DATA + "tokenize_document_that_reaches_the_limit"),
+    ("pieces_cut_in_white_space", "commands/tokenize.h", " || white_space(*piece, 0, i, false)", "", DATA + "pieces_of_a_long_text"),
 
     # ---- Tokenizer
     ("white_space_keeps_its_last", "tokenizer.h", "q < end && last > p ? last : q", "q < end && last < p ? last : q", TOKENIZER + "nasty"),
@@ -114,15 +114,15 @@ MUTANTS = [
     ("stream_ends_within_a_character", "tokenizer.h", "if (partial && pending) {", "if (partial && pending && n < -1) {", TOKENIZER + "stream"),
 
     # ---- Checkpoints
-    ("file_not_synced", "checkpoint.h", "fsync(fd) != 0 || ", "", CHECKPOINT + "[sync]"),
-    ("directory_not_synced", "checkpoint.h", "    directory_sync(tmp);\n", "", CHECKPOINT + "[sync]"),
-    ("written_in_place", "checkpoint.h", 'tmp = out_dir + "/." + name + ".tmp"', "tmp = final", CHECKPOINT + "[kill]"),
-    ("checksum_not_compared", "checkpoint.h", 'sum["crc32"] != crc_text(crc)', 'sum["crc32"].empty()', CHECKPOINT + "[damage]"),
-    ("header_length_not_checked", "checkpoint.h", " || header > size - 8", "", CHECKPOINT + "[safetensors]"),
-    ("half_written_file_stays", "checkpoint.h", "std::filesystem::remove_all(scratch, ignored);", "", CHECKPOINT + "[full]"),
-    ("piece_of_another_rank_misplaced", "checkpoint.h", "w.write(buffer.data(), p.bytes, p.at);", "w.write(buffer.data(), p.bytes, p.at - savers.rank);", CHECKPOINT + "[ranks]"),
-    ("checksums_combined_in_the_wrong_order", "checkpoint.h", "crc32_combine(crc, (uLong)crcs[i],", "crc32_combine((uLong)crcs[i], crc,", CHECKPOINT + "[ranks]"),
-    ("numbers_that_are_not_finite_are_saved", "checkpoint.h", "(upper & 0x7f80) != 0x7f80", "true", CHECKPOINT + "[roundtrip]"),
+    ("file_not_synced", "lib/checkpoint.h", "fsync(fd) != 0 || ", "", CHECKPOINT + "[sync]"),
+    ("directory_not_synced", "lib/checkpoint.h", "    directory_sync(tmp);\n", "", CHECKPOINT + "[sync]"),
+    ("written_in_place", "lib/checkpoint.h", 'tmp = out_dir + "/." + name + ".tmp"', "tmp = final", CHECKPOINT + "[kill]"),
+    ("checksum_not_compared", "lib/checkpoint.h", 'sum["crc32"] != crc_text(crc)', 'sum["crc32"].empty()', CHECKPOINT + "[damage]"),
+    ("header_length_not_checked", "lib/checkpoint.h", " || header > size - 8", "", CHECKPOINT + "[safetensors]"),
+    ("half_written_file_stays", "lib/checkpoint.h", "std::filesystem::remove_all(scratch, ignored);", "", CHECKPOINT + "[full]"),
+    ("piece_of_another_rank_misplaced", "lib/checkpoint.h", "w.write(buffer.data(), p.bytes, p.at);", "w.write(buffer.data(), p.bytes, p.at - savers.rank);", CHECKPOINT + "[ranks]"),
+    ("checksums_combined_in_the_wrong_order", "lib/checkpoint.h", "crc32_combine(crc, (uLong)crcs[i],", "crc32_combine((uLong)crcs[i], crc,", CHECKPOINT + "[ranks]"),
+    ("numbers_that_are_not_finite_are_saved", "lib/checkpoint.h", "(upper & 0x7f80) != 0x7f80", "true", CHECKPOINT + "[roundtrip]"),
 
     # ---- The command line
     ("screen_that_goes_away_ends_training", "olmoe.cu", "signal(SIGPIPE, SIG_IGN);", "", CLI + "screen_that_goes_away"),

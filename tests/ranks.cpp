@@ -19,7 +19,7 @@
 
 [[noreturn]] void die(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-#include "../ranks.h"
+#include "../lib/ranks.h"
 static Ranks ranks;
 
 void die(const char* format, ...) {

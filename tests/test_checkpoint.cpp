@@ -13,7 +13,7 @@ struct OlmoeConfig {
     float initializer_range = 0.02f;
     int eos_token_id = 50279, pad_token_id = 1;
 };
-#include "../checkpoint.h"
+#include "../lib/checkpoint.h"
 #include <atomic>
 #include <csignal>
 #include <sys/resource.h>

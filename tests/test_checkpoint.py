@@ -19,7 +19,7 @@ GROUPS = ["config", "configs", "tensors", "safetensors", "weights", "roundtrip",
 def program():
     """The test program, built once; again only when a source is newer."""
     out = ROOT / "build" / "tests" / "test_checkpoint"
-    sources = [ROOT / "checkpoint.h", ROOT / "tests" / "test_checkpoint.cpp", Path(__file__)]
+    sources = [ROOT / "lib" / "checkpoint.h", ROOT / "tests" / "test_checkpoint.cpp", Path(__file__)]
     if not out.exists() or any(s.stat().st_mtime >= out.stat().st_mtime for s in sources):
         out.parent.mkdir(parents=True, exist_ok=True)
         built = out.with_name(f"{out.name}.{os.getpid()}")

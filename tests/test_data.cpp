@@ -44,7 +44,7 @@ static int traced_unlink(const char* path) {
 #define rename(from, to) traced_rename(from, to)
 #define unlink(path) traced_unlink(path)
 
-#include "../tokenize.h"
+#include "../commands/tokenize.h"
 #include "../dataloader.h"
 
 static void print_rows(const std::vector<int32_t>& values, size_t rows, int T) {

@@ -31,8 +31,8 @@
 #include <zlib.h>
 #include <nlohmann/json.hpp>
 
-#include "dataloader.h"
-#include "tokenizer.h"
+#include "../dataloader.h"
+#include "../tokenizer.h"
 
 // ------------------------------------------------------------------------------------------------
 // Reading text
