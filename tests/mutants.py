@@ -115,10 +115,10 @@ MUTANTS = [
 
     # ---- Checkpoints
     ("file_not_synced", "lib/checkpoint.h", "fsync(fd) != 0 || ", "", CHECKPOINT + "[sync]"),
-    ("directory_not_synced", "lib/checkpoint.h", "    directory_sync(tmp);\n", "", CHECKPOINT + "[sync]"),
-    ("written_in_place", "lib/checkpoint.h", 'tmp = out_dir + "/." + name + ".tmp"', "tmp = final", CHECKPOINT + "[kill]"),
+    ("directory_not_synced", "lib/checkpoint.h", "    directory_sync(plan.tmp);\n", "", CHECKPOINT + "[sync]"),
+    ("written_in_place", "lib/checkpoint.h", 'tmp = out_dir + "/." + name + ".tmp"', "tmp = plan.final", CHECKPOINT + "[kill]"),
     ("checksum_not_compared", "lib/checkpoint.h", 'sum["crc32"] != crc_text(crc)', 'sum["crc32"].empty()', CHECKPOINT + "[damage]"),
-    ("header_length_not_checked", "lib/checkpoint.h", " || header > size - 8", "", CHECKPOINT + "[safetensors]"),
+    ("header_length_not_checked", "lib/safetensors.h", " || header > size - 8", "", CHECKPOINT + "[safetensors]"),
     ("half_written_file_stays", "lib/checkpoint.h", "std::filesystem::remove_all(scratch, ignored);", "", CHECKPOINT + "[full]"),
     ("piece_of_another_rank_misplaced", "lib/checkpoint.h", "w.write(buffer.data(), p.bytes, p.at);", "w.write(buffer.data(), p.bytes, p.at - savers.rank);", CHECKPOINT + "[ranks]"),
     ("checksums_combined_in_the_wrong_order", "lib/checkpoint.h", "crc32_combine(crc, (uLong)crcs[i],", "crc32_combine((uLong)crcs[i], crc,", CHECKPOINT + "[ranks]"),

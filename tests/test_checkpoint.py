@@ -1,5 +1,6 @@
-"""Tests of checkpoint.h. Builds tests/test_checkpoint.cpp with the address and undefined-behaviour sanitizers, runs its groups,
-and reads and writes the files' formats with code of its own, so that reader and writer can't share a mistake."""
+"""Tests of checkpoint.h and safetensors.h. Builds tests/test_checkpoint.cpp with the address and undefined-behaviour
+sanitizers, runs its groups, and reads and writes the files' formats with code of its own, so that reader and writer
+can't share a mistake."""
 import json
 import os
 import shutil
@@ -19,12 +20,14 @@ GROUPS = ["config", "configs", "tensors", "safetensors", "weights", "roundtrip",
 def program():
     """The test program, built once; again only when a source is newer."""
     out = ROOT / "build" / "tests" / "test_checkpoint"
-    sources = [ROOT / "lib" / "checkpoint.h", ROOT / "tests" / "test_checkpoint.cpp", Path(__file__)]
+    headers = [ROOT / "lib" / name for name in ("checkpoint.h", "safetensors.h")]
+    source = ROOT / "tests" / "test_checkpoint.cpp"
+    sources = [source, *headers, Path(__file__)]
     if not out.exists() or any(s.stat().st_mtime >= out.stat().st_mtime for s in sources):
         out.parent.mkdir(parents=True, exist_ok=True)
         built = out.with_name(f"{out.name}.{os.getpid()}")
         subprocess.run(["g++", "-std=c++17", "-O0", "-g1", "-Wall", "-Wextra", "-Werror", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
-                        f'-DCONFIGS="{ROOT}/configs"', str(sources[1]), "-o", str(built), "-lz"], check=True)
+                        f'-DCONFIGS="{ROOT}/configs"', str(source), "-o", str(built), "-lz"], check=True)
         built.rename(out)
     return out
 
