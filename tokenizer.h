@@ -1,13 +1,17 @@
-// Text in, tokens out: a tokenizer.json of the GPT-NeoX and OLMoE family as Hugging Face's `tokenizers` reads it, to the id, for every
-// string; or the byte tokenizer: a token is a byte, and 256 ends a document. It encodes in five steps, each with a section below:
+// Text in, tokens out. There are two tokenizers: a tokenizer.json of the GPT-NeoX and OLMoE family, with the same ids
+// as Hugging Face's `tokenizers` for every string; and the byte tokenizer: a token is a byte, and 256 ends a document.
+// Encoding has five steps, each with a section below:
 //
 //   bytes         -> UTF-8: what is not UTF-8 becomes U+FFFD, by the rule of Python's errors="replace"
-//   added tokens  that are matched in the text as it is are cut out: <|endoftext|>
-//   NFC           of the pieces between (e + combining acute -> é), then the added tokens that are matched in that: runs of spaces
+//   added tokens  that are matched in the unchanged text are cut out: <|endoftext|>
+//   NFC           of the pieces between them (e + combining acute -> é), then the added tokens that are matched in the
+//                 NFC are cut out: runs of spaces
 //   words         GPT-2's rule: 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
-//   merges        a word's bytes are symbols; the pair of neighbours that comes first in the list of merges becomes one, until none is in it
+//   merges        each byte of a word is a symbol; of all pairs of neighbours, the one that comes first in the list of
+//                 merges becomes one symbol, until no pair is in the list
 //
-// A word gives the same ids wherever it stands, so each thread remembers those it has met, and most words cost a look into a table.
+// A word has the same ids at every place, so each thread remembers the words it has met, and most words cost one lookup
+// in a table.
 
 #pragma once
 
@@ -38,15 +42,17 @@
 // ------------------------------------------------------------------------------------------------
 // UTF-8
 
-// The bytes of the UTF-8 sequence that begins at p < end, from 1 to 4; where it is none, minus the bytes that one U+FFFD replaces: as many
-// as could begin a sequence, at least one. Surrogates and values above U+10FFFF are none. partial is set where more bytes could complete it.
+// The number of bytes, 1 to 4, of the UTF-8 sequence that begins at p < end. Where the bytes are not valid: minus the
+// number of bytes that one U+FFFD replaces, which is as many as could begin a sequence, at least one. Surrogates and
+// values above U+10FFFF are not valid. Sets partial where more bytes could complete the sequence.
 inline int utf8_length(const char* p, const char* end, bool* partial = nullptr) {
     unsigned char c = (unsigned char)*p;
     if (partial) *partial = false;
     if (c < 0x80) return 1;
     int n = c >= 0xc2 && c < 0xe0 ? 2 : c >= 0xe0 && c < 0xf0 ? 3 : c >= 0xf0 && c < 0xf5 ? 4 : 1;
     if (n == 1) return -1;
-    int low = c == 0xe0 ? 0xa0 : c == 0xf0 ? 0x90 : 0x80, high = c == 0xed ? 0x9f : c == 0xf4 ? 0x8f : 0xbf;    // of the second byte
+    // The bounds of the second byte
+    int low = c == 0xe0 ? 0xa0 : c == 0xf0 ? 0x90 : 0x80, high = c == 0xed ? 0x9f : c == 0xf4 ? 0x8f : 0xbf;
     for (int i = 1; i < n; i++, low = 0x80, high = 0xbf) {
         if (p + i == end) {
             if (partial) *partial = true;
@@ -57,14 +63,14 @@ inline int utf8_length(const char* p, const char* end, bool* partial = nullptr) 
     return n;
 }
 
-// The code point of the n bytes at p, which are UTF-8.
+// The code point of the n bytes at p, which are valid UTF-8.
 inline char32_t utf8_decode(const char* p, int n) {
     char32_t c = (unsigned char)p[0] & (n == 1 ? 0x7f : 0xff >> (n + 1));
     for (int i = 1; i < n; i++) c = c << 6 | ((unsigned char)p[i] & 0x3f);
     return c;
 }
 
-// The length of a sequence in text that is known to be UTF-8.
+// The number of bytes of a sequence in text that is known to be valid UTF-8.
 inline int utf8_step(const char* p) {
     unsigned char c = (unsigned char)*p;
     return c < 0x80 ? 1 : c < 0xe0 ? 2 : c < 0xf0 ? 3 : 4;
@@ -75,7 +81,7 @@ inline void utf8_append(std::string* s, char32_t c) {
     s->append((const char*)bytes, (size_t)utf8proc_encode_char((utf8proc_int32_t)c, bytes));
 }
 
-// Text whose invalid bytes are U+FFFD. With pending, bytes at its end that more could complete are left there instead.
+// The text with its invalid bytes replaced by U+FFFD. With pending, bytes at the end that begin a character go there.
 inline std::string utf8_replace(std::string_view s, std::string* pending = nullptr) {
     std::string out;
     for (const char *p = s.data(), *end = p + s.size(); p < end;) {
@@ -95,57 +101,67 @@ inline std::string utf8_replace(std::string_view s, std::string* pending = nullp
 // ------------------------------------------------------------------------------------------------
 // Unicode
 
-// What the steps have to know of a code point: utf8proc's tables, corrected to those that `tokenizers` was built with (its classes are of
-// another Unicode version than its NFC) by unicode_differences.h.
+// The properties of a code point that the steps use. They are utf8proc's tables, which unicode_differences.h corrects
+// to those of `tokenizers` (whose classes are of another Unicode version than its NFC).
 enum : uint8_t {
     OTHER = 0, LETTER = 1, NUMBER = 2, SPACE = 3,   // \p{L}, \p{N}, \s
     KIND = 3,
     IN_WORD = 4,                                    // \w, what an added token with single_word must not touch
-    UNSTABLE = 8,                                   // NFC may change it, move it or join it to what stands before it
+    UNSTABLE = 8,                                   // NFC may change it, move it or join it to what is before it
 };
 
 struct Unicode {
     std::vector<uint8_t> of;                                    // [0x110000], the flags above
     std::vector<uint8_t> combining;                             // [0x110000], canonical combining class
     std::unordered_map<char32_t, std::u32string> decomposed;    // full canonical decompositions
-    std::unordered_map<uint64_t, char32_t> composed;            // first << 32 | second -> the character that NFC makes of them
+    std::unordered_map<uint64_t, char32_t> composed;            // first << 32 | second -> what NFC makes of them
 };
 
-inline Unicode unicode_make() {
-    Unicode u;
-    u.of.resize(0x110000);
-    u.combining.resize(0x110000);
-    std::vector<std::pair<std::u32string, char32_t>> composites;
+// The flags, but for UNSTABLE, and the combining classes
+inline void unicode_make_classes(Unicode* u) {
+    u->of.resize(0x110000);
+    u->combining.resize(0x110000);
     for (char32_t c = 0; c < 0x110000; c++) {
         const utf8proc_property_t* property = utf8proc_get_property((utf8proc_int32_t)c);
         int k = property->category;
-        bool letter = k >= UTF8PROC_CATEGORY_LU && k <= UTF8PROC_CATEGORY_LO, number = k >= UTF8PROC_CATEGORY_ND && k <= UTF8PROC_CATEGORY_NO;
+        bool letter = k >= UTF8PROC_CATEGORY_LU && k <= UTF8PROC_CATEGORY_LO;
+        bool number = k >= UTF8PROC_CATEGORY_ND && k <= UTF8PROC_CATEGORY_NO;
         bool space = (k >= UTF8PROC_CATEGORY_ZS && k <= UTF8PROC_CATEGORY_ZP) || (c >= 9 && c <= 13) || c == 0x85;
         bool word = letter || (k >= UTF8PROC_CATEGORY_MN && k <= UTF8PROC_CATEGORY_NL) || k == UTF8PROC_CATEGORY_PC;
-        u.of[c] = (uint8_t)((letter ? LETTER : number ? NUMBER : space ? SPACE : OTHER) | (word ? IN_WORD : 0));
-        u.combining[c] = (uint8_t)property->combining_class;
+        u->of[c] = (uint8_t)((letter ? LETTER : number ? NUMBER : space ? SPACE : OTHER) | (word ? IN_WORD : 0));
+        u->combining[c] = (uint8_t)property->combining_class;
     }
     for (const UnicodeKind& d : unicode_kinds)
-        for (char32_t c = d.first; c <= d.last; c++) u.of[c] = (uint8_t)(d.kind | (d.in_word ? IN_WORD : 0));
+        for (char32_t c = d.first; c <= d.last; c++) u->of[c] = (uint8_t)(d.kind | (d.in_word ? IN_WORD : 0));
     for (const UnicodeCombining& d : unicode_combining)
-        for (char32_t c = d.first; c <= d.last; c++) u.combining[c] = d.combining;
+        for (char32_t c = d.first; c <= d.last; c++) u->combining[c] = d.combining;
+}
 
+inline Unicode unicode_make() {
+    Unicode u;
+    unicode_make_classes(&u);
+    std::vector<std::pair<std::u32string, char32_t>> composites;    // a decomposition, and what NFC makes of it again
+    auto not_composed = [](char32_t c) {
+        auto last = std::end(unicode_not_composed);
+        return std::find(std::begin(unicode_not_composed), last, c) != last;
+    };
     for (char32_t c = 0; c < 0x110000; c++) {
         const utf8proc_property_t* property = utf8proc_get_property((utf8proc_int32_t)c);
         bool hangul = c >= 0xac00 && c <= 0xd7a3;
         if (!hangul && (property->decomp_seqindex == UINT16_MAX || property->decomp_type != 0)) continue;
-        if (std::find(std::begin(unicode_not_composed), std::end(unicode_not_composed), c) != std::end(unicode_not_composed)) continue;
+        if (not_composed(c)) continue;
         utf8proc_int32_t parts[8], again[8];
         int bound = 0;
         int n = (int)utf8proc_decompose_char((utf8proc_int32_t)c, parts, 8, UTF8PROC_DECOMPOSE, &bound);
         std::u32string d(parts, parts + n);
         u.decomposed[c] = d;
         std::copy(parts, parts + n, again);
-        if (utf8proc_normalize_utf32(again, n, (utf8proc_option_t)(UTF8PROC_STABLE | UTF8PROC_COMPOSE)) == 1 && (char32_t)again[0] == c) composites.emplace_back(d, c);
+        const auto compose = (utf8proc_option_t)(UTF8PROC_STABLE | UTF8PROC_COMPOSE);
+        if (utf8proc_normalize_utf32(again, n, compose) == 1 && (char32_t)again[0] == c) composites.emplace_back(d, c);
         else u.of[c] |= UNSTABLE;
     }
     std::unordered_map<std::u32string, char32_t> by_parts(composites.begin(), composites.end());
-    for (auto& [d, c] : composites) {       // its last part joins what the others make
+    for (auto& [d, c] : composites) {       // the last part joins what the parts before it make
         char32_t first = d.size() == 2 ? d[0] : by_parts.at(d.substr(0, d.size() - 1));
         u.composed[(uint64_t)first << 32 | d.back()] = c;
         u.of[d.back()] |= UNSTABLE;
@@ -157,14 +173,14 @@ inline Unicode unicode_make() {
     return u;
 }
 
-// Made once, at the first use.
+// The tables, made at the first use.
 inline const Unicode& unicode() {
     static const Unicode u = unicode_make();
     return u;
 }
 
-// Appends the NFC of text: decompose, sort each run of combining characters by class, compose each with the last starter before it unless
-// one between them has the same class or a higher one.
+// Appends the NFC of text: decompose, sort each run of combining characters by class, compose each with the last
+// starter before it unless one between them has the same class or a higher one.
 inline void nfc_append(const Unicode& u, const char* p, const char* end, std::string* out) {
     std::u32string d, c;
     for (; p < end; p += utf8_step(p)) {
@@ -176,7 +192,8 @@ inline void nfc_append(const Unicode& u, const char* p, const char* end, std::st
     for (size_t i = 0; i < d.size(); i++) {
         size_t j = i;
         while (j < d.size() && u.combining[d[j]]) j++;
-        if (j > i + 1) std::stable_sort(d.begin() + i, d.begin() + j, [&](char32_t a, char32_t b) { return u.combining[a] < u.combining[b]; });
+        auto lower_class = [&](char32_t a, char32_t b) { return u.combining[a] < u.combining[b]; };
+        if (j > i + 1) std::stable_sort(d.begin() + i, d.begin() + j, lower_class);
         i = j;
     }
     size_t starter = std::string::npos;
@@ -195,7 +212,8 @@ inline void nfc_append(const Unicode& u, const char* p, const char* end, std::st
     for (char32_t x : c) utf8_append(out, x);
 }
 
-// The first code point in [p, end) that is UNSTABLE, or end. Sets *previous to the code point before it, where there is one, else to it.
+// The first code point in [p, end) that is UNSTABLE, or end. Sets *previous to the code point before it; where there is
+// none, to p.
 inline const char* nfc_next(const Unicode& u, const char* p, const char* end, const char** previous) {
     *previous = p;
     while (p < end) {
@@ -213,7 +231,8 @@ inline const char* nfc_next(const Unicode& u, const char* p, const char* end, co
     return end;
 }
 
-// NFC of text, which is UTF-8. Only runs of unstable code points, each with the one before it, are taken apart.
+// NFC of text, which is valid UTF-8. Only runs of unstable code points are recomputed, each with the code point before
+// it.
 inline std::string nfc(const Unicode& u, std::string_view s) {
     std::string out;
     const char *p = s.data(), *end = p + s.size(), *from;
@@ -231,37 +250,37 @@ inline std::string nfc(const Unicode& u, std::string_view s) {
 // The tokenizer and its file
 
 struct AddedToken {
-    std::string content;    // in NFC where normalized
+    std::string content;    // in NFC if normalized
     int id = 0;
     bool single_word = false, lstrip = false, rstrip = false, normalized = false, special = false;
 };
 
-// Finds added tokens: the first in the text, the longest of those that begin there. A trie of their bytes.
+// A trie of the bytes of added tokens. It finds the first one in a text, and of those that begin there the longest.
 struct AddedTokens {
-    struct Node { int next[256], token; };      // 0: none; index into tokens, -1: none
+    struct Node { int next[256], token; };      // nodes, 0: none; index into tokens, -1: none
     std::vector<Node> nodes;
     std::vector<AddedToken> tokens;
     uint8_t first[256] = {}, second[256] = {};  // a token can begin where first[byte] & second[the next byte]
 };
 
 struct Bpe {
-    uint64_t serial = 0;                // of the opened tokenizers; a thread's remembered words are of one of them
+    uint64_t serial = 0;                // number of this opened tokenizer: the words a thread remembers belong to one
     bool nfc = true;
-    int byte_id[256];                   // of the symbol of one byte
-    std::vector<uint32_t> byte_ranks;   // [256 * 256], of the pairs of these: half of all that is looked up for a new word
+    int byte_id[256];                   // of the symbol of one byte; -1: none
+    std::vector<uint32_t> byte_ranks;   // [256 * 256], of the pairs of these: half of all lookups for a new word
     std::vector<uint64_t> pairs;        // hash table of merges: left << 44 | right << 24 | rank; all ones: empty
     std::vector<int> merged;            // rank -> id
     int shift = 0;                      // 64 - log2(pairs.size())
-    AddedTokens raw, normalized;        // matched in the text as it is; in its NFC
+    AddedTokens raw, normalized;        // matched in the unchanged text; in its NFC
     std::vector<std::string> text;      // id -> bytes
-    std::vector<bool> present, special; // id -> in use; left out of text by skip_special
+    std::vector<bool> present, special; // id -> in use; left out by skip_special
 };
 
 struct Tokenizer {
     int eos = -1;           // ends a document
     int vocab = 0;          // ids in use; a model's V may be larger (padded: 320 for bytes)
     bool bytes = false;
-    std::string name;       // as it was given
+    std::string name;       // as the user gave it
     std::string path;       // its tokenizer.json; empty for bytes
     std::shared_ptr<const Bpe> bpe;
 };
@@ -270,7 +289,7 @@ constexpr uint32_t NO_MERGE = 0xffffff;
 
 inline uint64_t pair_of(int left, int right) { return (uint64_t)left << 20 | (uint64_t)right; }
 
-// The place of a pair in the list of merges, NO_MERGE where it is not in it.
+// The place of a pair in the list of merges; NO_MERGE if it is not in the list.
 inline uint32_t merge_rank(const Bpe& b, int left, int right) {
     uint64_t pair = pair_of(left, right);
     for (size_t i = (pair * 0x9e3779b97f4a7c15) >> b.shift;; i = (i + 1) & (b.pairs.size() - 1)) {
@@ -292,21 +311,26 @@ inline void added_insert(AddedTokens* a, const AddedToken& token) {
     }
     if (a->nodes[node].token < 0) a->nodes[node].token = (int)a->tokens.size();
     a->tokens.push_back(token);
-    // 8 groups of first bytes, a bit each: what a first byte admits as a second one is not mixed up with what another does
+    // The first bytes form 8 groups, a bit each, so that the second bytes of one first byte don't count for another.
     unsigned char c = (unsigned char)token.content[0];
-    uint8_t bit = a->first[c] ? a->first[c] : (uint8_t)(1 << std::min<int>(7, (int)std::count_if(std::begin(a->first), std::end(a->first), [](uint8_t x) { return x != 0; })));
-    a->first[c] = bit;
+    auto used = std::count_if(std::begin(a->first), std::end(a->first), [](uint8_t x) { return x != 0; });
+    if (!a->first[c]) a->first[c] = (uint8_t)(1 << std::min<int>(7, (int)used));
+    uint8_t bit = a->first[c];
     if (token.content.size() == 1) for (uint8_t& x : a->second) x |= bit;
     else a->second[(unsigned char)token.content[1]] |= bit;
 }
 
-// A vocabulary's strings are bytes in GPT-2's alphabet: a printable byte is its own character, the other 68 are U+0100 and on, in order.
-// A string with any other character (an added token with spaces) is its UTF-8.
+// The bytes of a string of the vocabulary. They are written in GPT-2's alphabet: a printable byte is its own character,
+// the other 68 are U+0100 to U+0143, in order. A string with any other character (an added token with spaces) means its
+// UTF-8.
 inline std::string symbol_bytes(const std::string& s) {
     static const std::vector<int> byte_of = [] {
         std::vector<int> table(256 + 68, -1);
         int other = 256;
-        for (int b = 0; b < 256; b++) table[(b >= '!' && b <= '~') || (b >= 0xa1 && b != 0xad) ? b : other++] = b;
+        for (int b = 0; b < 256; b++) {
+            bool printable = (b >= '!' && b <= '~') || (b >= 0xa1 && b != 0xad);
+            table[printable ? b : other++] = b;
+        }
         return table;
     }();
     std::string bytes;
@@ -318,15 +342,189 @@ inline std::string symbol_bytes(const std::string& s) {
     return bytes;
 }
 
-// The tokenizer.json that a name stands for: a file, or the one in a directory; empty for the byte tokenizer.
+// The tokenizer.json that a name means: a file, or the one in a directory; empty for the byte tokenizer.
 inline std::string tokenizer_path(const std::string& name) {
     struct stat status;
     bool directory = stat(name.c_str(), &status) == 0 && S_ISDIR(status.st_mode);
     return name == "bytes" ? "" : directory ? name + "/tokenizer.json" : name;
 }
 
-// Opens "bytes", a tokenizer.json, or the one in a directory. What is not of the family is refused by its name. The end of a document is
-// the eos_token_id of the config.json beside it (in OLMoE's 0125 releases the names of the tokens are swapped), else <|endoftext|>.
+// A tokenizer.json while it is opened. What is not of the family is an error that names the file and the part.
+struct TokenizerFile {
+    std::string path;
+    nlohmann::json j;
+    std::unordered_map<std::string, int> ids;   // of the vocabulary and of the added tokens
+
+    [[noreturn]] void refuse(const std::string& what) const { die("tokenizer %s: %s", path.c_str(), what.c_str()); }
+
+    // A part of an object; null where the object does not have it.
+    static const nlohmann::json& part(const nlohmann::json& from, const char* key) {
+        static const nlohmann::json none;
+        return from.contains(key) ? from.at(key) : none;
+    }
+
+    static std::string type(const nlohmann::json& x) {
+        if (x.is_null()) return "none";
+        return part(x, "type").is_string() ? x.at("type").get<std::string>() : "of no type";
+    }
+
+    void only(const nlohmann::json& x, const char* what, const std::string& wanted, bool or_none) const {
+        if (type(x) != wanted && !(or_none && x.is_null()))
+            refuse(std::string("its ") + what + " is " + type(x) + "; only " + wanted + " is supported");
+    }
+
+    void unset(const nlohmann::json& from, const char* what, std::initializer_list<const char*> keys) const {
+        for (const char* key : keys) {
+            const nlohmann::json& x = part(from, key);
+            if (!(x.is_null() || x == false || x == 0 || x == ""))
+                refuse(std::string("its ") + what + " has " + key + " " + x.dump() + ", which is not supported");
+        }
+    }
+};
+
+// Null where the file can't be read. Values nested deeper than 100 are dropped: dump() would recurse into them.
+inline nlohmann::json tokenizer_json(const std::string& path) {
+    std::ifstream file(path, std::ios::binary);
+    auto shallow = [](int depth, nlohmann::json::parse_event_t, nlohmann::json&) { return depth < 100; };
+    return file ? nlohmann::json::parse(file, shallow, false) : nlohmann::json();
+}
+
+// Refuses what is not implemented: each part besides the vocabulary is null, or of the one type that is implemented.
+inline void tokenizer_check(const TokenizerFile& f) {
+    const nlohmann::json &model = f.j.at("model"), &before = f.part(f.j, "pre_tokenizer");
+    const nlohmann::json &after = f.part(f.j, "post_processor");
+    f.only(model, "model", "BPE", false);
+    f.unset(model, "model", {"dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback",
+                             "ignore_merges"});
+    f.only(f.part(f.j, "normalizer"), "normalizer", "NFC", true);
+    f.only(before, "pre_tokenizer", "ByteLevel", false);
+    f.unset(before, "pre_tokenizer", {"add_prefix_space"});
+    if (before.contains("use_regex") && before.at("use_regex") != true)
+        f.refuse("its pre_tokenizer does not split the text (use_regex), which is not supported");
+    f.only(f.part(f.j, "decoder"), "decoder", "ByteLevel", false);
+    f.unset(f.j, "file", {"truncation", "padding"});
+    if (f.type(after) != "TemplateProcessing") return f.only(after, "post_processor", "ByteLevel", true);
+    // It adds ids around the text; or none, as transformers writes it.
+    const nlohmann::json& single = f.part(after, "single");
+    if (!single.is_array() || single.size() != 1 || !single[0].contains("Sequence"))
+        f.refuse("its post_processor adds tokens (TemplateProcessing), which is not supported");
+}
+
+// Gives the string s of the file its id.
+inline void tokenizer_add(TokenizerFile* f, Bpe* b, const std::string& s, const nlohmann::json& id) {
+    auto shown = [&] { return nlohmann::json(s).dump(); };
+    if (!id.is_number_integer() || id < 0 || id >= 1 << 20)
+        f->refuse("the id of " + shown() + " is " + id.dump() + ", not from 0 to 1048575");
+    auto [at, is_new] = f->ids.emplace(s, id.get<int>());
+    if (at->second != id)
+        f->refuse("it gives " + shown() + " two ids, " + std::to_string(at->second) + " and " + id.dump());
+    size_t i = (size_t)at->second;
+    if (i >= b->text.size()) {
+        b->text.resize(i + 1);
+        b->present.resize(i + 1);
+        b->special.resize(i + 1);
+    }
+    if (is_new && b->present[i]) f->refuse("two of its tokens have the id " + id.dump());
+    b->text[i] = symbol_bytes(s);
+    b->present[i] = true;
+}
+
+inline void tokenizer_read_vocab(TokenizerFile* f, Bpe* b) {
+    const nlohmann::json& model = f->j.at("model");
+    if (!f->part(model, "vocab").is_object() || !f->part(model, "merges").is_array())
+        f->refuse("its model has no vocab or no merges");
+    for (auto& [s, id] : model.at("vocab").items()) tokenizer_add(f, b, s, id);
+
+    std::fill(std::begin(b->byte_id), std::end(b->byte_id), -1);
+    for (auto& [s, id] : f->ids)
+        if (utf8_step(s.data()) == (int)s.size() && b->text[id].size() == 1)
+            b->byte_id[(unsigned char)b->text[id][0]] = id;
+    for (int byte = 0; byte < 256; byte++) {
+        bool never = byte == 0xc0 || byte == 0xc1 || byte >= 0xf5;      // in no UTF-8
+        if (b->byte_id[byte] < 0 && !never)
+            f->refuse("its vocabulary has no symbol for byte " + std::to_string(byte) + "; it is not a byte-level one");
+    }
+}
+
+// The two tokens of a merge, which is "left right" or ["left", "right"]; empty where it is neither.
+inline std::pair<std::string, std::string> merge_parts(const nlohmann::json& merge) {
+    if (merge.is_string()) {
+        std::string both = merge.get<std::string>();
+        size_t space = both.find(' ');
+        return {both.substr(0, space), space == std::string::npos ? "" : both.substr(space + 1)};
+    }
+    bool pair = merge.is_array() && merge.size() == 2 && merge[0].is_string() && merge[1].is_string();
+    if (!pair) return {};
+    return {merge[0].get<std::string>(), merge[1].get<std::string>()};
+}
+
+inline void tokenizer_read_merges(const TokenizerFile& f, Bpe* b) {
+    const nlohmann::json& merges = f.j.at("model").at("merges");
+    if (merges.size() >= NO_MERGE) f.refuse("it has more than 16777214 merges");
+    for (b->shift = 54; (1ull << (64 - b->shift)) < 2 * merges.size(); b->shift--) {}
+    b->pairs.assign(1ull << (64 - b->shift), ~0ull);
+    for (const nlohmann::json& merge : merges) {
+        auto [left, right] = merge_parts(merge);
+        auto l = f.ids.find(left), r = f.ids.find(right), m = f.ids.find(left + right);
+        if (l == f.ids.end() || r == f.ids.end() || m == f.ids.end())
+            f.refuse("its merge " + merge.dump() + " is not of two tokens that make a third");
+        uint64_t pair = pair_of(l->second, r->second);
+        size_t i = (pair * 0x9e3779b97f4a7c15) >> b->shift;
+        while (b->pairs[i] != ~0ull && b->pairs[i] >> 24 != pair) i = (i + 1) & (b->pairs.size() - 1);
+        b->pairs[i] = pair << 24 | b->merged.size();
+        b->merged.push_back(m->second);
+    }
+
+    b->byte_ranks.assign(256 * 256, NO_MERGE);
+    for (int left = 0; left < 256; left++)
+        for (int right = 0; right < 256; right++) {
+            int l = b->byte_id[left], r = b->byte_id[right];
+            if (l >= 0 && r >= 0) b->byte_ranks[left << 8 | right] = merge_rank(*b, l, r);
+        }
+}
+
+inline void tokenizer_read_added(TokenizerFile* f, Bpe* b) {
+    const nlohmann::json& added = f->part(f->j, "added_tokens");
+    if (!added.is_null() && !added.is_array()) f->refuse("its added_tokens are not a list");
+    for (const nlohmann::json& x : added) {
+        AddedToken a;
+        if (!x.is_object() || !f->part(x, "content").is_string() || x.at("content") == "")
+            f->refuse("an added token has no content: " + x.dump());
+        const std::pair<const char*, bool*> flags[] = {
+            {"single_word", &a.single_word}, {"lstrip", &a.lstrip}, {"rstrip", &a.rstrip},
+            {"normalized", &a.normalized}, {"special", &a.special}};
+        for (auto& [key, flag] : flags) {
+            if (!f->part(x, key).is_boolean())
+                f->refuse("an added token has no " + std::string(key) + ", true or false: " + x.dump());
+            *flag = x.at(key).get<bool>();
+        }
+        a.content = x.at("content").get<std::string>();
+        tokenizer_add(f, b, a.content, f->part(x, "id"));
+        a.id = x.at("id").get<int>();
+        if (a.special) b->special[a.id] = true;
+        if (a.normalized && b->nfc) a.content = nfc(unicode(), a.content);
+        b->text[a.id] = symbol_bytes(a.content);
+        added_insert(a.normalized ? &b->normalized : &b->raw, a);
+    }
+}
+
+// The id that ends a document: the eos_token_id of the config.json in the same directory (in OLMoE's 0125 releases the
+// names of the tokens are swapped); where there is none, <|endoftext|>.
+inline int tokenizer_eos(const TokenizerFile& f, const Bpe& b) {
+    nlohmann::json config = tokenizer_json(f.path.substr(0, f.path.rfind('/') + 1) + "config.json");
+    int eos = -1;
+    auto named = f.ids.find("<|endoftext|>");
+    if (config.is_object() && f.part(config, "eos_token_id").is_number_integer())
+        eos = config.at("eos_token_id").get<int>();
+    else if (named != f.ids.end())
+        eos = named->second;
+    if (eos < 0 || eos >= (int)b.present.size() || !b.present[eos])
+        f.refuse("it has no <|endoftext|>, and no config.json beside it names one of its ids as eos_token_id: "
+                 "nothing ends a document");
+    return eos;
+}
+
+// Opens "bytes", a tokenizer.json, or the one in a directory. What is not of the family is refused by its name.
 inline void tokenizer_open(Tokenizer* t, const std::string& name) {
     *t = Tokenizer();
     t->name = name;
@@ -337,125 +535,23 @@ inline void tokenizer_open(Tokenizer* t, const std::string& name) {
         t->bytes = true;
         return;
     }
-    using nlohmann::json;
-    auto refuse = [&](const std::string& what) { die("tokenizer %s: %s", t->path.c_str(), what.c_str()); };
-    auto read = [](const std::string& path) {
-        std::ifstream file(path, std::ios::binary);
-        auto shallow = [](int depth, json::parse_event_t, json&) { return depth < 100; };       // deeper values are dropped: dump() would recurse into them
-        return file ? json::parse(file, shallow, false) : json();
-    };
-    json j = read(t->path);
-    if (j.is_null()) refuse(std::string("cannot be read: ") + strerror(errno) + "; --tokenizer takes bytes, a tokenizer.json, or a directory that holds one");
-    if (!j.is_object() || !j.contains("model")) refuse("not a tokenizer.json: a JSON object with a model");
-
-    // What there is besides the vocabulary: each part is null, or of the one type that is implemented.
-    static const json none;
-    auto part = [&](const json& from, const char* key) -> const json& { return from.contains(key) ? from.at(key) : none; };
-    auto type = [&](const json& x) { return x.is_object() && x.contains("type") && x.at("type").is_string() ? x.at("type").get<std::string>() : x.is_null() ? "none" : "of no type"; };
-    auto only = [&](const json& x, const char* what, const std::string& wanted, bool or_none) {
-        if (type(x) != wanted && !(or_none && x.is_null())) refuse(std::string("its ") + what + " is " + type(x) + "; this version has only " + wanted);
-    };
-    auto unset = [&](const json& from, const char* what, std::initializer_list<const char*> keys) {
-        for (const char* key : keys) {
-            const json& x = part(from, key);
-            if (!(x.is_null() || x == false || x == 0 || x == "")) refuse(std::string("its ") + what + " has " + key + " " + x.dump() + ", which this version has not");
-        }
-    };
-    const json &model = j.at("model"), &before = part(j, "pre_tokenizer"), &after = part(j, "post_processor"), &normalizer = part(j, "normalizer");
-    only(model, "model", "BPE", false);
-    unset(model, "model", {"dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges"});
-    only(normalizer, "normalizer", "NFC", true);
-    only(before, "pre_tokenizer", "ByteLevel", false);
-    unset(before, "pre_tokenizer", {"add_prefix_space"});
-    if (before.contains("use_regex") && before.at("use_regex") != true) refuse("its pre_tokenizer does not split (use_regex), which this version has not");
-    only(part(j, "decoder"), "decoder", "ByteLevel", false);
-    unset(j, "file", {"truncation", "padding"});
-    if (type(after) == "TemplateProcessing") {      // adds ids around the text, or, as transformers writes it, none
-        const json& single = part(after, "single");
-        if (!single.is_array() || single.size() != 1 || !single[0].contains("Sequence")) refuse("its post_processor adds tokens (TemplateProcessing), which this version does not");
-    } else only(after, "post_processor", "ByteLevel", true);
+    TokenizerFile f;
+    f.path = t->path;
+    f.j = tokenizer_json(t->path);
+    if (f.j.is_null())
+        f.refuse(std::string("cannot be read: ") + strerror(errno)
+                 + "; --tokenizer takes bytes, a tokenizer.json, or a directory that holds one");
+    if (!f.j.is_object() || !f.j.contains("model")) f.refuse("not a tokenizer.json: a JSON object with a model");
+    tokenizer_check(f);
 
     auto b = std::make_shared<Bpe>();
     static std::atomic<uint64_t> opened{0};
     b->serial = ++opened;
-    b->nfc = !normalizer.is_null();
-    std::unordered_map<std::string, int> ids;
-    auto add = [&](const std::string& s, const json& id) {
-        if (!id.is_number_integer() || id < 0 || id >= 1 << 20) refuse("the id of " + json(s).dump() + " is " + id.dump() + ", not from 0 to 1048575");
-        auto [at, is_new] = ids.emplace(s, id.get<int>());
-        if (at->second != id) refuse("it gives " + json(s).dump() + " two ids, " + std::to_string(at->second) + " and " + id.dump());
-        size_t i = (size_t)at->second;
-        if (i >= b->text.size()) {
-            b->text.resize(i + 1);
-            b->present.resize(i + 1);
-            b->special.resize(i + 1);
-        }
-        if (is_new && b->present[i]) refuse("two of its tokens have the id " + id.dump());
-        b->text[i] = symbol_bytes(s);
-        b->present[i] = true;
-    };
-    if (!part(model, "vocab").is_object() || !part(model, "merges").is_array()) refuse("its model has no vocab or no merges");
-    for (auto& [s, id] : model.at("vocab").items()) add(s, id);
-
-    for (int byte = 0; byte < 256; byte++) b->byte_id[byte] = -1;
-    for (auto& [s, id] : ids)
-        if (utf8_step(s.data()) == (int)s.size() && b->text[id].size() == 1) b->byte_id[(unsigned char)b->text[id][0]] = id;
-    for (int byte = 0; byte < 256; byte++)      // C0, C1 and F5 to FF are in no UTF-8
-        if (b->byte_id[byte] < 0 && byte != 0xc0 && byte != 0xc1 && byte < 0xf5) refuse("its vocabulary has no symbol for byte " + std::to_string(byte) + "; not a byte-level one");
-
-    const json& merges = model.at("merges");
-    if (merges.size() >= NO_MERGE) refuse("it has more than 16777214 merges");
-    for (b->shift = 54; (1ull << (64 - b->shift)) < 2 * merges.size(); b->shift--) {}
-    b->pairs.assign(1ull << (64 - b->shift), ~0ull);
-    for (const json& merge : merges) {
-        std::string left, right;
-        if (merge.is_string()) {
-            std::string both = merge.get<std::string>();
-            size_t space = both.find(' ');
-            left = both.substr(0, space);
-            right = space == std::string::npos ? "" : both.substr(space + 1);
-        } else if (merge.is_array() && merge.size() == 2 && merge[0].is_string() && merge[1].is_string()) {
-            left = merge[0].get<std::string>();
-            right = merge[1].get<std::string>();
-        }
-        auto l = ids.find(left), r = ids.find(right), m = ids.find(left + right);
-        if (l == ids.end() || r == ids.end() || m == ids.end()) refuse("its merge " + merge.dump() + " is not of two tokens that make a third");
-        uint64_t pair = pair_of(l->second, r->second);
-        size_t i = (pair * 0x9e3779b97f4a7c15) >> b->shift;
-        while (b->pairs[i] != ~0ull && b->pairs[i] >> 24 != pair) i = (i + 1) & (b->pairs.size() - 1);
-        b->pairs[i] = pair << 24 | b->merged.size();
-        b->merged.push_back(m->second);
-    }
-
-    b->byte_ranks.assign(256 * 256, NO_MERGE);
-    for (int left = 0; left < 256; left++)
-        for (int right = 0; right < 256; right++)
-            if (b->byte_id[left] >= 0 && b->byte_id[right] >= 0) b->byte_ranks[left << 8 | right] = merge_rank(*b, b->byte_id[left], b->byte_id[right]);
-
-    const json& added = part(j, "added_tokens");
-    if (!added.is_null() && !added.is_array()) refuse("its added_tokens are no list");
-    for (const json& x : added) {
-        AddedToken a;
-        if (!x.is_object() || !part(x, "content").is_string() || x.at("content") == "") refuse("an added token has no content: " + x.dump());
-        for (auto& [key, flag] : {std::pair<const char*, bool*>{"single_word", &a.single_word}, {"lstrip", &a.lstrip}, {"rstrip", &a.rstrip}, {"normalized", &a.normalized}, {"special", &a.special}}) {
-            if (!part(x, key).is_boolean()) refuse("an added token has no " + std::string(key) + ", true or false: " + x.dump());
-            *flag = x.at(key).get<bool>();
-        }
-        a.content = x.at("content").get<std::string>();
-        add(a.content, part(x, "id"));
-        a.id = x.at("id").get<int>();
-        if (a.special) b->special[a.id] = true;
-        if (a.normalized && b->nfc) a.content = nfc(unicode(), a.content);
-        b->text[a.id] = symbol_bytes(a.content);
-        added_insert(a.normalized ? &b->normalized : &b->raw, a);
-    }
-
-    json config = read(t->path.substr(0, t->path.rfind('/') + 1) + "config.json");
-    auto end = ids.find("<|endoftext|>");
-    if (config.is_object() && part(config, "eos_token_id").is_number_integer()) t->eos = config.at("eos_token_id").get<int>();
-    else if (end != ids.end()) t->eos = end->second;
-    if (t->eos < 0 || t->eos >= (int)b->present.size() || !b->present[t->eos])
-        refuse("it has no <|endoftext|>, and no config.json beside it names one of its ids as eos_token_id: nothing ends a document");
+    b->nfc = !f.part(f.j, "normalizer").is_null();
+    tokenizer_read_vocab(&f, b.get());
+    tokenizer_read_merges(f, b.get());
+    tokenizer_read_added(&f, b.get());
+    t->eos = tokenizer_eos(f, *b);
     t->vocab = (int)b->text.size();
     t->bpe = b;
 }
@@ -471,7 +567,8 @@ inline int added_at(const AddedTokens& a, const char* p, const char* end) {
     return token;
 }
 
-// Where the next token begins in [p, end), and which; end and -1 where there is none. Eight bytes at a time are ruled out by their pairs.
+// Where the next token begins in [p, end), and which one; end and -1 where there is none. Most places are skipped eight
+// at a time, by their pairs of bytes.
 inline const char* added_next(const AddedTokens& a, const char* p, const char* end, int* token) {
     const unsigned char *s = (const unsigned char*)p, *stop = (const unsigned char*)end;
     *token = -1;
@@ -487,33 +584,36 @@ inline const char* added_next(const AddedTokens& a, const char* p, const char* e
     return end;
 }
 
-// Where the code point begins that ends at p > begin.
+// The beginning of the code point that ends at p > begin.
 inline const char* utf8_back(const char* begin, const char* p) {
     do p--;
     while (p > begin && ((unsigned char)*p & 0xc0) == 0x80);
     return p;
 }
 
-// Cuts text at added tokens: calls piece(begin, end) for what is between them and token(id) for each, in order. A token with single_word
-// that touches a word is passed over; lstrip and rstrip swallow the white space before and behind.
+// Cuts text at added tokens: calls piece(begin, end) for what is between them and token(id) for each, in order. A
+// token with single_word that touches a word is skipped. With lstrip the white space before a token belongs to it,
+// with rstrip the white space after it.
 template <class Piece, class Token>
 inline void added_split(const AddedTokens& a, const char* begin, const char* end, Piece piece, Token token) {
     const Unicode& u = unicode();
     auto flags = [&](const char* p) { return u.of[utf8_decode(p, utf8_step(p))]; };
-    const char* done = begin;       // up to here all is cut
+    auto space = [&](const char* p) { return (flags(p) & KIND) == SPACE; };
+    const char* done = begin;       // the text before it is cut
     int found;
     for (const char* p = added_next(a, begin, end, &found); found >= 0; ) {
         const AddedToken& t = a.tokens[found];
         const char *start = p, *stop = p + t.content.size(), *next = stop;
-        bool touches = (start > begin && (flags(utf8_back(begin, start)) & IN_WORD)) || (stop < end && (flags(stop) & IN_WORD));
+        bool touches = (start > begin && (flags(utf8_back(begin, start)) & IN_WORD))
+            || (stop < end && (flags(stop) & IN_WORD));
         if (!t.single_word || !touches) {
             if (t.lstrip)
-                while (start > begin && (flags(utf8_back(begin, start)) & KIND) == SPACE) start = utf8_back(begin, start);
+                while (start > begin && space(utf8_back(begin, start))) start = utf8_back(begin, start);
             if (t.rstrip)
-                while (stop < end && (flags(stop) & KIND) == SPACE) stop += utf8_step(stop);
+                while (stop < end && space(stop)) stop += utf8_step(stop);
             start = t.lstrip ? std::max(start, done) : start;
             if (done < start) piece(done, start);
-            if (start < stop) token(t.id);      // not one that the token before it has swallowed
+            if (start < stop) token(t.id);      // false where its text belongs to the token before it
             done = stop;
         }
         p = added_next(a, next, end, &found);
@@ -521,7 +621,8 @@ inline void added_split(const AddedTokens& a, const char* begin, const char* end
     if (done < end) piece(done, end);
 }
 
-// How many of the eight bytes at p are ASCII letters, up to the first that is not. Each byte is computed in its lane, by its high bit.
+// How many of the eight bytes at p are ASCII letters, up to the first that is not. The high bit of each byte becomes
+// the answer for that byte.
 inline int ascii_letters(const char* p) {
     uint64_t x, ones = 0x0101010101010101;
     memcpy(&x, p, 8);
@@ -533,10 +634,14 @@ inline int ascii_letters(const char* p) {
 
 // The end of the word that begins at p < end, by GPT-2's rule.
 inline const char* word_end(const Unicode& u, const char* p, const char* end) {
-    auto kind = [&](const char* q) { return u.of[(signed char)*q >= 0 ? (unsigned char)*q : utf8_decode(q, utf8_step(q))] & KIND; };
+    auto kind = [&](const char* q) {
+        return u.of[(signed char)*q >= 0 ? (unsigned char)*q : utf8_decode(q, utf8_step(q))] & KIND;
+    };
     if (*p == '\'' && end - p >= 2) {
         if (p[1] == 's' || p[1] == 't' || p[1] == 'm' || p[1] == 'd') return p + 2;
-        if (end - p >= 3 && ((p[2] == 'e' && (p[1] == 'r' || p[1] == 'v')) || (p[1] == 'l' && p[2] == 'l'))) return p + 3;
+        bool re_ve_ll = end - p >= 3
+            && ((p[2] == 'e' && (p[1] == 'r' || p[1] == 'v')) || (p[1] == 'l' && p[2] == 'l'));
+        if (re_ve_ll) return p + 3;
     }
     int k = kind(p);
     if (*p == ' ' && p + 1 < end && kind(p + 1) != SPACE) k = kind(++p);
@@ -545,14 +650,15 @@ inline const char* word_end(const Unicode& u, const char* p, const char* end) {
         last = q;
         q += utf8_step(q);
     }
-    // The last of a run of white space goes to the word behind it if it is a space, and is a word of its own if not.
+    // The last character of a run of white space belongs to the next word if it is a space. If not, it is a word
+    // itself.
     return k == SPACE && q < end && last > p ? last : q;
 }
 
 // ------------------------------------------------------------------------------------------------
 // Merges
 
-// Appends the ids of a word. Short words: look through all pairs for the first merge, again and again.
+// Appends the ids of a short word: searches all its pairs for the first merge, again and again.
 inline void merge_short(const Bpe& b, const char* p, int n, std::vector<int>* out) {
     int ids[64];
     uint32_t ranks[64];     // of the pair (i, i + 1)
@@ -571,11 +677,12 @@ inline void merge_short(const Bpe& b, const char* p, int n, std::vector<int>* ou
     out->insert(out->end(), ids, ids + n);
 }
 
-// Long words: a linked list of symbols, and for each rank the places where its pair stands, in which a pair that is gone is passed over.
-// The places of a rank are merged from left to right, through memory in order: 10 MB without a space take seconds.
+// The same for a long word: a linked list of symbols, and for each rank the places of its pair. A pair at one of these
+// places may be gone by then, and is skipped. The places of a rank are merged from left to right, in the order of
+// memory: 10 MB without a space take seconds.
 inline void merge_long(const Bpe& b, const char* p, size_t n, std::vector<int>* out) {
     if (n > UINT32_MAX / 2) die("tokenizer: a word of %zu bytes; more than 2 GB without a space can't be encoded", n);
-    struct Symbol { int id; uint32_t previous, next, rank; };       // next n: none; rank of the pair with the next one
+    struct Symbol { int id; uint32_t previous, next, rank; };   // next n: none; rank: of the pair with the next symbol
     std::vector<Symbol> s(n);
     std::map<uint32_t, std::vector<uint32_t>> places;
     auto pair_with_next = [&](uint32_t i) {
@@ -598,7 +705,8 @@ inline void merge_long(const Bpe& b, const char* p, size_t n, std::vector<int>* 
             if (s[i].next < n) s[s[i].next].previous = i;
             pair_with_next(i);
             if (i > 0) pair_with_next(s[i].previous);
-            if (!places.empty() && places.begin()->first < rank) {      // a merge that makes a token of an earlier one; no training gives that
+            // A pair that comes earlier in the list is merged first. No list that was trained has such a pair.
+            if (!places.empty() && places.begin()->first < rank) {
                 places[rank].assign(now.begin() + at + 1, now.end());
                 break;
             }
@@ -607,10 +715,11 @@ inline void merge_long(const Bpe& b, const char* p, size_t n, std::vector<int>* 
     for (uint32_t i = 0; i < n; i = s[i].next) out->push_back(s[i].id);
 }
 
-// Words that a thread has met. Those of up to 15 bytes lie in a hash table whose key is the word itself; longer ones in a map. When it is
-// full it is emptied: at most some 25 MB a thread.
+// The words that a thread has met. Those of up to 15 bytes are in a hash table whose key is the word itself; longer
+// ones are in a map. When the cache is full it is emptied: it holds at most about 25 MB a thread.
 struct WordCache {
-    struct Word { uint64_t low, high; int count, ids[3]; };     // high: bytes 8 to 14, and the length; where count > 3, ids[0] is an offset in more
+    // high: bytes 8 to 14, and the length. Where count > 3, ids[0] is an offset in more.
+    struct Word { uint64_t low, high; int count, ids[3]; };
     struct LongWord { size_t offset; int count; };
     uint64_t serial = 0;
     std::vector<Word> words;
@@ -636,10 +745,11 @@ inline size_t cache_slot(const WordCache& c, uint64_t low, uint64_t high) {
     return ((h ^ h >> 32) * 0xd6e8feb86659fd93) >> c.shift;
 }
 
-// The place of a word: where it is, or where it would go.
+// The place of a word, or the free place where it will go.
 inline WordCache::Word* cache_find(WordCache* c, uint64_t low, uint64_t high) {
     size_t i = cache_slot(*c, low, high);
-    while (c->words[i].high && (c->words[i].low != low || c->words[i].high != high)) i = (i + 1) & (c->words.size() - 1);
+    while (c->words[i].high && (c->words[i].low != low || c->words[i].high != high))
+        i = (i + 1) & (c->words.size() - 1);
     return &c->words[i];
 }
 
@@ -648,7 +758,7 @@ inline void merge_word(const Bpe& b, const char* p, size_t n, std::vector<int>* 
     else merge_long(b, p, n, out);
 }
 
-// Computes a short word that was not met before and remembers it.
+// Computes a short word that is not in the cache and remembers it.
 inline WordCache::Word* cache_insert(const Bpe& b, WordCache* c, const char* p, int n, uint64_t low, uint64_t high) {
     if (c->used >= CACHE_WORDS || c->more.size() > CACHE_MORE) cache_clear(c, c->serial);
     if (2 * c->used >= c->words.size()) {
@@ -680,19 +790,22 @@ inline void encode_long(const Bpe& b, WordCache* c, std::string_view word, std::
         size_t offset = c->more.size();
         merge_word(b, word.data(), word.size(), &c->more);
         c->long_text.emplace_back(word);
-        found = c->long_words.emplace(c->long_text.back(), WordCache::LongWord{offset, (int)(c->more.size() - offset)}).first;
+        WordCache::LongWord computed = {offset, (int)(c->more.size() - offset)};
+        found = c->long_words.emplace(c->long_text.back(), computed).first;
     }
-    out->insert(out->end(), c->more.begin() + found->second.offset, c->more.begin() + found->second.offset + found->second.count);
+    auto ids = c->more.begin() + found->second.offset;
+    out->insert(out->end(), ids, ids + found->second.count);
 }
 
-// Appends the ids of [p, end), which holds no added token. Up to limit >= end there are bytes that may be read.
-inline void encode_words(const Bpe& b, WordCache* c, const char* p, const char* end, const char* limit, std::vector<int>* out) {
+// Appends the ids of [p, end), which holds no added token. The bytes up to limit >= end may be read.
+inline void encode_words(const Bpe& b, WordCache* c, const char* p, const char* end, const char* limit,
+                         std::vector<int>* out) {
     const Unicode& u = unicode();
     struct Found { const char* p; int n; uint64_t low, high; } words[64];
     int ids[64 * 16];
     while (p < end) {
-        // Cut off some words and send for their places in the cache, then read these: where a word ends is guessed wrong often enough
-        // without waiting for memory in between (a fifth to a third faster).
+        // First finds some words and prefetches their places in the cache, then reads these places. The processor often
+        // guesses the end of a word wrong; this way it does not wait for memory as well (20 to 33 % faster).
         int count = 0;
         for (const char* next; p < end && count < 64; p = next) {
             // Most words are a space and ASCII letters.
@@ -706,7 +819,7 @@ inline void encode_words(const Bpe& b, WordCache* c, const char* p, const char* 
             }
             ptrdiff_t n = next - p;
             if (n > 15) {
-                if (count > 0) break;       // first those before it
+                if (count > 0) break;       // first the words before it
                 encode_long(b, c, std::string_view(p, n), out);
                 continue;
             }
@@ -739,11 +852,11 @@ inline void encode_words(const Bpe& b, WordCache* c, const char* p, const char* 
 // ------------------------------------------------------------------------------------------------
 // Encode, decode
 
-// Appends the ids of text: as `tokenizers` gives them, without ids around it. Bytes that are not UTF-8 count as U+FFFD. Any number of
-// threads may encode with one tokenizer.
-inline void tokenizer_encode(const Tokenizer& t, std::string_view text, std::vector<int>* append_to) {
+// Appends the ids of s: those of `tokenizers`, without special tokens around them. Bytes that are not UTF-8 count as
+// U+FFFD. Any number of threads may encode with one tokenizer.
+inline void tokenizer_encode(const Tokenizer& t, std::string_view s, std::vector<int>* append_to) {
     if (t.bytes) {
-        for (char c : text) append_to->push_back((unsigned char)c);
+        for (char c : s) append_to->push_back((unsigned char)c);
         return;
     }
     const Bpe& b = *t.bpe;
@@ -751,60 +864,66 @@ inline void tokenizer_encode(const Tokenizer& t, std::string_view text, std::vec
     static thread_local WordCache cache;
     if (cache.serial != b.serial) cache_clear(&cache, b.serial);
 
-    std::string valid;
+    std::string replaced;
     bool stable = true;
-    for (const char *p = text.data(), *end = p + text.size(); p < end;) {
+    for (const char *p = s.data(), *end = p + s.size(); p < end;) {
         uint64_t eight;
         if (end - p >= 8 && (memcpy(&eight, p, 8), (eight & 0x8080808080808080) == 0)) {
             p += 8;
             continue;
         }
         int n = utf8_length(p, end);
-        if (n < 0) {        // then once more, over what is UTF-8
-            valid = utf8_replace(text);
-            text = valid;
-            p = text.data();
-            end = p + text.size();
+        if (n < 0) {        // begins again, with valid UTF-8
+            replaced = utf8_replace(s);
+            s = replaced;
+            p = s.data();
+            end = p + s.size();
             continue;
         }
         if (n > 1 && (u.of[utf8_decode(p, n)] & UNSTABLE)) stable = false;
         p += n;
     }
     auto token = [&](int id) { append_to->push_back(id); };
-    added_split(b.raw, text.data(), text.data() + text.size(), [&](const char* begin, const char* end) {
+    auto piece = [&](const char* begin, const char* end) {
         std::string composed;
-        const char* limit = text.data() + text.size();
+        const char* limit = s.data() + s.size();
         if (b.nfc && !stable) {
             composed = nfc(u, std::string_view(begin, end - begin));
             begin = composed.data();
             limit = end = begin + composed.size();
         }
-        added_split(b.normalized, begin, end, [&](const char* from, const char* to) { encode_words(b, &cache, from, to, limit, append_to); }, token);
-    }, token);
+        auto words = [&](const char* from, const char* to) { encode_words(b, &cache, from, to, limit, append_to); };
+        added_split(b.normalized, begin, end, words, token);
+    };
+    added_split(b.raw, s.data(), s.data() + s.size(), piece, token);
 }
 
-inline std::vector<int> tokenizer_encode(const Tokenizer& t, const std::string& text) {
+inline std::vector<int> tokenizer_encode(const Tokenizer& t, const std::string& s) {
     std::vector<int> ids;
-    tokenizer_encode(t, text, &ids);
+    tokenizer_encode(t, s, &ids);
     return ids;
 }
 
-// The bytes of one id, which may be a part of a character. The byte tokenizer's end of a document and the ids that pad the vocabulary
-// have none.
+// The bytes of one id, which may be a part of a character. The id that ends a document of the byte tokenizer has no
+// bytes, nor do the ids that pad the vocabulary.
 inline std::string tokenizer_decode(const Tokenizer& t, int id) {
     if (t.bytes) return id >= 0 && id < 256 ? std::string(1, (char)id) : "";
     return id >= 0 && id < t.vocab ? t.bpe->text[id] : "";
 }
 
-// The text of ids, what is not UTF-8 as U+FFFD. skip_special leaves out the tokens that the file calls special, as <|endoftext|>.
+// The text of ids; what is not UTF-8 becomes U+FFFD. skip_special leaves out the tokens that the file calls special,
+// such as <|endoftext|>.
 inline std::string tokenizer_decode(const Tokenizer& t, const std::vector<int>& ids, bool skip_special) {
     std::string bytes;
-    for (int id : ids)
-        if (!(skip_special && t.bpe && id >= 0 && id < t.vocab && t.bpe->special[id])) bytes += tokenizer_decode(t, id);
+    for (int id : ids) {
+        bool special = t.bpe && id >= 0 && id < t.vocab && t.bpe->special[id];
+        if (!(skip_special && special)) bytes += tokenizer_decode(t, id);
+    }
     return utf8_replace(bytes);
 }
 
-// Text that comes an id at a time: each call gives the characters that are complete, together they give what tokenizer_decode gives.
+// Decodes one id after another: each call returns the characters that are now complete. Together they are the text that
+// tokenizer_decode returns.
 struct TextStream { std::string pending; };
 
 inline std::string stream_next(TextStream* s, const Tokenizer& t, int id) {
@@ -821,13 +940,16 @@ inline std::string stream_end(TextStream* s) {
 
 struct ChatMessage { std::string role, content; };      // role: system, user or assistant
 
-// The text that OLMoE's Instruct models were trained to answer, by the template of their release: encode it as it is, it begins with eos.
-// generate ends it where the assistant speaks. eos is the text of the tokenizer's end of document; in the 0125 releases it is another.
-inline std::string chat_prompt(const std::vector<ChatMessage>& messages, bool generate, const std::string& eos = "<|endoftext|>") {
-    std::string text = eos;
+// The text that OLMoE's Instruct models were trained to answer, by the template of their release. It begins with eos,
+// so encode it without adding tokens. With generate it ends where the answer of the assistant begins. eos is the text
+// of the token that ends a document; the 0125 releases have another one.
+inline std::string chat_prompt(const std::vector<ChatMessage>& messages, bool generate,
+                               const std::string& eos = "<|endoftext|>") {
+    std::string prompt = eos;
     for (const ChatMessage& m : messages) {
-        if (m.role != "system" && m.role != "user" && m.role != "assistant") die("chat: the role %s is not one of system, user, assistant", m.role.c_str());
-        text += "<|" + m.role + "|>\n" + m.content + (m.role == "assistant" ? eos : "") + "\n";
+        if (m.role != "system" && m.role != "user" && m.role != "assistant")
+            die("chat: the role %s is not one of system, user, assistant", m.role.c_str());
+        prompt += "<|" + m.role + "|>\n" + m.content + (m.role == "assistant" ? eos : "") + "\n";
     }
-    return text + (generate ? "<|assistant|>\n" : "");
+    return prompt + (generate ? "<|assistant|>\n" : "");
 }
