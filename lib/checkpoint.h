@@ -53,9 +53,9 @@
 
 // The double that prints as the float does: 1e-05 and not 9.999999747378752e-06.
 inline double shortest_double(float f) {
-    char digits[32];
-    *std::to_chars(digits, digits + sizeof digits - 1, f).ptr = 0;
-    return strtod(digits, nullptr);
+    char shortest[32];
+    *std::to_chars(shortest, shortest + sizeof shortest - 1, f).ptr = 0;
+    return strtod(shortest, nullptr);
 }
 
 // A config.json while it is read. What is wrong with a field is an error that names the file and the field.
@@ -202,45 +202,6 @@ inline Json config_json(const OlmoeConfig& c, bool bf16) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// The tensors of the model, in the order of the flat parameter vector
-
-struct HfTensor {
-    std::string name;               // Hugging Face's
-    std::vector<int64_t> shape;     // row-major; a linear layer's is (out, in)
-    size_t offset, count;           // elements [offset, offset + count) of the flat vector
-};
-
-// They tile [0, number of parameters). q, k, v follow one another, and so do an expert's gate and up, so that the fused
-// qkv (3C, C), gate_up (E, 2F, C) and down (E, C, F) of olmoe.cu are also contiguous ranges.
-inline std::vector<HfTensor> hf_tensors(const OlmoeConfig& c) {
-    std::vector<HfTensor> tensors;
-    size_t offset = 0;
-    auto add = [&](const std::string& name, std::vector<int64_t> shape) {
-        size_t count = 1;
-        for (int64_t n : shape) count *= (size_t)n;
-        tensors.push_back({name + ".weight", std::move(shape), offset, count});
-        offset += count;
-    };
-    add("model.embed_tokens", {c.V, c.C});
-    for (int l = 0; l < c.L; l++) {
-        std::string layer = "model.layers." + std::to_string(l) + ".", experts = layer + "mlp.experts.";
-        add(layer + "input_layernorm", {c.C});
-        for (const char* name : {"q_proj", "k_proj", "v_proj"}) add(layer + "self_attn." + name, {c.C, c.C});
-        add(layer + "self_attn.q_norm", {c.C});
-        add(layer + "self_attn.k_norm", {c.C});
-        add(layer + "self_attn.o_proj", {c.C, c.C});
-        add(layer + "post_attention_layernorm", {c.C});
-        add(layer + "mlp.gate", {c.E, c.C});
-        for (int e = 0; e < c.E; e++)
-            for (const char* name : {".gate_proj", ".up_proj"}) add(experts + std::to_string(e) + name, {c.F, c.C});
-        for (int e = 0; e < c.E; e++) add(experts + std::to_string(e) + ".down_proj", {c.C, c.F});
-    }
-    add("model.norm", {c.C});
-    add("lm_head", {c.V, c.C});
-    return tensors;
-}
-
-// ------------------------------------------------------------------------------------------------
 // The weights of a model directory, ours or the hub's
 
 // Finds every expected tensor, in that order; dtype "" means F32, BF16 or F16. Dies when one is missing, or has another
@@ -378,9 +339,9 @@ inline void directory_sync(const std::string& path) {
 }
 
 inline std::string crc_text(uint32_t crc) {
-    char digits[9];
-    snprintf(digits, sizeof digits, "%08x", crc);
-    return digits;
+    char hex[9];
+    snprintf(hex, sizeof hex, "%08x", crc);
+    return hex;
 }
 
 // Steps of OUT's checkpoints, complete by their names, newest first.

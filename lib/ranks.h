@@ -1,16 +1,18 @@
-// Who the ranks are, and whether they live. A rank is one process of a training, and each has a GPU (or some cores) of its own.
+// Who the ranks are, and whether they live. A rank is one process of a training, and each has a GPU (or some cores) of
+// its own.
 //
-// Ranks find one another by MPI where mpirun, or srun with PMIx, started them. Without MPI they meet at a rendezvous that the user
-// names: HOST:PORT, where rank 0 listens, or a file on a disk that all see, into which rank 0 writes where it listens.
+// Ranks find one another by MPI where mpirun, or srun with PMIx, started them. Without MPI they meet at a rendezvous
+// that the user names: HOST:PORT, where rank 0 listens, or a file on a disk that all see, into which rank 0 writes
+// where it listens.
 //
-// A collective waits forever for a rank that does not come. So next to the collectives, over TCP (IPv4), a thread of every rank
-// sends heartbeats to rank 0, and rank 0 to all. Three things are failures:
+// A collective waits forever for a rank that does not come. So next to the collectives, over TCP (IPv4), a thread of
+// every rank sends heartbeats to rank 0, and rank 0 to all. Three things are failures:
 //   gone      a connection closes without a goodbye: the process was killed, or crashed. Noticed at once.
 //   silent    no heartbeat for `timeout` seconds: the process is stopped, or its machine or network is dead.
-//   still     heartbeats come, but no rank has begun a collective for `timeout` seconds: the one that has begun the fewest is
-//             waited for. As long as any rank moves, a slow one is left alone.
-// One rank then says on standard error which rank it was and at which collective; every rank ends with exit code 1, and a stopped
-// one on the same machine is killed. Rank 0's own end is told by one rank of each machine.
+//   still     heartbeats come, but no rank has begun a collective for `timeout` seconds: the one that has begun the
+//             fewest is waited for. As long as any rank moves, a slow one is left alone.
+// One rank then reports on standard error which rank it was and at which collective; every rank ends with exit code 1,
+// and a stopped one on the same machine is killed. The end of rank 0 is reported by one rank of each machine.
 
 #pragma once
 
@@ -60,12 +62,12 @@ struct Ranks {
 inline double ranks_patience = 60;          // seconds in which all ranks have to come to the rendezvous
 constexpr double RANKS_GRACE = 2;           // seconds that ranks have to end in, once one has failed
 
-// A process as it names itself to rank 0, which tells all. boot and names say on which machine (a boot of it) and in which
-// pid namespace: only where both agree does pid mean the same process, and started (clock ticks since boot, /proc/PID/stat) says
-// that it is not a later one of the same number.
+// What a process reports about itself to rank 0, which sends it to all. boot and names are its machine (a boot of it)
+// and its pid namespace: only where both agree does pid mean the same process. started (clock ticks since boot, from
+// /proc/PID/stat) distinguishes it from a later process of the same number.
 struct RankHello {
     char magic[8];
-    uint64_t token;                         // of the meeting, so that nobody joins another run's
+    uint64_t token;                         // of the meeting, so that no rank joins another run's
     uint64_t started;
     int32_t rank, size, pid;
     char host[64], boot[128], names[32], job[128];
@@ -82,8 +84,8 @@ struct RankMeeting {                        // where rank 0 listens
     char hosts[512] = "";                   // names and addresses of its machine, to be tried in this order
 };
 
-// A heartbeat. The word holds from then on: a rank that LEAVES has come to ranks_leave, and rank 0 says it when all have;
-// FAILED: what was wrong has been said, end without another message.
+// A heartbeat. The word holds from then on. LEAVES: this rank has come to ranks_leave; from rank 0: all have. FAILED:
+// the failure has been reported, end without another message.
 enum RankWord { RUNS, LEAVES, FAILED };
 struct RankBeat {
     int32_t word, layer;
@@ -105,8 +107,8 @@ struct RankState {
     bool mpi = false;                       // MPI was initialised here
     std::vector<RankHello> all;             // (size)
     int listener = -1;                      // of rank 0 at a rendezvous
-    std::vector<int> data;                  // sockets of ranks_broadcast without MPI: rank 0 has (size), the others only [0]
-    // The watch. What is below is its thread's alone, except for the atomics.
+    std::vector<int> data;                  // sockets of ranks_broadcast without MPI: of rank 0 (size), else only [0]
+    // The watch. Only its thread uses what follows, except for the atomics.
     std::vector<RankPeer> peers;            // (size); rank 0 is connected to all, the others only to [0]
     double timeout = 0, period = 1;         // seconds
     uint64_t token = 0;
@@ -117,18 +119,23 @@ struct RankState {
     std::atomic<int> layer{-1};
     std::atomic<uint64_t> sequence{0}, signs{0};
 };
-inline RankState* const ranks_state = new RankState;   // never freed: the thread uses it to the last moment
+inline RankState* const ranks_state = new RankState;   // never freed: the thread uses it until the end
 
 // ------------------------------------------------------------------------------------------------
 // Small things
 
-inline double ranks_time() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+inline double ranks_time() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
-// When the process started; 0 when it has ended, be it that nobody has collected its exit code yet.
+inline void ranks_sleep(double seconds) { std::this_thread::sleep_for(std::chrono::duration<double>(seconds)); }
+
+// When the process started; 0 when it has ended, also where its exit code is not collected yet.
 inline uint64_t ranks_process_started(int pid) {
-    std::string text, state, field;
-    std::getline(std::ifstream("/proc/" + std::to_string(pid) + "/stat"), text);
-    std::istringstream fields(text.substr(text.rfind(')') + 1));    // what precedes is the pid and the name, which may contain anything
+    std::string line, state, field;
+    std::getline(std::ifstream("/proc/" + std::to_string(pid) + "/stat"), line);
+    // Before the last ')' are the pid and the name, which may contain anything.
+    std::istringstream fields(line.substr(line.rfind(')') + 1));
     fields >> state;
     for (int i = 4; i <= 22; i++) fields >> field;
     return state == "Z" || state == "X" ? 0 : strtoull(field.c_str(), nullptr, 10);
@@ -136,17 +143,17 @@ inline uint64_t ranks_process_started(int pid) {
 
 // "rank 3", "ranks 1, 2"; of many the first eight
 inline std::string ranks_list(const std::vector<int>& which) {
-    std::string text = which.size() == 1 ? "rank " : "ranks ";
-    for (size_t i = 0; i < which.size() && i < 8; i++) text += (i ? ", " : "") + std::to_string(which[i]);
-    return text + (which.size() > 8 ? " and " + std::to_string(which.size() - 8) + " more" : "");
+    std::string list = which.size() == 1 ? "rank " : "ranks ";
+    for (size_t i = 0; i < which.size() && i < 8; i++) list += (i ? ", " : "") + std::to_string(which[i]);
+    return list + (which.size() > 8 ? " and " + std::to_string(which.size() - 8) + " more" : "");
 }
 
 // The number in an environment variable, -1 when there is none
 inline int64_t ranks_variable(const char* name) {
-    const char* text = getenv(name);
+    const char* given = getenv(name);
     char* end = nullptr;
-    int64_t value = text ? strtoll(text, &end, 10) : -1;
-    return text && end != text && *end == 0 && value >= 0 ? value : -1;
+    int64_t value = given ? strtoll(given, &end, 10) : -1;
+    return given && end != given && *end == 0 && value >= 0 ? value : -1;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -177,7 +184,15 @@ inline void ranks_time_limit(int fd, double seconds) {      // 0: none
     setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
 }
 
-inline int ranks_dial(const std::string& host, int port) {  // -1 when nobody answers within 2 s
+// Whether the connection that a non-blocking socket has begun is there within 2 s
+inline bool ranks_connected(int fd) {
+    pollfd ready = {fd, POLLOUT, 0};
+    int error = 0;
+    socklen_t size = sizeof error;
+    return poll(&ready, 1, 2000) == 1 && getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &size) == 0 && error == 0;
+}
+
+inline int ranks_dial(const std::string& host, int port) {  // -1 when no process answers within 2 s
     addrinfo hints = {}, *list = nullptr;
     hints.ai_family = AF_INET;
     hints.ai_socktype = SOCK_STREAM;
@@ -185,11 +200,7 @@ inline int ranks_dial(const std::string& host, int port) {  // -1 when nobody an
     int fd = -1;
     for (addrinfo* a = list; a && fd < 0; a = a->ai_next) {
         fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-        pollfd ready = {fd, POLLOUT, 0};
-        int error = 0;
-        socklen_t size = sizeof error;
-        bool connected = connect(fd, a->ai_addr, a->ai_addrlen) == 0 || (errno == EINPROGRESS && poll(&ready, 1, 2000) == 1
-                         && getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &size) == 0 && error == 0);
+        bool connected = connect(fd, a->ai_addr, a->ai_addrlen) == 0 || (errno == EINPROGRESS && ranks_connected(fd));
         if (!connected) { close(fd); fd = -1; }
     }
     freeaddrinfo(list);
@@ -218,8 +229,8 @@ inline bool ranks_receive(int fd, void* bytes, size_t n) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// Meeting: rank 0 listens, the others come. Each connection begins with a hello and its answer. They keep out strangers
-// and other runs that come by mistake, not by malice: as with NCCL's connections, nothing is encrypted.
+// Meeting: rank 0 listens, the others come. Each connection begins with a hello and its answer. They keep out
+// other programs and other runs that come by mistake, not attackers: as with NCCL's connections, nothing is encrypted.
 
 inline RankHello ranks_hello(uint64_t token) {
     RankHello h = {};
@@ -232,21 +243,38 @@ inline RankHello ranks_hello(uint64_t token) {
     std::ifstream("/proc/sys/kernel/random/boot_id") >> boot;
     snprintf(h.boot, sizeof h.boot, "%s %s", h.host, boot.c_str());
     if (readlink("/proc/self/ns/pid", h.names, sizeof h.names - 1) < 0) h.names[0] = 0;
-    std::string job = "job";                                // the same in all processes of a job; with none, as good as it gets
-    for (const char* name : {"SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "TORCHELASTIC_RUN_ID"}) job += std::string(":") + (getenv(name) ? getenv(name) : "");
+    std::string job = "job";                                // the same in all processes of a job
+    for (const char* name : {"SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "TORCHELASTIC_RUN_ID"})
+        job += std::string(":") + (getenv(name) ? getenv(name) : "");
     std::replace(job.begin(), job.end(), ' ', '_');
     snprintf(h.job, sizeof h.job, "%s", job.c_str());
     return h;
 }
 
-// Rank 0: a socket to every rank, and who they are in ranks_state->all. Strangers are turned away. A rank that has not come in
-// time, or has come twice, is an error; `where` names the meeting.
+// Rank 0's answer to a hello. own: rank 0's, with the token of the meeting. taken: this rank has come before.
+inline RankAnswer ranks_answer(const RankHello& h, const RankHello& own, bool numbered, bool taken) {
+    RankAnswer answer = {};
+    memcpy(answer.magic, "olmoe<1", 8);
+    answer.token = h.token;
+    answer.retry = h.token != own.token || strcmp(h.job, own.job) != 0;
+    if (answer.retry) return answer;
+    if (!numbered)
+        snprintf(answer.refusal, sizeof answer.refusal, "one process is rank 0 of %d, another rank %d of %d",
+                 own.size, h.rank, h.size);
+    else if (taken)
+        snprintf(answer.refusal, sizeof answer.refusal,
+                 "two processes are rank %d; does another run use the same rendezvous?", h.rank);
+    return answer;
+}
+
+// Rank 0: a socket to every rank, and who they are in ranks_state->all. Connections of others are closed. A rank that
+// has not come in time, or has come twice, is an error; `where` names the meeting.
 inline std::vector<int> ranks_accept(int listener, uint64_t token, const std::string& where) {
     RankState* s = ranks_state;
     RankHello own = ranks_hello(token);
     std::vector<int> sockets(s->self.size, -1), missing;
     s->all.assign(s->self.size, own);
-    rlimit files;                                           // two sockets a rank: more than 1024, a usual limit, for 500 ranks
+    rlimit files;                           // two sockets a rank: for 500 ranks more than 1024, a usual limit
     if (getrlimit(RLIMIT_NOFILE, &files) == 0) { files.rlim_cur = files.rlim_max; setrlimit(RLIMIT_NOFILE, &files); }
     for (double deadline = ranks_time() + ranks_patience; ; ) {
         missing.clear();
@@ -254,26 +282,22 @@ inline std::vector<int> ranks_accept(int listener, uint64_t token, const std::st
         if (missing.empty()) return sockets;
         double left = deadline - ranks_time();
         if (left <= 0)
-            die("%s: after %.0f s %s of %d did not come; did it start, and can its machine reach port %d of %s?", where.c_str(), ranks_patience,
-                ranks_list(missing).c_str(), s->self.size, ranks_port(listener), own.host);
+            die("%s: after %.0f s %s of %d did not come; did it start, and can its machine reach port %d of %s?",
+                where.c_str(), ranks_patience, ranks_list(missing).c_str(), s->self.size,
+                ranks_port(listener), own.host);
         pollfd ready = {listener, POLLIN, 0};
         if (poll(&ready, 1, (int)(left * 1000) + 1) <= 0) continue;
         int fd = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC);
         if (fd < 0) continue;
         ranks_time_limit(fd, 2);
         RankHello h;
-        if (!ranks_receive(fd, &h, sizeof h) || memcmp(h.magic, own.magic, sizeof h.magic) != 0) { close(fd); continue; }
-        h.host[sizeof h.host - 1] = h.boot[sizeof h.boot - 1] = h.names[sizeof h.names - 1] = h.job[sizeof h.job - 1] = 0;
+        bool heard = ranks_receive(fd, &h, sizeof h) && memcmp(h.magic, own.magic, sizeof h.magic) == 0;
+        if (!heard) { close(fd); continue; }
+        h.host[sizeof h.host - 1] = h.boot[sizeof h.boot - 1] = 0;
+        h.names[sizeof h.names - 1] = h.job[sizeof h.job - 1] = 0;
 
-        RankAnswer answer = {};
-        memcpy(answer.magic, "olmoe<1", 8);
-        answer.token = h.token;
-        answer.retry = h.token != token || strcmp(h.job, own.job) != 0;
         bool numbered = h.size == s->self.size && h.rank > 0 && h.rank < h.size;
-        if (!answer.retry && !numbered)
-            snprintf(answer.refusal, sizeof answer.refusal, "one process is rank 0 of %d, another rank %d of %d", s->self.size, h.rank, h.size);
-        else if (!answer.retry && sockets[h.rank] >= 0)
-            snprintf(answer.refusal, sizeof answer.refusal, "two processes are rank %d; does another run use the same rendezvous?", h.rank);
+        RankAnswer answer = ranks_answer(h, own, numbered, numbered && sockets[h.rank] >= 0);
         bool sent = ranks_send(fd, &answer, sizeof answer);
         if (answer.refusal[0]) die("%s: %s", where.c_str(), answer.refusal);
         if (answer.retry || !sent) { close(fd); continue; }
@@ -284,7 +308,7 @@ inline std::vector<int> ranks_accept(int listener, uint64_t token, const std::st
 
 // The others: a socket to rank 0, which is where `find` says, once it says so.
 inline int ranks_come(const std::function<bool(RankMeeting*)>& find, const std::string& where) {
-    for (double deadline = ranks_time() + ranks_patience; ranks_time() < deadline; std::this_thread::sleep_for(std::chrono::milliseconds(50))) {
+    for (double deadline = ranks_time() + ranks_patience; ranks_time() < deadline; ranks_sleep(0.05)) {
         RankMeeting meeting;
         if (!find(&meeting)) continue;
         RankHello hello = ranks_hello(meeting.token);
@@ -303,23 +327,26 @@ inline int ranks_come(const std::function<bool(RankMeeting*)>& find, const std::
             die("%s: %s", where.c_str(), answer.refusal);
         }
     }
-    die("%s: rank 0 did not answer rank %d of %d within %.0f s; did it start, and is it where the rendezvous says?", where.c_str(), ranks_state->self.rank,
-        ranks_state->self.size, ranks_patience);
+    die("%s: rank 0 did not answer rank %d of %d within %.0f s; did it start, and is it where the rendezvous says?",
+        where.c_str(), ranks_state->self.rank, ranks_state->self.size, ranks_patience);
 }
 
-// What rank 0 tells the others of where it listens: the addresses of its interfaces, then its name, for which DNS may be slow.
+// Where rank 0 listens, for the others: the addresses of its interfaces, then its name, for which DNS may be slow.
 inline RankMeeting ranks_meeting(int listener, bool one_machine) {
     RankMeeting m;
     m.port = ranks_port(listener);
-    std::random_device random;
-    m.token = (uint64_t)random() << 32 | random();
+    std::random_device source;
+    m.token = (uint64_t)source() << 32 | source();
     std::string hosts;
     ifaddrs* list = nullptr;
     if (!one_machine && getifaddrs(&list) == 0) {
         for (ifaddrs* i = list; i; i = i->ifa_next) {
-            char text[INET_ADDRSTRLEN];
-            if (!i->ifa_addr || i->ifa_addr->sa_family != AF_INET || (i->ifa_flags & IFF_LOOPBACK) || !(i->ifa_flags & IFF_UP)) continue;
-            if (hosts.size() < 300 && inet_ntop(AF_INET, &((sockaddr_in*)i->ifa_addr)->sin_addr, text, sizeof text)) hosts += std::string(text) + " ";
+            char address[INET_ADDRSTRLEN];
+            if (!i->ifa_addr || i->ifa_addr->sa_family != AF_INET) continue;
+            if ((i->ifa_flags & IFF_LOOPBACK) || !(i->ifa_flags & IFF_UP)) continue;
+            const in_addr* binary = &((sockaddr_in*)i->ifa_addr)->sin_addr;
+            if (hosts.size() < 300 && inet_ntop(AF_INET, binary, address, sizeof address))
+                hosts += std::string(address) + " ";
         }
         freeifaddrs(list);
     }
@@ -329,13 +356,14 @@ inline RankMeeting ranks_meeting(int listener, bool one_machine) {
     return m;
 }
 
-// A file of an earlier run does no harm: the port in it is closed, or whoever listens there now does not know the token, and the
-// reader looks again until rank 0 has replaced the file. Rank 0 removes it when all have come.
+// A file of an earlier run does no harm: the port in it is closed, or the process that listens there now does not know
+// the token, and the reader looks again until rank 0 has replaced the file. Rank 0 removes it when all have come.
 inline void ranks_file_write(const std::string& path, const RankMeeting& m) {
-    std::string text = "olmoe-rendezvous " + std::to_string(m.token) + " " + std::to_string(m.port) + " " + ranks_hello(0).job + " " + m.hosts + " end\n";
+    std::string line = "olmoe-rendezvous " + std::to_string(m.token) + " " + std::to_string(m.port) + " "
+                       + ranks_hello(0).job + " " + m.hosts + " end\n";
     std::string next = path + "." + std::to_string(m.token);
     int fd = open(next.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-    bool written = fd >= 0 && write(fd, text.data(), text.size()) == (ssize_t)text.size() && fsync(fd) == 0;
+    bool written = fd >= 0 && write(fd, line.data(), line.size()) == (ssize_t)line.size() && fsync(fd) == 0;
     int error = errno;
     if (fd >= 0) close(fd);
     if (!written || rename(next.c_str(), path.c_str()) != 0) {
@@ -345,12 +373,13 @@ inline void ranks_file_write(const std::string& path, const RankMeeting& m) {
     }
 }
 
-// Removes a rendezvous file where there is one; dies where there is another file with text, or data, in it.
+// Removes a rendezvous file where there is one; dies where there is a file of another kind that is not empty.
 inline void ranks_file_remove(const std::string& path) {
     char word[17] = "";
     std::ifstream(path).read(word, 16);
     if (strcmp(word, "olmoe-rendezvous") == 0) unlink(path.c_str());
-    else if (word[0]) die("rendezvous %s: there is a file of another kind; choose a name that does not exist", path.c_str());
+    else if (word[0])
+        die("rendezvous %s: there is a file of another kind; choose a name that does not exist", path.c_str());
 }
 
 // False where there is no file yet, or not one of this job.
@@ -358,16 +387,17 @@ inline bool ranks_file_read(const std::string& path, RankMeeting* m) {
     size_t slash = path.rfind('/');         // opening its directory makes NFS look again whether there is such a file
     DIR* directory = opendir(slash == std::string::npos ? "." : path.substr(0, slash + 1).c_str());
     if (directory) closedir(directory);
-    char text[1024] = "", word[32], job[128], hosts[512];
+    char line[1024] = "", word[32], job[128], hosts[512];
     FILE* file = fopen(path.c_str(), "r");
     if (!file) return false;
-    bool line = fgets(text, sizeof text, file);
+    bool got = fgets(line, sizeof line, file);
     fclose(file);
-    char* end = strstr(text, " end\n");
+    char* end = strstr(line, " end\n");
     unsigned long long token;
-    if (!line || !end) return false;
+    if (!got || !end) return false;
     *end = 0;
-    if (sscanf(text, "%31s %llu %d %127s %511[^\n]", word, &token, &m->port, job, hosts) != 5 || strcmp(word, "olmoe-rendezvous") != 0) return false;
+    if (sscanf(line, "%31s %llu %d %127s %511[^\n]", word, &token, &m->port, job, hosts) != 5) return false;
+    if (strcmp(word, "olmoe-rendezvous") != 0) return false;
     m->token = token;
     memcpy(m->hosts, hosts, sizeof hosts);
     return strcmp(job, ranks_hello(0).job) == 0;
@@ -379,20 +409,23 @@ inline bool ranks_file_read(const std::string& path, RankMeeting* m) {
 // The variables by which launchers number their processes, the most particular first: srun may have started torchrun.
 struct RankVariables { const char *rank, *size, *local; };
 constexpr RankVariables RANK_VARIABLES[] = {
-    {"RANK", "WORLD_SIZE", "LOCAL_RANK"},                                                           // torchrun, or a shell loop
-    {"OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"},                 // Open MPI's mpirun
-    {"PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"},                                                    // MPICH, Intel MPI, srun --mpi=pmi2
-    {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"},                                      // srun
+    {"RANK", "WORLD_SIZE", "LOCAL_RANK"},                       // torchrun, or a shell loop
+    // Open MPI's mpirun
+    {"OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"},
+    {"PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"},                // MPICH, Intel MPI, srun --mpi=pmi2
+    {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"},  // srun
     {"SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"},
 };
 
-// The ranks by one launcher's variables; false where it has set none. Slurm sets its own in a batch script, too, and in the shell
-// of salloc, neither of which is one of several: they have no step, or one of the highest numbers, which Slurm keeps for these.
+// The ranks by one launcher's variables; false where it has set none. Slurm sets its own also in a batch
+// script and in the shell of salloc, neither of which is one of several: they have no step, or one of the highest
+// numbers, which Slurm keeps for these.
 inline bool ranks_by_variables(const RankVariables& v, Ranks* r) {
     int64_t rank = ranks_variable(v.rank), size = ranks_variable(v.size), local = ranks_variable(v.local);
     int64_t step = ranks_variable("SLURM_STEP_ID");
     if (rank < 0 || size < 1 || size > 1 << 20 || rank >= size) return false;
-    if (strcmp(v.size, "SLURM_NTASKS") == 0 && ranks_variable("SLURM_STEP_NUM_TASKS") >= 0) return false;  // the job's, not the step's
+    // That is the number of the job's tasks. The step's goes before it.
+    if (strcmp(v.size, "SLURM_NTASKS") == 0 && ranks_variable("SLURM_STEP_NUM_TASKS") >= 0) return false;
     if (strcmp(v.rank, "SLURM_PROCID") == 0 && rank == 0 && (step < 0 || step >= 0xfffffff0)) return false;
     r->rank = (int)rank; r->size = (int)size; r->local_rank = (int)local;
     return true;
@@ -405,41 +438,64 @@ inline int ranks_number() {
     return 0;
 }
 
-// The variable by which a launcher says that this process is one of several, "WORLD_SIZE=4"; empty where none does. mpirun's word
-// holds against the others': it may run below srun.
+// The variable by which a launcher announces that this process is one of several, "WORLD_SIZE=4"; empty where none
+// does. Open MPI's goes before the others': mpirun may run below srun.
 inline std::string ranks_announced() {
     bool open_mpi = getenv("OMPI_COMM_WORLD_SIZE");
     Ranks r;
     for (const RankVariables& v : RANK_VARIABLES) {
         if (open_mpi && strncmp(v.size, "OMPI", 4) != 0) continue;
-        bool several = strncmp(v.size, "SLURM", 5) == 0 ? ranks_by_variables(v, &r) && r.size > 1 : ranks_variable(v.size) > 1;
+        bool slurm = strncmp(v.size, "SLURM", 5) == 0;
+        bool several = slurm ? ranks_by_variables(v, &r) && r.size > 1 : ranks_variable(v.size) > 1;
         if (several) return std::string(v.size) + "=" + getenv(v.size);
     }
     return !open_mpi && ranks_variable("PMIX_RANK") > 0 ? std::string("PMIX_RANK=") + getenv("PMIX_RANK") : "";
 }
 
-// Rank 0's bytes to all ranks: n bytes, the same n everywhere. Collective, and made for the start: by MPI, or rank after rank over
-// TCP. Dies, or lets the watch say why, where a rank is gone.
+// Rank 0's bytes to all ranks: n bytes, the same n everywhere. Collective, and made for the start: by MPI, or rank
+// after rank over TCP. Dies, or lets the watch report why, where a rank is gone.
 inline void ranks_broadcast(void* bytes, size_t n) {
     RankState* s = ranks_state;
     if (s->self.size == 1) return;
     if (s->mpi) {
-        for (size_t at = 0; at < n; at += 1 << 30) MPI_Bcast((char*)bytes + at, (int)std::min(n - at, (size_t)1 << 30), MPI_BYTE, 0, MPI_COMM_WORLD);
+        for (size_t at = 0; at < n; at += 1 << 30)
+            MPI_Bcast((char*)bytes + at, (int)std::min(n - at, (size_t)1 << 30), MPI_BYTE, 0, MPI_COMM_WORLD);
         return;
     }
     for (int r = 0; r < (int)s->data.size(); r++) {
-        if (s->data[r] < 0 || (s->self.rank == 0 ? ranks_send(s->data[r], bytes, n) : ranks_receive(s->data[r], bytes, n))) continue;
-        if (s->watching) std::this_thread::sleep_for(std::chrono::duration<double>(s->timeout + 2 * RANKS_GRACE));  // the watch says why
+        int fd = s->data[r];
+        if (fd < 0 || (s->self.rank == 0 ? ranks_send(fd, bytes, n) : ranks_receive(fd, bytes, n))) continue;
+        if (s->watching) ranks_sleep(s->timeout + 2 * RANKS_GRACE);     // the watch reports why
         die("rank %d has gone, or said nothing for %.0f s, while the ranks started", r, ranks_patience);
     }
+}
+
+// True: it is HOST:PORT; false: the path of a file
+inline bool ranks_is_address(const std::string& rendezvous) {
+    size_t colon = rendezvous.rfind(':');
+    if (colon == std::string::npos || colon == 0 || colon + 1 == rendezvous.size()) return false;
+    return rendezvous.find_first_of("/ ") == std::string::npos
+           && rendezvous.find_first_not_of("0123456789", colon + 1) == std::string::npos;
+}
+
+// The number of ranks on this machine, and this rank's among them where its launcher has not set it
+inline void ranks_count_local() {
+    RankState* s = ranks_state;
+    int below = 0;
+    s->self.local_size = 0;
+    for (int r = 0; r < s->self.size; r++) {
+        bool here = strcmp(s->all[r].boot, s->all[s->self.rank].boot) == 0;
+        s->self.local_size += here;
+        below += here && r < s->self.rank;
+    }
+    if (s->self.local_rank < 0) s->self.local_rank = below;
 }
 
 // Meets at HOST:PORT or at a file, and fills in the local rank and the number of ranks on this machine.
 inline void ranks_rendezvous(const std::string& rendezvous) {
     RankState* s = ranks_state;
+    bool address = ranks_is_address(rendezvous);
     size_t colon = rendezvous.rfind(':');
-    bool address = colon != std::string::npos && colon > 0 && rendezvous.find('/') == std::string::npos && rendezvous.find(' ') == std::string::npos
-                   && colon + 1 < rendezvous.size() && rendezvous.find_first_not_of("0123456789", colon + 1) == std::string::npos;
     std::string where = "rendezvous " + rendezvous, host = address ? rendezvous.substr(0, colon) : "";
     int port = address ? (int)std::min(strtoul(rendezvous.c_str() + colon + 1, nullptr, 10), 65536ul) : 0;
     if (address && (port < 1 || port > 65535)) die("%s: a port is a number from 1 to 65535", where.c_str());
@@ -448,8 +504,13 @@ inline void ranks_rendezvous(const std::string& rendezvous) {
     RankMeeting known;                      // at an address there is no token but the job's number
     known.port = port;
     snprintf(known.hosts, sizeof known.hosts, "%s", host.c_str());
-    if (s->self.size == 1) s->all = {ranks_hello(0)};
-    else if (s->self.rank == 0) {
+    auto find = [&](RankMeeting* m) {
+        *m = known;
+        return address || ranks_file_read(rendezvous, m);
+    };
+    if (s->self.size == 1) {
+        s->all = {ranks_hello(0)};
+    } else if (s->self.rank == 0) {
         if (!address) ranks_file_remove(rendezvous);
         s->listener = ranks_listen(host == "localhost" || host.compare(0, 4, "127.") == 0, port);
         if (!address) {
@@ -459,60 +520,63 @@ inline void ranks_rendezvous(const std::string& rendezvous) {
         s->data = ranks_accept(s->listener, known.token, where);
         if (!address) ranks_file_remove(rendezvous);
     } else {
-        s->data = {ranks_come([&](RankMeeting* m) { *m = known; return address || ranks_file_read(rendezvous, m); }, where)};
+        s->data = {ranks_come(find, where)};
     }
     for (int fd : s->data) if (fd >= 0) ranks_time_limit(fd, ranks_patience);
     s->all.resize(s->self.size);
     ranks_broadcast(s->all.data(), s->all.size() * sizeof(RankHello));
-    int below = 0;
-    s->self.local_size = 0;
-    for (int r = 0; r < s->self.size; r++) {
-        bool here = strcmp(s->all[r].boot, s->all[s->self.rank].boot) == 0;
-        s->self.local_size += here;
-        below += here && r < s->self.rank;
-    }
-    if (s->self.local_rank < 0) s->self.local_rank = below;
+    ranks_count_local();
     s->self.started_by = where;
 }
 
-// Finds the ranks; call it once, before anything else that concerns them. rendezvous: HOST:PORT, or the path of a file (a name
-// with a slash, or without a number after its last colon), for ranks without MPI; it goes before MPI. Empty: MPI, where a launcher
-// of MPI has started this process, else one rank. mpi_only: refuse a rendezvous, because the collectives are MPI's. Dies with one
-// line where ranks have not come within 60 s, or where a launcher's variables announce several ranks that MPI does not see. MPI is
-// initialised for calls from the main thread only.
+// The ranks of MPI, which it initialises
+inline void ranks_from_mpi() {
+    RankState* s = ranks_state;
+    int level;
+    MPI_Comm machine;
+    MPI_Init_thread(nullptr, nullptr, MPI_THREAD_FUNNELED, &level);
+    s->mpi = true;
+    MPI_Comm_rank(MPI_COMM_WORLD, &s->self.rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &s->self.size);
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, s->self.rank, MPI_INFO_NULL, &machine);
+    MPI_Comm_rank(machine, &s->self.local_rank);
+    MPI_Comm_size(machine, &s->self.local_size);
+    MPI_Comm_free(&machine);
+    bool mpirun = getenv("OMPI_COMM_WORLD_SIZE") || !getenv("SLURM_STEP_ID");
+    if (s->self.size > 1) s->self.started_by = mpirun ? "mpirun" : "srun";
+}
+
+// Finds the ranks; call it once, before anything else that concerns them. rendezvous: HOST:PORT, or the path of a file
+// (a name with a slash, or without a number after its last colon), for ranks without MPI; it goes before MPI. Empty:
+// MPI, where a launcher of MPI has started this process, else one rank. mpi_only: refuse a rendezvous, because the
+// collectives are MPI's. Dies with one line where ranks have not come within 60 s, or where a launcher's variables
+// announce several ranks that MPI does not see. MPI is initialised for calls from the main thread only.
 inline Ranks ranks_start(const std::string& rendezvous, bool mpi_only) {
     RankState* s = ranks_state;
     s->self = Ranks();
     if (!rendezvous.empty()) {
-        if (mpi_only) die("--rendezvous %s: this build's ranks communicate by MPI; start them by mpirun, without --rendezvous", rendezvous.c_str());
+        if (mpi_only)
+            die("--rendezvous %s: this build's ranks communicate by MPI; start them by mpirun, without --rendezvous",
+                rendezvous.c_str());
         bool found = false;
         for (const RankVariables& v : RANK_VARIABLES) if (!found) found = ranks_by_variables(v, &s->self);
-        if (!found) die("--rendezvous %s: which rank is this? start it by srun or torchrun, or set RANK and WORLD_SIZE (0 <= RANK < WORLD_SIZE)",
-                        rendezvous.c_str());
+        if (!found)
+            die("--rendezvous %s: which rank is this? start it by srun or torchrun, or set RANK and WORLD_SIZE "
+                "(0 <= RANK < WORLD_SIZE)", rendezvous.c_str());
         ranks_rendezvous(rendezvous);
         return s->self;
     }
     std::string several = ranks_announced();        // now: MPI, initialised alone, changes these variables
-    bool launched = false;
-    for (const char* name : {"OMPI_COMM_WORLD_SIZE", "PMI_RANK", "PMI_SIZE", "PMIX_RANK"}) launched = launched || getenv(name);
-    if (launched) {                         // otherwise not: to initialise MPI for one rank takes up to a second
-        int level;
-        MPI_Comm machine;
-        MPI_Init_thread(nullptr, nullptr, MPI_THREAD_FUNNELED, &level);
-        s->mpi = true;
-        MPI_Comm_rank(MPI_COMM_WORLD, &s->self.rank);
-        MPI_Comm_size(MPI_COMM_WORLD, &s->self.size);
-        MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, s->self.rank, MPI_INFO_NULL, &machine);
-        MPI_Comm_rank(machine, &s->self.local_rank);
-        MPI_Comm_size(machine, &s->self.local_size);
-        MPI_Comm_free(&machine);
-        if (s->self.size > 1) s->self.started_by = getenv("OMPI_COMM_WORLD_SIZE") || !getenv("SLURM_STEP_ID") ? "mpirun" : "srun";
-    }
+    bool launcher = false;
+    for (const char* name : {"OMPI_COMM_WORLD_SIZE", "PMI_RANK", "PMI_SIZE", "PMIX_RANK"})
+        launcher = launcher || getenv(name);
+    if (launcher) ranks_from_mpi();         // otherwise not: to initialise MPI for one rank takes up to a second
     if (s->self.size > 1 || several.empty()) return s->self;
     for (const char* local : {"OMPI_COMM_WORLD_LOCAL_RANK", "LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"})
-        if (ranks_variable(local) > 0) _exit(1);    // one process of a machine speaks for all
-    die("%s, but this process finds no other rank, and each would train alone; start by mpirun or srun --mpi=pmix, with a program built with that MPI%s; "
-        "for one rank unset %s", several.c_str(), mpi_only ? "" : ", or give --rendezvous", several.substr(0, several.find('=')).c_str());
+        if (ranks_variable(local) > 0) _exit(1);    // one process of a machine reports it for all
+    die("%s, but this process finds no other rank, and each would train alone; start by mpirun or srun --mpi=pmix, "
+        "with a program built with that MPI%s; for one rank unset %s",
+        several.c_str(), mpi_only ? "" : ", or give --rendezvous", several.substr(0, several.find('=')).c_str());
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -542,13 +606,14 @@ inline void ranks_tell(RankWord word) {
         if (p.socket >= 0 && !p.closed) (void)!send(p.socket, &b, sizeof b, MSG_NOSIGNAL | MSG_DONTWAIT);
 }
 
-// Takes in what has come, waiting at most `wait` seconds for it. `clock` is the time to write to those who are heard.
-inline void ranks_listen_to_peers(double wait, const std::function<double()>& clock) {
+// Takes in what has come, waiting at most `seconds` for it. `tick` returns the time, which is noted for each rank that
+// is heard.
+inline void ranks_listen_to_peers(double seconds, const std::function<double()>& tick) {
     RankState* s = ranks_state;
     std::vector<pollfd> ready = {{s->wake, POLLIN, 0}};
     for (RankPeer& p : s->peers) if (p.socket >= 0 && !p.closed) ready.push_back({p.socket, POLLIN, 0});
-    poll(ready.data(), ready.size(), (int)(std::max(wait, 0.0) * 1000) + 1);
-    double now = clock();
+    poll(ready.data(), ready.size(), (int)(std::max(seconds, 0.0) * 1000) + 1);
+    double now = tick();
     uint64_t calls;
     if (ready[0].revents) (void)!read(s->wake, &calls, sizeof calls);
     for (RankPeer& p : s->peers)
@@ -566,25 +631,29 @@ inline void ranks_listen_to_peers(double wait, const std::function<double()>& cl
         }
 }
 
-// Says the last word and waits until the others have heard it and closed: a socket closed with heartbeats unread would
-// drop what is still under way.
+// Sends the last word and waits until the others have heard it and closed: a socket that is closed with heartbeats
+// unread would drop what is still on its way.
 inline void ranks_part(RankWord word, double deadline) {
     RankState* s = ranks_state;
     ranks_tell(word);
     for (RankPeer& p : s->peers) if (p.socket >= 0) shutdown(p.socket, SHUT_WR);
-    auto open = [s] { return std::any_of(s->peers.begin(), s->peers.end(), [](const RankPeer& p) { return p.socket >= 0 && !p.closed; }); };
-    while (open() && ranks_time() < deadline) ranks_listen_to_peers(deadline - ranks_time(), ranks_time);
+    auto is_open = [](const RankPeer& p) { return p.socket >= 0 && !p.closed; };
+    auto any_open = [&] { return std::any_of(s->peers.begin(), s->peers.end(), is_open); };
+    while (any_open() && ranks_time() < deadline) ranks_listen_to_peers(deadline - ranks_time(), ranks_time);
 }
 
-// Is this the first rank of its machine to come here? Its word is that of all. The mark is a name in the kernel, gone with the process.
+// Is this the first rank of its machine to come here? It reports for all of them. The mark is a name in the kernel,
+// gone with the process.
 inline bool ranks_first_of_machine() {
     if (!ranks_state->watching) return true;
     static const bool first = [] {
         int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
         sockaddr_un name = {};
         name.sun_family = AF_UNIX;
-        int n = snprintf(name.sun_path + 1, sizeof name.sun_path - 1, "olmoe-%016llx", (unsigned long long)ranks_state->token);
-        return bind(fd, (sockaddr*)&name, (socklen_t)(offsetof(sockaddr_un, sun_path) + 1 + (size_t)n)) == 0 || errno != EADDRINUSE;
+        int n = snprintf(name.sun_path + 1, sizeof name.sun_path - 1, "olmoe-%016llx",
+                         (unsigned long long)ranks_state->token);
+        socklen_t size = (socklen_t)(offsetof(sockaddr_un, sun_path) + 1 + (size_t)n);
+        return bind(fd, (sockaddr*)&name, size) == 0 || errno != EADDRINUSE;
     }();
     return first;
 }
@@ -596,26 +665,28 @@ inline int ranks_sibling(int rank) {
     return here && h.started && ranks_process_started(h.pid) == h.started ? h.pid : 0;
 }
 
-// Ends this rank, and with it all. line: what to say, empty where it has been said. silent: a rank that does not answer, -1: none.
+// Ends this rank, and with it all. line: the report, empty where it has been made. silent: a rank that does not answer,
+// -1: none.
 [[noreturn]] inline void ranks_fail(const std::string& line, int silent = -1) {
     RankState* s = ranks_state;
     bool first = ranks_first_of_machine();
     if (!line.empty() && (s->self.rank == 0 || first)) {
-        std::string text = "olmoe: " + line + "\n";
-        pollfd ready = {STDERR_FILENO, POLLOUT, 0};
-        if (poll(&ready, 1, 1000) == 1) (void)!write(STDERR_FILENO, text.data(), text.size());     // nobody may read it: then it does not hold us up
+        std::string message = "olmoe: " + line + "\n";
+        pollfd ready = {STDERR_FILENO, POLLOUT, 0};     // a full pipe that no process reads must not stop this one
+        if (poll(&ready, 1, 1000) == 1) (void)!write(STDERR_FILENO, message.data(), message.size());
     }
     if (silent >= 0 && ranks_sibling(silent)) kill(ranks_sibling(silent), SIGKILL);
     double deadline = ranks_time() + RANKS_GRACE;
     ranks_part(FAILED, deadline);
     for (int r = 0; first && r < s->self.size; r++) {
-        while (ranks_sibling(r) && ranks_time() < deadline) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+        while (ranks_sibling(r) && ranks_time() < deadline) ranks_sleep(0.01);
         if (int pid = ranks_sibling(r)) kill(pid, SIGKILL);
     }
     _exit(1);
 }
 
-// No rank has moved for the timeout: those that have begun the fewest collectives are the ones that the others wait for.
+// No rank has moved for the timeout: those that have begun the fewest collectives are the ones that the others wait
+// for.
 [[noreturn]] inline void ranks_fail_still() {
     RankState* s = ranks_state;
     s->peers[0].last = ranks_beat(RUNS);
@@ -630,53 +701,65 @@ inline int ranks_sibling(int rank) {
     char seconds[64];
     snprintf(seconds, sizeof seconds, " stood still for %g s", s->timeout);
     const RankBeat& last = s->peers[behind[0]].last;
-    if ((int)behind.size() == s->self.size) ranks_fail("all " + std::to_string(s->self.size) + " ranks have" + seconds + ", " + ranks_place(last));
-    ranks_fail(ranks_list(behind) + (behind.size() == 1 ? " has" : " have") + seconds
-               + (behind.size() == 1 ? ranks_details(behind[0], last) : ", last " + ranks_place(last))
+    if ((int)behind.size() == s->self.size)
+        ranks_fail("all " + std::to_string(s->self.size) + " ranks have" + seconds + ", " + ranks_place(last));
+    const bool one = behind.size() == 1;
+    ranks_fail(ranks_list(behind) + (one ? " has" : " have") + seconds
+               + (one ? ranks_details(behind[0], last) : ", last " + ranks_place(last))
                + "; rank " + std::to_string(ahead) + " waits " + ranks_place(s->peers[ahead].last));
+}
+
+// Fails where rank r has failed, is gone, or is silent. now: the thread's time.
+inline void ranks_check_peer(int r, double now) {
+    RankState* s = ranks_state;
+    const RankPeer& p = s->peers[r];
+    if (p.last.word == FAILED) ranks_fail("");
+    if (s->self.rank > 0 && p.last.word == LEAVES) return;
+    if (!p.closed && now - p.heard <= s->timeout) return;
+    std::string it = "rank " + std::to_string(r), details = ranks_details(r, p.last);
+    std::string me = "; rank " + std::to_string(s->self.rank), here = ranks_place(ranks_beat(RUNS));
+    if (p.closed) ranks_fail(it + " is gone" + details + me + " was " + here);
+    char seconds[64];
+    snprintf(seconds, sizeof seconds, " has not answered for %g s", s->timeout);
+    ranks_fail(it + seconds + details + me + " is " + here, r);
 }
 
 inline void ranks_thread() {
     RankState* s = ranks_state;
-    // A clock that stands while this process is stopped: whoever wakes up must not find all others late.
-    double clock = 0, before = ranks_time(), beat = 0, moved = 0;
+    // `now` is a clock that stops while this process is stopped: a process that goes on must not find all others late.
+    double now = 0, before = ranks_time(), beat = 0, moved = 0;
     auto tick = [&] {
-        double now = ranks_time();
-        clock += std::min(now - before, 2 * s->period);
-        before = now;
-        return clock;
+        double real = ranks_time();
+        now += std::min(real - before, 2 * s->period);
+        before = real;
+        return now;
     };
     uint64_t movement = 0;
     for (bool told = false; ; ) {
-        ranks_listen_to_peers(beat - clock, tick);
+        ranks_listen_to_peers(beat - now, tick);
         if (s->spoken) ranks_fail("");
         bool leaves = s->leaving, all_leave = leaves;
-        if (clock >= beat || leaves != told) {
+        if (now >= beat || leaves != told) {
             ranks_tell(leaves && s->self.rank > 0 ? LEAVES : RUNS);
             told = leaves;
-            beat = clock + s->period;
+            beat = now + s->period;
         }
         uint64_t sum = s->sequence + s->signs;
-        double quiet = 0;                   // seconds since the rank heard longest ago was heard
+        double quiet = 0;                   // the longest time that a rank has not been heard
         for (int r = 0; r < s->self.size; r++) {
-            RankPeer& p = s->peers[r];
+            const RankPeer& p = s->peers[r];
             if (p.socket < 0) continue;
-            if (p.last.word == FAILED) ranks_fail("");
+            ranks_check_peer(r, now);
             if (s->self.rank > 0 && p.last.word == LEAVES) return;
-            std::string me = "; rank " + std::to_string(s->self.rank);
-            std::string it = "rank " + std::to_string(r), here = ranks_place(ranks_beat(RUNS));
-            char seconds[64];
-            snprintf(seconds, sizeof seconds, " has not answered for %g s", s->timeout);
-            if (p.closed) ranks_fail(it + " is gone" + ranks_details(r, p.last) + me + " was " + here);
-            if (clock - p.heard > s->timeout) ranks_fail(it + seconds + ranks_details(r, p.last) + me + " is " + here, r);
-            quiet = std::max(quiet, clock - p.heard);
+            quiet = std::max(quiet, now - p.heard);
             all_leave = all_leave && p.last.word == LEAVES;
             sum += p.last.sequence + p.last.signs;
         }
         if (s->self.rank > 0) continue;
         if (all_leave) { ranks_part(LEAVES, ranks_time() + RANKS_GRACE); return; }
-        if (sum != movement) { movement = sum; moved = clock; }
-        if (clock - moved > s->timeout && quiet < 4 * s->period) ranks_fail_still();    // else one may be found silent before long
+        if (sum != movement) { movement = sum; moved = now; }
+        // A rank that has not been heard for a while may soon be silent, which is the better report.
+        if (now - moved > s->timeout && quiet < 4 * s->period) ranks_fail_still();
     }
 }
 
@@ -685,30 +768,31 @@ inline void ranks_wake() {
     (void)!write(ranks_state->wake, &one, sizeof one);
 }
 
-// Ends all ranks, from die(), which has said why, or at an exit() without ranks_leave; returns where there are no others. Skips what else
-// there is to do at exit: CUDA and NCCL may wait there for a collective.
+// Ends all ranks, from die(), which has reported why, or at an exit() without ranks_leave; returns where there are no
+// others. Skips everything else that is done at exit: CUDA and NCCL may wait there for a collective.
 inline void ranks_end() {
     RankState* s = ranks_state;
     if (!s->watching) return;
     fflush(nullptr);
     s->spoken = true;
     ranks_wake();
-    std::this_thread::sleep_for(std::chrono::duration<double>(3 * RANKS_GRACE));    // its thread ends the process
+    ranks_sleep(3 * RANKS_GRACE);           // its thread ends the process
     _exit(1);
 }
 
-// Starts the heartbeats: one a second, or ten in timeout_s seconds if that is more. Collective, best right after ranks_start, since
-// a failure before is noticed late. timeout_s, the same in all ranks: how long a rank may be silent, and how long all may stand
-// still, a first compilation or a checkpoint being written included; 0: forever, only the end of a process is noticed. From here
-// on a rank that ends without ranks_leave ends all, with exit code 1: by exit() silently, because die() has said why. Dies where
-// ranks cannot reach rank 0.
+// Starts the heartbeats: one a second, or ten in timeout_s seconds if that is more. Collective, best right after
+// ranks_start, since a failure before is noticed late. timeout_s, the same in all ranks: how long a rank may be silent,
+// and how long all may stand still, including a first compilation or the writing of a checkpoint; 0: forever, only the
+// end of a process is noticed. From here on a rank that ends without ranks_leave ends all, with exit code 1: by exit()
+// silently, because die() has reported why. Dies where ranks cannot reach rank 0.
 inline void ranks_watch(double timeout_s) {
     RankState* s = ranks_state;
     if (s->self.size == 1 || s->watching) return;
     s->timeout = timeout_s > 0 ? timeout_s : 1e9;
     s->period = std::min(1.0, s->timeout / 10);
     const std::string where = "watch of the ranks";
-    bool one_machine = s->mpi && s->self.local_size == s->self.size;    // at a rendezvous they may be containers, each with a network of its own
+    // At a rendezvous they may be containers, each with a network of its own.
+    bool one_machine = s->mpi && s->self.local_size == s->self.size;
     RankMeeting meeting;
     std::vector<int> sockets;
     if (s->self.rank == 0) {
@@ -742,19 +826,21 @@ inline void ranks_watch(double timeout_s) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// What the main thread says
+// What the main thread reports
 
-// A collective begins. what: a string literal, as messages shall call it after "the"; layer -1: of none. Costs a few stores.
+// A collective begins. what: a string literal, its name in messages, after "the"; layer -1: of none. Costs a few
+// stores.
 inline void ranks_note(const char* what, int layer) {
     ranks_state->what = what;
     ranks_state->layer = layer;
     ranks_state->sequence++;
 }
 
-// A sign of life between collectives, for what may take longer than the timeout: of a checkpoint, say, at every tensor.
+// A sign of life between collectives, for what may take longer than the timeout: at every tensor of a checkpoint, say.
 inline void ranks_alive() { ranks_state->signs++; }
 
-// The normal end. Collective: returns when all ranks have come, and finalizes MPI; a rank that fails to come is a failure of all.
+// The normal end. Collective: returns when all ranks have come, and finalizes MPI; a rank that does not come is a
+// failure of all.
 inline void ranks_leave() {
     RankState* s = ranks_state;
     if (s->watching) {
