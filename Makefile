@@ -264,9 +264,9 @@ export PTXRUN ?= $(wildcard ../shared/tools/ptxrun)
 test-ptx: ptx
 	$(RUN_TESTS) tests/test_ptxrun.py
 
-# One-line faults, each of which has to turn a named test red
+# One-line faults, each of which has to turn a named test red. MUTANTS_FOR_CI=SECONDS since CI started: a choice of them.
 test-mutants:
-	$(RUN_TESTS) tests/test_mutants.py
+	$(RUN_TESTS) tests/test_mutants.py $(if $(MUTANTS_FOR_CI),-p ci_mutants --ci-seconds $(MUTANTS_FOR_CI))
 
 # Times per kernel, matmuls alone, transformers, tokenizers, llama.cpp; on an idle machine
 bench: build/venv/made

@@ -1,10 +1,11 @@
-"""Do the tests test? Each fault of mutants.py is put into a copy of the tree, alone, and the test it names has to fail: by a
-comparison, or by a report of the strict machine. That a copy does not build, hangs or dies otherwise does not count, and without the
-fault every named test has to pass.
+"""Do the tests test? Each fault of mutants.py is put into a copy of the tree, alone, and the test it names has to fail: by
+a comparison, or by a report of the strict machine. That a copy does not build, hangs or dies otherwise does not count,
+and without the fault every named test has to pass.
 
     python3 -m pytest tests/test_mutants.py [-k NAME]
 
-The copies lie in build/mutants/; that of a fault that nothing noticed stays there. Two at a time: half of it is compiling.
+The copies are in build/mutants/; that of a fault that nothing noticed stays there. Two at a time: half of it is compiling.
+CI runs a choice of them: ci_mutants.py.
 """
 import os
 import re
@@ -12,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from mutants import MUTANTS
 ROOT = Path(__file__).resolve().parent.parent
 COPIES = ROOT / "build" / "mutants"
 BASELINE = COPIES / "baseline"
-SECONDS = 600                           # for a build, or for a test; on a busy machine, too
+SECONDS = 600                           # for a build, or for a test, also on a busy machine
 
 # What test_olmoe is built for, name: (folder under build/, options of make, seeds it runs with)
 BUILDS = {
@@ -37,8 +38,9 @@ FLAGS = "CXXFLAGS=-std=c++17 -O0 -fopenmp -fno-math-errno -w"
 # Which program a test of the command line runs
 PROGRAMS = {"tests/test_cli.py": "build/cpu-fp32/olmoe"}
 
-# What a make that called this one was told is not meant for the copies.
-clean = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "CUDA_SEED", "OLMOE", "PYTEST_ADDOPTS")}
+# The options of a make that called this one are not meant for the copies.
+NOT_FOR_COPIES = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "CUDA_SEED", "OLMOE", "PYTEST_ADDOPTS")
+clean = {key: value for key, value in os.environ.items() if key not in NOT_FOR_COPIES}
 clean.update(OMP_NUM_THREADS="1", GOMP_SPINCOUNT="1000")
 
 
@@ -57,11 +59,19 @@ GROUPS = list(dict.fromkeys(group_of(test) for *_, test in MUTANTS))
 def words_of(group):
     """How the group's test_olmoe is called: the strict one, or the same on two ranks."""
     program = f"build/{BUILDS[group][0]}/test_olmoe"
-    return ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "2", program, "--ranks"] if group == "ranks" else [program]
+    if group != "ranks":
+        return [program]
+    return ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "2", program, "--ranks"]
 
 
 def run(command, tree, **environment):
-    return subprocess.run(command, cwd=tree, env={**clean, **environment}, capture_output=True, text=True, errors="replace", timeout=SECONDS)
+    return subprocess.run(command, cwd=tree, env={**clean, **environment}, capture_output=True, text=True,
+                          errors="replace", timeout=SECONDS)
+
+
+def ending(done):
+    """The last lines that a program printed, for messages."""
+    return done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def build(tree, group):
@@ -86,8 +96,9 @@ def judge(tree, test):
     build(tree, group)
     if group not in BUILDS:
         done = pytest_run(tree, group, [test])
-        noticed = done.returncode == 1 and re.search(rf"^FAILED {re.escape(test)}( - |$)", done.stdout, re.M) and re.search(r"^1 failed in ", done.stdout, re.M)
-        return None if noticed else f"exit code {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        named = re.search(rf"^FAILED {re.escape(test)}( - |$)", done.stdout, re.M)
+        noticed = done.returncode == 1 and named and re.search(r"^1 failed in ", done.stdout, re.M)
+        return None if noticed else f"exit code {done.returncode}:\n{ending(done)}"
     for seed in BUILDS[group][2]:
         done = run([*words_of(group), "--only", name], tree, CUDA_SEED=seed)
         if done.returncode == 1 and re.search(r"^\d+ passed, [1-9]\d* failed$", done.stdout, re.M):
@@ -96,7 +107,7 @@ def judge(tree, test):
             return None
         if done.returncode != 0:
             break
-    return f"exit code {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    return f"exit code {done.returncode}:\n{ending(done)}"
 
 
 baseline_builds = threading.Lock()
@@ -109,38 +120,41 @@ def judge_baseline(group):
     tests = list(dict.fromkeys(name_of(test) for *_, test in MUTANTS if group_of(test) == group))
     if group not in BUILDS:
         done = pytest_run(BASELINE, group, tests)
-        return None if done.returncode == 0 and re.search(rf"^{len(tests)} passed in ", done.stdout, re.M) else done.stdout[-3000:] + done.stderr[-3000:]
-    missing = set(tests) - set(run([f"build/{BUILDS[group][0]}/test_olmoe", "--list"], BASELINE).stdout.splitlines())
+        passed = done.returncode == 0 and re.search(rf"^{len(tests)} passed in ", done.stdout, re.M)
+        return None if passed else ending(done)
+    listed = run([f"build/{BUILDS[group][0]}/test_olmoe", "--list"], BASELINE).stdout.splitlines()
+    missing = set(tests) - set(listed)
     if missing:
         return f"test_olmoe has no test {sorted(missing)}"
+    only = [word for test in tests for word in ("--only", test)]
     for seed in BUILDS[group][2]:
-        done = run([*words_of(group), *(word for test in tests for word in ("--only", test))], BASELINE, CUDA_SEED=seed)
+        done = run([*words_of(group), *only], BASELINE, CUDA_SEED=seed)
         if done.returncode != 0 or not re.search(r"^[1-9]\d* passed, 0 failed$", done.stdout, re.M):
-            return f"seed {seed}, exit code {done.returncode}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+            return f"seed {seed}, exit code {done.returncode}:\n{ending(done)}"
     return None
 
 
 def copy_tree():
     """The tree as git knows it, with files not yet added; the fixtures as a link."""
     shutil.rmtree(COPIES, ignore_errors=True)
-    files = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
-    for name in files:
+    files = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, check=True,
+                           capture_output=True, text=True).stdout
+    for name in files.split("\0"):
         if name and not name.startswith("tests/fixtures/") and (ROOT / name).is_file():
             (BASELINE / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, BASELINE / name)
     (BASELINE / "tests" / "fixtures").symlink_to(ROOT / "tests" / "fixtures")
 
 
-def judge_mutant(mutant, baseline):
+def judge_mutant(mutant):
     name, file, old, new, test = mutant
-    assert baseline.result() is None, "not judged: the named tests have to pass without the fault"
     tree = COPIES / name
     shutil.copytree(BASELINE, tree, symlinks=True, ignore=shutil.ignore_patterns("build", "__pycache__"))
     machine = Path("build") / BUILDS.get(group_of(test), BUILDS["fast"])[0] / "cpu"
     if (BASELINE / machine).is_dir():       # a fault is never in these objects
         shutil.copytree(BASELINE / machine, tree / machine)
     text = (tree / file).read_text()
-    assert text.count(old) == 1, f"{file} holds {text.count(old)} times, where it should once: {old}"
+    assert text.count(old) == 1, f"{file} contains this {text.count(old)} times, not once: {old}"
     (tree / file).write_text(text.replace(old, new))
     what = judge(tree, test)
     if what is None:
@@ -148,30 +162,78 @@ def judge_mutant(mutant, baseline):
     return what
 
 
+NOT_STARTED = object()                  # the outcome of a mutant that CI's choice left out
+
+
+class Judging:
+    """The work that the tests of a session wait for, in a pool of two. Baselines go first, so that what waits for one
+    waits for one that runs; those that only CI's other mutants need are run when the first of these starts."""
+
+    def __init__(self, session):
+        parameters = [item.callspec.params for item in session.items if item.module is sys.modules[__name__]]
+        mutants = {mutant[0]: mutant for mutant in MUTANTS}
+        names = [p["name"] for p in parameters if "name" in p]      # CI's in the order of the choice
+        self.choice = getattr(session, "mutant_choice", None)
+        always = [name for name in names if not self.choice or name in self.choice.always]
+        asked = {p["group"] for p in parameters if "group" in p} if not self.choice else set()
+        first = [g for g in GROUPS if g in asked or any(group_of(mutants[name][-1]) == g for name in always)]
+        self.lock, self.begun = threading.Lock(), set()
+        self.baselines = {group: Future() for group in GROUPS}
+        copy_tree()
+        self.pool = ThreadPoolExecutor(min(2, os.cpu_count()))
+        for group in first:
+            self.pool.submit(self.baseline, group)
+        self.outcomes = {name: self.pool.submit(self.outcome, mutants[name]) for name in names}
+
+    def baseline(self, group):
+        """What is wrong without a fault, or None: run by the first that asks; the others wait."""
+        with self.lock:
+            mine = group not in self.begun
+            self.begun.add(group)
+        if mine:
+            try:
+                self.baselines[group].set_result(judge_baseline(group))
+            except BaseException as error:
+                self.baselines[group].set_exception(error)
+        return self.baselines[group].result()
+
+    def outcome(self, mutant):
+        if self.choice and not self.choice.may_start(mutant[0]):
+            return NOT_STARTED
+        assert self.baseline(group_of(mutant[-1])) is None, "not judged: the named tests have to pass without the fault"
+        return judge_mutant(mutant)
+
+
+def judging_of(session):
+    """The work of the session, started by the first call."""
+    if not hasattr(session, "judging"):
+        session.judging = Judging(session)
+    return session.judging
+
+
+def left_out(item):
+    """Whether CI's choice left this test out: a mutant that was not started, a group that no mutant needed. Waits for the
+    mutant. The groups' tests come last."""
+    judging, parameters = judging_of(item.session), item.callspec.params
+    if "group" in parameters:
+        return parameters["group"] not in judging.begun
+    outcome = judging.outcomes[parameters["name"]]
+    return outcome.exception() is None and outcome.result() is NOT_STARTED
+
+
 @pytest.fixture(scope="module")
-def judged(request):
-    """What the chosen tests need, name -> future. Baselines go first, so that whoever waits for one waits for one that runs."""
-    mutants, groups = [], []
-    for item in request.session.items:
-        if item.fspath == request.node.fspath:
-            parameters = item.callspec.params
-            mutants += [m for m in MUTANTS if m[0] == parameters.get("name")]
-            groups += [parameters["group"]] if "group" in parameters else []
-    groups = [group for group in GROUPS if group in groups or any(group_of(m[-1]) == group for m in mutants)]
-    copy_tree()
-    with ThreadPoolExecutor(min(2, os.cpu_count())) as pool:
-        futures = {group: pool.submit(judge_baseline, group) for group in groups}
-        futures.update({m[0]: pool.submit(judge_mutant, m, futures[group_of(m[-1])]) for m in mutants})
-        yield futures
+def judging(request):
+    yield judging_of(request.session)
+    judging_of(request.session).pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_without_a_fault(judged, group):
-    wrong = judged[group].result()
+def test_without_a_fault(judging, group):
+    wrong = judging.baselines[group].result()
     assert wrong is None, wrong
 
 
 @pytest.mark.parametrize("name", [mutant[0] for mutant in MUTANTS])
-def test_mutant(judged, name):
-    survived = judged[name].result()
+def test_mutant(judging, name):
+    survived = judging.outcomes[name].result()
     assert survived is None, f"it does not fail as it should; build/mutants/{name}: {survived}"
