@@ -1,11 +1,12 @@
 // Token files in, batches out: the data of a training run, in OLMo's order, bit for bit.
 //
-// A data set is a list of files of uint16 tokens. A file of n tokens holds floor(n / T) instances: instance j is its tokens
-// [jT, (j+1)T). The tail is dropped and an instance never crosses files. Instances are numbered through the list. An epoch visits
-// them shuffled by NumPy's Generator(PCG64(seed + epoch)).shuffle, written out below, so that a run of OLMo's can be followed
-// instance by instance. Batch b of G instances is positions [bG, (b+1)G) of that order on any number of ranks.
+// A data set is a list of files of uint16 tokens. A file of n tokens holds floor(n / T) instances: instance j is its
+// tokens [jT, (j+1)T). The tail is dropped, and an instance never crosses files. The numbers of the instances go on
+// from file to file. An epoch visits them in the order of NumPy's Generator(PCG64(seed + epoch)).shuffle, which is
+// written out below, so that each batch is the same as in OLMo's run. Batch b of G instances is positions [bG, (b+1)G)
+// of that order, on any number of ranks.
 //
-// The state to save is (epoch, position), both counted over all ranks; nothing else moves.
+// The state to save is (epoch, position), both counted over all ranks; nothing else changes.
 
 #pragma once
 
@@ -49,8 +50,8 @@ inline uint32_t pcg64_next32(Pcg64* g) {
     return (uint32_t)word;
 }
 
-// SeedSequence(seed): the words of the seed are hashed into a pool of four, every word is mixed into every other, and eight
-// words are drawn from the pool: the generator's state and its increment.
+// SeedSequence(seed): the words of the seed are hashed into a pool of four, every word is mixed into every other, and
+// eight words are drawn from the pool: the generator's state and its increment.
 inline void pcg64_seed(Pcg64* g, uint64_t seed) {
     uint32_t pool[4] = {(uint32_t)seed, (uint32_t)(seed >> 32), 0, 0}, hash = 0x43b0d7e5, out[8];
     auto hashmix = [&hash](uint32_t v) {
@@ -87,7 +88,7 @@ inline void pcg64_seed(Pcg64* g, uint64_t seed) {
     pcg64_next(g);
 }
 
-// Fisher-Yates from the top. A draw is masked to the bits of i and repeated until it is at most i: no division, no bias.
+// Fisher-Yates from the top. A draw is masked to the bits of i, and repeated while it is above i: no division, no bias.
 inline void pcg64_shuffle(Pcg64* g, std::vector<uint32_t>* order) {
     for (size_t i = order->size(); i-- > 1; ) {
         uint32_t mask = (uint32_t)i, j;
@@ -98,8 +99,8 @@ inline void pcg64_shuffle(Pcg64* g, std::vector<uint32_t>* order) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// The repetition filter of OLMoE's run: an instance trains nothing if some pattern of p = 1 .. 13 tokens stands in it about
-// 32 times in a row: a run of m >= 31 p positions with x[i] == x[i - p].
+// The repetition filter of OLMoE's run: an instance trains nothing if it holds a pattern of p = 1 .. 13 tokens about 32
+// times in a row: a run of m >= 31 p positions with x[i] == x[i - p].
 inline bool repetition_filter_hits(const uint16_t* tokens, int T) {
     for (int p = 1; p <= std::min(13, T / 3); p++) {
         int run = 0;
@@ -120,8 +121,8 @@ inline bool ends_with(const std::string& name, const std::string& suffix) {
 
 struct TokenFile {
     std::string path;
-    const unsigned char* map = nullptr; // the whole file, memory-mapped: pages come in when touched, so it may be larger than RAM
-    size_t bytes = 0, header = 0;       // sizes of the file and of what precedes the tokens
+    const unsigned char* map = nullptr; // the whole file, memory-mapped: it may be larger than the memory
+    size_t bytes = 0, header = 0;       // sizes of the file, and of what is before the tokens
     size_t tokens = 0, instances = 0;
     size_t first = 0;                   // number of its first instance in the data set
 };
@@ -135,16 +136,17 @@ inline void token_file_read_npy(TokenFile* f) {
     size_t version = f->bytes > 6 ? f->map[6] : 0, prefix = version == 1 ? 10 : 12, length = 0;
     if (version < 1 || version > 3 || f->bytes < prefix) die("%s: damaged .npy header; write the file again", path);
     for (size_t i = prefix; i-- > 8; ) length = length << 8 | f->map[i];
-    if (length > f->bytes - prefix) die("%s: damaged .npy header: %zu bytes long in a file of %zu; write the file again", path, length, f->bytes);
+    if (length > f->bytes - prefix)
+        die("%s: damaged .npy header: %zu bytes long in a file of %zu; write the file again", path, length, f->bytes);
     f->header = prefix + length;
 
-    std::string text((const char*)f->map + prefix, length);
-    auto value = [&](const std::string& key, const char* open, const char* close) {
-        size_t at = text.find("'" + key + "':");
-        size_t begin = at == std::string::npos ? at : text.find(open, at + key.size() + 3);
-        size_t end = begin == std::string::npos ? begin : text.find(close, begin + 1);
+    std::string dict((const char*)f->map + prefix, length);
+    auto value = [&](const std::string& key, const char* left, const char* right) {
+        size_t at = dict.find("'" + key + "':");
+        size_t begin = at == std::string::npos ? at : dict.find(left, at + key.size() + 3);
+        size_t end = begin == std::string::npos ? begin : dict.find(right, begin + 1);
         if (end == std::string::npos) die("%s: no %s in its .npy header; write the file again", path, key.c_str());
-        return text.substr(begin + 1, end - begin - 1);
+        return dict.substr(begin + 1, end - begin - 1);
     };
     std::string descr = value("descr", "'", "'"), shape = value("shape", "(", ")");
     if (descr != "<u2") die("%s: dtype %s, where tokens are uint16; save it with .astype('<u2')", path, descr.c_str());
@@ -183,18 +185,23 @@ inline void token_file_open(TokenFile* f, const std::string& name) {
     if (f->bytes >= 6 && memcmp(f->map, "\x93NUMPY", 6) == 0) {
         token_file_read_npy(f);
     } else if (word[0] == 20240520) {
-        if (word[1] != 1) die("%s: version %d of llm.c's .bin; only version 1 (uint16 tokens) can be read", path, word[1]);
+        if (word[1] != 1)
+            die("%s: version %d of llm.c's .bin; only version 1 (uint16 tokens) can be read", path, word[1]);
         if (f->bytes < 1024 || word[2] < 0) die("%s: damaged .bin header; write the file again", path);
         f->header = 1024;
         f->tokens = (size_t)word[2];
     } else {
-        if (ends_with(name, ".bin")) die("%s: a .bin without llm.c's header (magic 20240520); if it holds plain uint16 tokens, rename it to .npy", path);
-        if (f->bytes % 2 != 0) die("%s: %zu bytes, an odd number, cannot be uint16 tokens; write the file again", path, f->bytes);
+        if (ends_with(name, ".bin"))
+            die("%s: a .bin without llm.c's header (magic 20240520); "
+                "if it holds plain uint16 tokens, rename it to .npy", path);
+        if (f->bytes % 2 != 0)
+            die("%s: %zu bytes, an odd number, cannot be uint16 tokens; write the file again", path, f->bytes);
         f->tokens = f->bytes / 2;
     }
     size_t data = f->bytes - f->header;
     if (data % 2 != 0 || f->tokens != data / 2)
-        die("%s: its header says %zu tokens (2 bytes each), but %zu bytes follow it; write the file again", path, f->tokens, data);
+        die("%s: its header says %zu tokens (2 bytes each), but %zu bytes follow it; write the file again",
+            path, f->tokens, data);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -203,9 +210,9 @@ inline void token_file_open(TokenFile* f, const std::string& name) {
 // Reads a text file, gzipped or not (zlib reads both).
 struct LineReader {
     gzFile file;
-    std::string buffer;     // read; handed out up to `at`
+    std::string buffer;     // what was read; the bytes before `at` are used
     size_t at;
-    size_t offset;          // of the unpacked file, handed out
+    size_t offset;          // of the next byte in the unpacked file
     bool failed;
 };
 
@@ -217,18 +224,19 @@ inline bool lines_open(LineReader* r, const std::string& path, size_t offset = 0
     return true;
 }
 
-// Puts the next bytes into the buffer, whose own have been handed out. False at the end of the file, or where reading failed.
+// Replaces the buffer, all of whose bytes are used, by the next bytes. False at the end of the file, or where reading
+// failed.
 inline bool lines_read(LineReader* r) {
     r->at = 0;
     r->buffer.resize(1 << 16);
     int n = r->failed ? -1 : gzread(r->file, &r->buffer[0], 1 << 16), error;
     r->buffer.resize(n > 0 ? n : 0);
     gzerror(r->file, &error);
-    r->failed = n < 0 || (n == 0 && error != Z_OK && error != Z_STREAM_END);    // a gzip file cut short says so at its end
+    r->failed = n < 0 || (n == 0 && error != Z_OK && error != Z_STREAM_END);    // the second: a gzip file cut short
     return n > 0;
 }
 
-// The next line, without its end. False at the end of the file or where reading failed, which sets failed.
+// The next line, without its end. False at the end of the file, or where reading failed, which sets failed.
 inline bool lines_next(LineReader* r, std::string* line) {
     line->clear();
     do {
@@ -248,10 +256,25 @@ struct Document {
     std::string id;
 };
 
-// story-000123 is of the domain story.
+// The domain of story-000123 is story.
 inline std::string document_domain(const Document& d) { return d.id.substr(0, d.id.find('-')); }
 
-inline std::string documents_path(const std::string& npy) { return npy.substr(0, npy.size() - (ends_with(npy, ".npy") ? 4 : 0)) + ".csv.gz"; }
+inline std::string documents_path(const std::string& npy) {
+    return npy.substr(0, npy.size() - (ends_with(npy, ".npy") ? 4 : 0)) + ".csv.gz";
+}
+
+inline std::vector<std::string> csv_fields(const std::string& line) {
+    std::vector<std::string> fields(1);
+    bool quoted = false;
+    for (size_t i = 0; i < line.size(); i++) {
+        bool escaped = quoted && line.compare(i, 2, "\"\"") == 0;       // "" within quotes is a quote
+        if (escaped) fields.back() += line[i++];
+        else if (line[i] == '"') quoted = !quoted;
+        else if (line[i] == ',' && !quoted) fields.emplace_back();
+        else fields.back() += line[i];
+    }
+    return fields;
+}
 
 // The documents of a token file, from the .csv.gz next to it; none where there is no such file.
 inline std::vector<Document> documents_read(const std::string& npy) {
@@ -263,22 +286,21 @@ inline std::vector<Document> documents_read(const std::string& npy) {
         die("%s: cannot be read: %s", path.c_str(), strerror(errno));
     }
     while (lines_next(&lines, &line)) {
-        std::vector<std::string> columns(1);
-        bool quoted = false;
-        for (size_t i = 0; i < line.size(); i++) {
-            if (line[i] == '"' && quoted && i + 1 < line.size() && line[i + 1] == '"') columns.back() += line[i++];
-            else if (line[i] == '"') quoted = !quoted;
-            else if (line[i] == ',' && !quoted) columns.emplace_back();
-            else columns.back() += line[i];
-        }
-        char *end1 = nullptr, *end2 = nullptr;
-        Document d = {0, 0, columns.size() > 2 ? columns[2] : ""};
-        if (columns.size() > 2) {
-            d.start = strtoull(columns[0].c_str(), &end1, 10);
-            d.end = strtoull(columns[1].c_str(), &end2, 10);
+        std::vector<std::string> fields = csv_fields(line);
+        bool valid_row = fields.size() > 2;
+        auto number = [&](size_t i) {
+            char* end;
+            size_t n = strtoull(fields[i].c_str(), &end, 10);
+            valid_row = valid_row && end != fields[i].c_str() && *end == 0;
+            return n;
+        };
+        Document d = {0, 0, valid_row ? fields[2] : ""};
+        if (valid_row) {
+            d.start = number(0);
+            d.end = number(1);
         }
         size_t previous = documents.empty() ? 0 : documents.back().end;
-        if (!end1 || end1 == columns[0].c_str() || *end1 || end2 == columns[1].c_str() || *end2 || d.start < previous || d.end < d.start)
+        if (!valid_row || d.start < previous || d.end < d.start)
             die("%s:%zu: not a line of start,end,id,src,loc; tokenize again", path.c_str(), documents.size() + 1);
         documents.push_back(d);
     }
@@ -290,7 +312,7 @@ inline std::vector<Document> documents_read(const std::string& npy) {
 // ------------------------------------------------------------------------------------------------
 // The loader
 
-enum class DataOrder { global, sequential };    // shuffled anew in every epoch, or as the files stand
+enum class DataOrder { global, sequential };    // shuffled again in every epoch, or in the order of the files
 
 struct DataLoader {
     std::vector<TokenFile> files;
@@ -298,17 +320,22 @@ struct DataLoader {
     DataOrder order = DataOrder::global;
     uint64_t seed = 0;
     bool repetition_filter = false;
-    size_t instances = 0;               // in an epoch, before the last partial batch is dropped
-    int64_t epoch = 0, position = 0;    // position: instances of this epoch already consumed, over all ranks
+    size_t instances = 0;               // in an epoch, the last partial batch included
+    int64_t epoch = 0, position = 0;    // position: instances of this epoch that are used, over all ranks
     int64_t masked = 0;                 // instances that the filter masked on this rank since the loader was opened
     std::vector<uint32_t> shuffled;     // (instances), of epoch shuffled_epoch; empty when sequential
     int64_t shuffled_epoch = -1;
 };
 
-inline void dataloader_open(DataLoader* d, const std::vector<std::string>& files, int T, int V, DataOrder order, uint64_t seed, bool repetition_filter) {
+inline void dataloader_open(DataLoader* d, const std::vector<std::string>& files, int T, int V, DataOrder order,
+                            uint64_t seed, bool repetition_filter) {
     if (T < 1 || V < 1) die("data: sequence length %d and vocabulary %d have to be positive", T, V);
     *d = DataLoader();
-    d->T = T; d->V = V; d->order = order; d->seed = seed; d->repetition_filter = repetition_filter;
+    d->T = T;
+    d->V = V;
+    d->order = order;
+    d->seed = seed;
+    d->repetition_filter = repetition_filter;
     size_t longest = 0;
     for (const std::string& path : files) {
         TokenFile f;
@@ -323,7 +350,9 @@ inline void dataloader_open(DataLoader* d, const std::vector<std::string>& files
     if (d->instances == 0)
         die("data: no sequence of %d tokens in %s%s (the longest file has %zu tokens); shorten --seq or give more data",
             T, files[0].c_str(), files.size() > 1 ? " and the other files" : "", longest);
-    if (d->instances > UINT32_MAX) die("data: %zu sequences, and the order of an epoch counts to 2^32; lengthen --seq or give fewer files", d->instances);
+    if (d->instances > UINT32_MAX)
+        die("data: %zu sequences, and the order of an epoch counts to 2^32; lengthen --seq or give fewer files",
+            d->instances);
 }
 
 inline void dataloader_close(DataLoader* d) {
@@ -332,15 +361,17 @@ inline void dataloader_close(DataLoader* d) {
     *d = DataLoader();
 }
 
-// Copies one instance into a row of inputs and one of targets, both (T): targets are the inputs shifted left, and the last, whose
-// target lies outside of the instance, is -100 (ignored), as is every target of an instance that the filter hits.
+// Copies one instance into a row of inputs and a row of targets, both (T). The targets are the inputs shifted left.
+// The last one would be outside of the instance and is -100 (ignored), as are all of an instance that the filter hits.
 inline void dataloader_row(DataLoader* d, size_t instance, int32_t* inputs, int32_t* targets) {
-    auto f = std::upper_bound(d->files.begin(), d->files.end(), instance, [](size_t i, const TokenFile& file) { return i < file.first; }) - 1;
+    auto before = [](size_t i, const TokenFile& file) { return i < file.first; };
+    auto f = std::upper_bound(d->files.begin(), d->files.end(), instance, before) - 1;
     size_t start = (instance - f->first) * d->T;
     const uint16_t* tokens = token_file_tokens(*f) + start;
     for (int t = 0; t < d->T; t++) {
         if (tokens[t] >= d->V)
-            die("%s: token %zu has id %d, outside of the vocabulary of %d; was it written with another tokenizer?", f->path.c_str(), start + t, tokens[t], d->V);
+            die("%s: token %zu has id %d, outside of the vocabulary of %d; was it written with another tokenizer?",
+                f->path.c_str(), start + t, tokens[t], d->V);
         inputs[t] = tokens[t];
     }
     bool hit = d->repetition_filter && repetition_filter_hits(tokens, d->T);
@@ -348,11 +379,14 @@ inline void dataloader_row(DataLoader* d, size_t instance, int32_t* inputs, int3
     for (int t = 0; t < d->T; t++) targets[t] = hit || t + 1 == d->T ? -100 : inputs[t + 1];
 }
 
-// The next global batch of G instances, of which this rank gets positions position + rank, + rank + world, ...: inputs and
-// targets (G / world, T). What is left of an epoch after its floor(instances / G) batches is dropped.
+// The next global batch of G instances. This rank gets those at position + rank, position + rank + world, and so on, as
+// inputs and targets (G / world, T). What is left of an epoch after its floor(instances / G) batches is dropped.
 inline void dataloader_next(DataLoader* d, int G, int rank, int world, int32_t* inputs, int32_t* targets) {
-    if (world < 1 || rank < 0 || rank >= world || G < 1 || G % world != 0) die("data: a global batch of %d sequences cannot be divided among %d ranks", G, world);
-    if ((size_t)G > d->instances) die("data: a global batch of %d sequences, but only %zu of %d tokens in the data; lower --global-batch or give more data", G, d->instances, d->T);
+    if (world < 1 || rank < 0 || rank >= world || G < 1 || G % world != 0)
+        die("data: a global batch of %d sequences cannot be divided among %d ranks", G, world);
+    if ((size_t)G > d->instances)
+        die("data: a global batch of %d sequences, but only %zu of %d tokens in the data; "
+            "lower --global-batch or give more data", G, d->instances, d->T);
     if ((size_t)d->position + G > d->instances) {
         d->epoch++;
         d->position = 0;
@@ -367,22 +401,25 @@ inline void dataloader_next(DataLoader* d, int G, int rank, int world, int32_t* 
     }
     for (size_t row = 0; row < (size_t)(G / world); row++) {
         size_t p = (size_t)d->position + rank + world * row;
-        dataloader_row(d, d->order == DataOrder::global ? d->shuffled[p] : p, inputs + row * d->T, targets + row * d->T);
+        size_t instance = d->order == DataOrder::global ? d->shuffled[p] : p;
+        dataloader_row(d, instance, inputs + row * d->T, targets + row * d->T);
     }
     d->position += G;
 }
 
-// Instances first, first + 1, ... as the files stand, for validation: fills inputs and targets (n, T) and returns how many of the
-// n rows hold an instance. The rest, at the end of the data, are rows of token 0 whose targets are all ignored.
+// For validation: instances first, first + 1, ... in the order of the files. Fills inputs and targets (n, T) and
+// returns how many of the n rows hold an instance. The other rows, after the end of the data, are token 0 with all
+// targets ignored.
 inline size_t dataloader_rows(DataLoader* d, size_t first, size_t n, int32_t* inputs, int32_t* targets) {
     size_t filled = first < d->instances ? std::min(n, d->instances - first) : 0;
-    for (size_t row = 0; row < filled; row++) dataloader_row(d, first + row, inputs + row * d->T, targets + row * d->T);
+    for (size_t row = 0; row < filled; row++)
+        dataloader_row(d, first + row, inputs + row * d->T, targets + row * d->T);
     std::fill(inputs + filled * d->T, inputs + n * d->T, 0);
     std::fill(targets + filled * d->T, targets + n * d->T, -100);
     return filled;
 }
 
-// Dies now where one of the first n instances has an id outside of the vocabulary. Calls alive() while it reads.
+// Dies if one of the first n instances has an id outside of the vocabulary. Calls alive() while it reads.
 inline void dataloader_check(DataLoader* d, size_t n, const std::function<void()>& alive) {
     std::vector<int32_t> row(2 * (size_t)d->T);
     for (size_t i = 0; i < std::min(n, d->instances); i++) {
@@ -393,7 +430,8 @@ inline void dataloader_check(DataLoader* d, size_t n, const std::function<void()
 
 inline void dataloader_seek(DataLoader* d, int64_t epoch, int64_t position) {
     if (epoch < 0 || position < 0 || (uint64_t)position > d->instances)
-        die("data: epoch %lld, sequence %lld does not exist in data of %zu sequences; resume with the data of the saved run", (long long)epoch, (long long)position, d->instances);
+        die("data: epoch %lld, sequence %lld does not exist in data of %zu sequences; "
+            "resume with the data of the saved run", (long long)epoch, (long long)position, d->instances);
     d->epoch = epoch;
     d->position = position;
 }
@@ -406,8 +444,8 @@ inline size_t dataloader_tokens(const DataLoader* d) {
     return tokens;
 }
 
-// Tells data sets apart without reading them whole, so that a run is not resumed on other data: FNV-1a over every file's number
-// of tokens and about 4096 blocks of 4 KB spread evenly over the set (small sets are read whole). Paths do not matter.
+// A number that differs between data sets, so that a run is not resumed on other data: FNV-1a over every file's number
+// of tokens and about 4096 blocks of 4 KB, spread evenly over the set (small sets are read whole), but not over paths.
 inline uint64_t dataloader_fingerprint(const DataLoader* d) {
     uint64_t hash = 0xcbf29ce484222325;
     auto add = [&hash](const unsigned char* bytes, size_t n) {
@@ -417,9 +455,10 @@ inline uint64_t dataloader_fingerprint(const DataLoader* d) {
     for (const TokenFile& f : d->files) {
         uint64_t tokens = f.tokens;
         add((const unsigned char*)&tokens, sizeof tokens);
-        size_t bytes = 2 * f.tokens, blocks = (bytes + BLOCK_BYTES - 1) / BLOCK_BYTES, sampled = std::min(blocks, blocks_per_file);
+        size_t bytes = 2 * f.tokens, blocks = (bytes + BLOCK_BYTES - 1) / BLOCK_BYTES;
+        size_t sampled = std::min(blocks, blocks_per_file);
         for (size_t i = 0; i < sampled; i++) {
-            size_t block = sampled == 1 ? 0 : i * (blocks - 1) / (sampled - 1);      // the first and the last are among them
+            size_t block = sampled == 1 ? 0 : i * (blocks - 1) / (sampled - 1);     // with the first and the last
             add(f.map + f.header + block * BLOCK_BYTES, std::min(BLOCK_BYTES, bytes - block * BLOCK_BYTES));
         }
     }
