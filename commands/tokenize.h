@@ -1,12 +1,15 @@
-// Token files, as dolma writes them: FILE.npy holds uint16 tokens without a header, and FILE.csv.gz next to it has a line for each
-// document: start, end (offsets of its tokens, its end-of-document included), id, src (the input file), loc (the line in it).
+// Token files, as dolma writes them: FILE.npy holds uint16 tokens without a header, and FILE.csv.gz next to it has a
+// line for each document: start, end (offsets of its tokens, its end-of-document included), id, src (the input file),
+// loc (the line in it).
 //
-// Threads take turns at reading: each takes a batch of documents, encodes it while others read on, and hands it in. Batches are
-// written in the order of the inputs by whoever hands in the one that is due, so that no byte of the output depends on the number of
-// threads. Few batches are under way at a time, and a long .txt is cut into pieces: inputs may be larger than the memory.
+// Threads take turns at reading: each takes a batch of documents, encodes it while others read the next ones, and adds
+// it to the encoded batches. The thread that adds the next batch in the order of the inputs writes it, so no byte of
+// the output depends on the number of threads. Only a few batches are in memory at a time, and a long .txt is cut into
+// pieces: inputs may be larger than the memory.
 //
-// A run that is stopped goes on where it saved itself. FILE.npy.state says how much of the inputs is done and how long the
-// unfinished files were then; parts in front of the one being written are complete. What is not complete has a name in .tmp.
+// A run that was stopped goes on from its last save. FILE.npy.state holds how much of the inputs is done, and how long
+// the unfinished files were then. The parts before the one being written are complete. The name of what is not
+// complete ends in .tmp.
 
 #pragma once
 
@@ -32,17 +35,19 @@
 #include <nlohmann/json.hpp>
 
 #include "../dataloader.h"
+#include "../lib/options.h"
 #include "../tokenizer.h"
 
 // ------------------------------------------------------------------------------------------------
 // Reading text
 
-// Bytes of the white space character that s[begin, end) begins with, or with front = false ends with; 0 where that is none. It is
-// Python's white space: ASCII's, and Unicode's in UTF-8.
+// Bytes of the white space character that s[begin, end) begins with, or with front = false ends with; 0 where there is
+// none. White space is Python's: that of ASCII, and that of Unicode in UTF-8.
 inline size_t white_space(const std::string& s, size_t begin, size_t end, bool front) {
     static const char* const wide[] = {
-        "\xc2\x85", "\xc2\xa0", "\xe1\x9a\x80", "\xe2\x80\x80", "\xe2\x80\x81", "\xe2\x80\x82", "\xe2\x80\x83", "\xe2\x80\x84", "\xe2\x80\x85", "\xe2\x80\x86",
-        "\xe2\x80\x87", "\xe2\x80\x88", "\xe2\x80\x89", "\xe2\x80\x8a", "\xe2\x80\xa8", "\xe2\x80\xa9", "\xe2\x80\xaf", "\xe2\x81\x9f", "\xe3\x80\x80"};
+        "\xc2\x85", "\xc2\xa0", "\xe1\x9a\x80", "\xe2\x80\x80", "\xe2\x80\x81", "\xe2\x80\x82", "\xe2\x80\x83",
+        "\xe2\x80\x84", "\xe2\x80\x85", "\xe2\x80\x86", "\xe2\x80\x87", "\xe2\x80\x88", "\xe2\x80\x89", "\xe2\x80\x8a",
+        "\xe2\x80\xa8", "\xe2\x80\xa9", "\xe2\x80\xaf", "\xe2\x81\x9f", "\xe3\x80\x80"};
     if (begin == end) return 0;
     unsigned char c = (unsigned char)s[front ? begin : end - 1];
     if (c == ' ' || (c >= 9 && c <= 13) || (c >= 28 && c <= 31)) return 1;
@@ -54,7 +59,7 @@ inline size_t white_space(const std::string& s, size_t begin, size_t end, bool f
     return 0;
 }
 
-// Python's str.strip, which dolma applies to every document; at one end only where the other is not the document's.
+// Python's str.strip, which dolma applies to every document. A piece is stripped only at an end of its document.
 inline std::string strip(const std::string& s, bool front = true, bool back = true) {
     size_t begin = 0, end = s.size();
     while (size_t n = front ? white_space(s, begin, end, true) : 0) begin += n;
@@ -62,9 +67,10 @@ inline std::string strip(const std::string& s, bool front = true, bool back = tr
     return s.substr(begin, end - begin);
 }
 
-// The next `bytes` or so of a document that is a whole file. Pieces are cut where white space follows something else: white space
-// can only begin a word of byte-level BPE's pattern, never stand inside or at the end of one that begins with something else, and
-// the same holds for OLMoE's added tokens, so that the pieces' tokens are the document's. False where reading failed; sets `last` with what ends the file.
+// The next `bytes` or so of a document that is a whole file. Pieces are cut before white space that follows something
+// else. The tokens of the pieces are then those of the document: in the pattern of byte-level BPE, and in OLMoE's
+// added tokens, a word that begins with something else holds no white space. False where reading failed; sets `last`
+// with the last piece.
 inline bool lines_piece(LineReader* r, std::string* piece, size_t bytes, bool* last) {
     piece->clear();
     size_t searched = 0;
@@ -94,11 +100,11 @@ constexpr size_t DAMAGE_SHOWN = 20;         // damaged lines of a file that are 
 
 struct TextPosition { size_t file = 0, offset = 0, line = 1; };     // the next byte of the (unpacked) inputs
 
-// A document, or of a long .txt a part
+// A document, or a part of a long .txt
 struct TextPiece {
-    size_t file = 0, line = 0;              // where it stands
+    size_t file = 0, line = 0;              // where it is
     bool first = true, last = true;         // of its document
-    std::string text;                       // of a .jsonl the line; empty once encoded
+    std::string text;                       // of a .jsonl the line; empty after encoding
     std::string id;
     std::string damage;                     // why the line can't be read; else empty
     std::vector<uint16_t> tokens;           // none where the text is empty
@@ -106,37 +112,43 @@ struct TextPiece {
 
 struct TextBatch {
     std::vector<TextPiece> pieces;
-    TextPosition next;                      // behind it
-    size_t bytes = 0;                       // of the inputs as they lie on the disk, up to its end
-    std::string failure;                    // why the inputs can't be read behind it; else empty
+    TextPosition next;                      // after it
+    size_t bytes = 0;                       // of the inputs, as they are on the disk, up to its end
+    std::string failure;                    // why the inputs can't be read after it; else empty
 };
 
 struct InputReader {
     std::vector<std::string> paths;
-    std::vector<nlohmann::json> stamps;     // path, size and time of change: whether a file is still the one that was read
-    std::vector<size_t> starts;             // bytes in front of each file, and of all
+    std::vector<nlohmann::json> stamps;     // path, size, time of change: whether a file is still the one that was read
+    std::vector<size_t> starts;             // bytes before each file, and of all
     TextPosition at;
     LineReader lines;
-    bool open = false, inside = false;      // a file; the document of a .txt
+    bool open = false, inside = false;      // a file is open; within the document of a .txt
 };
 
 // dolma's own files are named .json.gz.
-inline bool input_is_jsonl(const std::string& path) { return ends_with(path, ".jsonl") || ends_with(path, ".jsonl.gz") || ends_with(path, ".json.gz"); }
+inline bool input_is_jsonl(const std::string& path) {
+    return ends_with(path, ".jsonl") || ends_with(path, ".jsonl.gz") || ends_with(path, ".json.gz");
+}
 
-// {path (any bytes made UTF-8), bytes, nanoseconds of its last change}; the last two are 0 where there is no such file.
+// {path (as valid UTF-8), bytes, nanoseconds of its last change}; the last two are 0 where there is no such file.
 inline nlohmann::json file_stamp(const std::string& path) {
     struct stat info = {};
     bool there = stat(path.c_str(), &info) == 0;
-    return {nlohmann::json(path).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace), there ? (int64_t)info.st_size : 0, there ? info.st_mtim.tv_sec * 1000000000ll + info.st_mtim.tv_nsec : 0};
+    std::string name = nlohmann::json(path).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+    int64_t size = there ? (int64_t)info.st_size : 0;
+    int64_t changed = there ? info.st_mtim.tv_sec * 1000000000ll + info.st_mtim.tv_nsec : 0;
+    return {name, size, changed};
 }
 
-// Looks at all inputs, so that the wrong one is not found after hours.
+// Checks all inputs, so that a wrong one is not found after hours.
 inline void inputs_check(InputReader* r, const std::vector<std::string>& paths) {
     if (paths.empty()) die("tokenize: no input file given; name .txt or .jsonl files");
     r->paths = paths;
     r->starts = {0};
     for (const std::string& path : paths) {
-        if (!input_is_jsonl(path) && !ends_with(path, ".txt") && !ends_with(path, ".txt.gz")) die("%s: neither .txt (a document) nor .jsonl (a document a line); rename it", path.c_str());
+        if (!input_is_jsonl(path) && !ends_with(path, ".txt") && !ends_with(path, ".txt.gz"))
+            die("%s: neither .txt (a document) nor .jsonl (a document a line); rename it", path.c_str());
         int file = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
         struct stat info;
         if (file < 0 || fstat(file, &info) != 0) die("%s: cannot be read: %s", path.c_str(), strerror(errno));
@@ -147,7 +159,7 @@ inline void inputs_check(InputReader* r, const std::vector<std::string>& paths) 
     }
 }
 
-// The next batch; false behind the last one.
+// The next batch; false after the last one.
 inline bool inputs_next(InputReader* r, TextBatch* b) {
     for (size_t bytes = 0; bytes < BATCH_BYTES && r->at.file < r->paths.size(); ) {
         const std::string& path = r->paths[r->at.file];
@@ -171,7 +183,8 @@ inline bool inputs_next(InputReader* r, TextBatch* b) {
             r->inside = !p.last;
         }
         if (r->lines.failed) {
-            b->failure = path + ":" + std::to_string(p.line) + ": cannot be read from here on; the file is damaged or cut short";
+            b->failure = path + ":" + std::to_string(p.line)
+                + ": cannot be read from here on; the file is damaged or cut short";
             break;
         }
         b->bytes = r->starts[p.file] + (size_t)gzoffset(r->lines.file);
@@ -188,27 +201,28 @@ inline bool inputs_next(InputReader* r, TextBatch* b) {
     return !b->pieces.empty() || !b->failure.empty();
 }
 
-// .txt: the file is a document, named after it. .jsonl: a document a line, {"text": ..., "id": ...}; without an id it is named
-// FILE-LINE. Documents are stripped and encoded without special tokens.
+// .txt: the file is a document, named after the file. .jsonl: a document a line, {"text": ..., "id": ...}; without an
+// id it is named FILE-LINE. Documents are stripped and encoded without special tokens.
 inline void piece_encode(const Tokenizer& t, const std::string& path, TextPiece* p) {
-    std::string text = strip(p->text, p->first, p->last), name = path.substr(path.rfind('/') + 1);     // npos + 1 is 0
+    std::string document = strip(p->text, p->first, p->last);
     p->text = std::string();
-    p->id = name;
-    if (input_is_jsonl(path) && !text.empty()) {
+    p->id = path.substr(path.rfind('/') + 1);       // npos + 1 is 0
+    if (input_is_jsonl(path) && !document.empty()) {
         p->id += "-" + std::to_string(p->line);
         try {
-            nlohmann::json j = nlohmann::json::parse(text);
+            nlohmann::json j = nlohmann::json::parse(document);
             auto field = [&](const char* key) { return j.is_object() && j.contains(key) && j[key].is_string(); };
             if (!field("text")) p->damage = "not an object with a string \"text\"";
-            else text = strip(j["text"].get_ref<const std::string&>());
+            else document = strip(j["text"].get_ref<const std::string&>());
             if (field("id")) p->id = j["id"].get<std::string>();
         } catch (const nlohmann::json::parse_error& e) {
-            p->damage = (strstr(e.what(), "UTF-8") ? "not UTF-8 at byte " : "not JSON from byte ") + std::to_string(e.byte) + " on";
+            const char* what = strstr(e.what(), "UTF-8") ? "not UTF-8 at byte " : "not JSON from byte ";
+            p->damage = what + std::to_string(e.byte) + " on";
         }
         if (!p->damage.empty()) return;
     }
-    if (text.empty()) return;
-    std::vector<int> ids = tokenizer_encode(t, text);
+    if (document.empty()) return;
+    std::vector<int> ids = tokenizer_encode(t, document);
     p->tokens.assign(ids.begin(), ids.end());
 }
 
@@ -222,32 +236,38 @@ struct TokenWriter {
     int eos = 0;
     size_t max_tokens = 0, save_every = 0;  // of a file, 0: no limit; between two saves
     FILE *npy = nullptr, *csv = nullptr;    // of the part being written; the .csv is packed when it is complete
-    std::vector<uint16_t> document;         // of the document being written: what is not in the .npy
+    std::vector<uint16_t> document;         // tokens of the document being written that are not yet in the .npy
     int previous = -1;                      // its last token, or -1
     size_t start = 0;                       // where it starts in the .npy
-    size_t shown = 0, shown_file = 0;       // damaged lines of the file being written, and which it is
+    size_t shown = 0, shown_file = 0;       // damaged lines of the file being written, and which file that is
 
     // What is saved
     size_t part = 0, part_tokens = 0, csv_bytes = 0, documents = 0, tokens = 0, damaged = 0;
     bool finished = false;
     TextPosition at;
 
-    size_t saved_tokens = 0, published = 0; // tokens at the last save; parts that have their names
-    bool saved = false, bar = false;        // there is a state to go on from; there is a progress bar to write over
+    size_t saved_tokens = 0, published = 0; // tokens at the last save; parts that have their final names
+    bool saved = false, bar = false;        // there is a state to go on from; there is a progress bar to overwrite
 };
 
-// Names: until it is complete a part's files have .tmp at their end. A single one is FILE.npy, else they are FILE-00000.npy and so on.
+// A single part is FILE.npy, several are FILE-00000.npy and so on. Until it is complete, .tmp follows.
 inline std::string part_name(const TokenWriter& w, size_t part, bool single) {
     char number[32];
     snprintf(number, sizeof number, "-%05zu", part);
     return single ? w.base : w.base + number;
 }
-inline std::string part_tmp(const TokenWriter& w, size_t part, const char* suffix) { return part_name(w, part, part == 0) + suffix + ".tmp"; }
+inline std::string part_tmp(const TokenWriter& w, size_t part, const char* suffix) {
+    return part_name(w, part, part == 0) + suffix + ".tmp";
+}
 
-[[noreturn]] inline void writer_fails(const std::string& path) { throw std::runtime_error(path + ": cannot be written: " + strerror(errno)); }
+[[noreturn]] inline void writer_fails(const std::string& path) {
+    throw std::runtime_error(path + ": cannot be written: " + strerror(errno));
+}
 
-// A line on standard error, where the progress bar may stand
-inline void writer_says(const TokenWriter& w, const std::string& line) { fputs(((w.bar ? "\r\x1b[K" : "") + line + "\n").c_str(), stderr); }
+// A line on standard error, in the place of the progress bar
+inline void writer_says(const TokenWriter& w, const std::string& line) {
+    fputs(((w.bar ? "\r\x1b[K" : "") + line + "\n").c_str(), stderr);
+}
 
 inline void writer_sync_directory(const TokenWriter& w) {
     std::string directory = w.out.find('/') == std::string::npos ? "." : w.out.substr(0, w.out.rfind('/') + 1);
@@ -255,13 +275,15 @@ inline void writer_sync_directory(const TokenWriter& w) {
     if (file < 0 || fsync(file) != 0 || close(file) != 0) writer_fails(directory);
 }
 
-// A file of the part being written, cut back to what was saved of it. It is locked: two runs into one file would destroy it.
+// A file of the part being written, cut to what was saved of it. It is locked: two runs in one file would destroy it.
 inline FILE* writer_open(const std::string& path, size_t bytes) {
     int file = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
     struct stat info;
     if (file < 0) writer_fails(path);
-    if (flock(file, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) throw std::runtime_error(path + ": another run is writing it");
-    if (fstat(file, &info) != 0 || (size_t)info.st_size < bytes) throw std::runtime_error(path + ": shorter than when it was saved; start over with --restart");
+    if (flock(file, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
+        throw std::runtime_error(path + ": another run is writing it");
+    if (fstat(file, &info) != 0 || (size_t)info.st_size < bytes)
+        throw std::runtime_error(path + ": shorter than when it was saved; start over with --restart");
     if (ftruncate(file, (off_t)bytes) != 0 || lseek(file, 0, SEEK_END) < 0) writer_fails(path);
     return fdopen(file, "r+");
 }
@@ -279,20 +301,21 @@ inline void writer_put(TokenWriter* w, const uint16_t* tokens, size_t n) {
     w->tokens += n;
 }
 
-// The document's line, from its start to here.
+// The document's line in the .csv, from its start to here.
 inline void writer_row(TokenWriter* w, const TextPiece& p, const std::string& src) {
     auto quote = [](const std::string& s) {     // for CSV; a line break would end the line, so it becomes a space
         std::string q = "\"";
         for (char c : s) q += c == '"' ? "\"\"" : std::string(1, c == '\n' || c == '\r' ? ' ' : c);
         return s.find_first_of(",\"\r\n") == std::string::npos ? s : q + "\"";
     };
-    std::string row = std::to_string(w->start) + "," + std::to_string(w->part_tokens) + "," + quote(p.id) + "," + quote(src) + "," + std::to_string(p.line) + "\n";
+    std::string row = std::to_string(w->start) + "," + std::to_string(w->part_tokens) + "," + quote(p.id) + ","
+        + quote(src) + "," + std::to_string(p.line) + "\n";
     if (fwrite(row.data(), 1, row.size(), w->csv) != row.size()) writer_fails(part_tmp(*w, w->part, ".csv"));
     w->csv_bytes += row.size();
     w->start = w->part_tokens;
 }
 
-// Completes the part being written: both files are whole and on the disk, under temporary names.
+// Completes the part being written: both files are complete and on the disk, under temporary names.
 inline void writer_end_part(TokenWriter* w) {
     std::string packed = part_tmp(*w, w->part, ".csv.gz");
     int file = open(packed.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
@@ -303,43 +326,57 @@ inline void writer_end_part(TokenWriter* w) {
     while (size_t n = fread(buffer.data(), 1, buffer.size(), w->csv))
         if (gzwrite(gz, buffer.data(), (unsigned)n) != (int)n) writer_fails(packed);
     if (ferror(w->csv) || gzclose(gz) != Z_OK || fsync(file) != 0 || close(file) != 0) writer_fails(packed);
-    if (fflush(w->npy) != 0 || fsync(fileno(w->npy)) != 0 || fclose(w->npy) != 0) writer_fails(part_tmp(*w, w->part, ".npy"));
+    if (fflush(w->npy) != 0 || fsync(fileno(w->npy)) != 0 || fclose(w->npy) != 0)
+        writer_fails(part_tmp(*w, w->part, ".npy"));
     fclose(w->csv);
     w->npy = w->csv = nullptr;
     w->part++;
     w->part_tokens = w->csv_bytes = w->start = 0;
 }
 
-// Gives complete parts their names, the .csv.gz first, so that a .npy never misses its documents. Goes on where it was stopped.
+// Gives complete parts their final names, the .csv.gz first, so that a .npy never misses its documents. Goes on where
+// it was stopped.
 inline void writer_publish(TokenWriter* w) {
     for (; w->published < w->part; w->published++) {
         for (const char* suffix : {".csv.gz", ".npy"}) {
-            std::string from = part_tmp(*w, w->published, suffix), to = part_name(*w, w->published, w->finished && w->part == 1) + suffix;
-            if (rename(from.c_str(), to.c_str()) != 0 && (errno != ENOENT || access(to.c_str(), F_OK) != 0)) writer_fails(to);
+            std::string from = part_tmp(*w, w->published, suffix);
+            std::string to = part_name(*w, w->published, w->finished && w->part == 1) + suffix;
+            if (rename(from.c_str(), to.c_str()) == 0) continue;
+            if (errno != ENOENT || access(to.c_str(), F_OK) != 0) writer_fails(to);
         }
         unlink(part_tmp(*w, w->published, ".csv").c_str());
     }
     writer_sync_directory(*w);
 }
 
-// Saves how far the run is, then gives the parts in front of it their names.
+// Saves how far the run is, then gives the complete parts their final names.
 inline void writer_save(TokenWriter* w, const InputReader& r, const nlohmann::json& run) {
     if (w->npy && (fflush(w->npy) != 0 || fsync(fileno(w->npy)) != 0)) writer_fails(part_tmp(*w, w->part, ".npy"));
     if (w->csv && (fflush(w->csv) != 0 || fsync(fileno(w->csv)) != 0)) writer_fails(part_tmp(*w, w->part, ".csv"));
-    std::vector<nlohmann::json> inputs(r.stamps.begin(), r.stamps.begin() + (ptrdiff_t)(w->at.file + (w->at.offset > 0)));
-    std::string text = nlohmann::json{{"run", run}, {"inputs", inputs}, {"at", {w->at.file, w->at.offset, w->at.line}}, {"finished", w->finished},
-                                      {"part", {w->part, w->published, w->part_tokens, w->csv_bytes}}, {"counts", {w->documents, w->tokens, w->damaged}}}.dump() + "\n";
+    size_t begun = w->at.file + (w->at.offset > 0);         // inputs that are read, or read in part
+    std::vector<nlohmann::json> inputs(r.stamps.begin(), r.stamps.begin() + (ptrdiff_t)begun);
+    nlohmann::json state = {
+        {"run", run},
+        {"inputs", inputs},
+        {"at", {w->at.file, w->at.offset, w->at.line}},
+        {"finished", w->finished},
+        {"part", {w->part, w->published, w->part_tokens, w->csv_bytes}},
+        {"counts", {w->documents, w->tokens, w->damaged}}};
+    std::string line = state.dump() + "\n";
     std::string path = w->out + ".state", tmp = path + ".tmp";
     FILE* f = fopen(tmp.c_str(), "wbe");
-    if (!f || fwrite(text.data(), 1, text.size(), f) != text.size() || fflush(f) != 0 || fsync(fileno(f)) != 0 || fclose(f) != 0 || rename(tmp.c_str(), path.c_str()) != 0) writer_fails(path);
+    if (!f || fwrite(line.data(), 1, line.size(), f) != line.size()) writer_fails(path);
+    if (fflush(f) != 0 || fsync(fileno(f)) != 0 || fclose(f) != 0) writer_fails(path);
+    if (rename(tmp.c_str(), path.c_str()) != 0) writer_fails(path);
     writer_sync_directory(*w);
     w->saved = true;
     w->saved_tokens = w->tokens;
     writer_publish(w);
 }
 
-// Adds a document, or a piece of one. In dolma (memmap_writer.py) a document that would bring a file to max_tokens begins the next
-// one; there one of max_tokens itself fits into no file, here it begins a file, fills as many as it needs, and has a line in each.
+// Adds a document, or a piece of one. As in dolma (memmap_writer.py), a document that would bring a file to max_tokens
+// or more begins the next file. A document of max_tokens or more fits into no file of dolma's. Here it begins a file,
+// fills as many as it needs, and has a line in each.
 inline void writer_piece(TokenWriter* w, const TextPiece& p, const std::string& src) {
     if (p.first) {
         w->previous = -1;
@@ -350,16 +387,16 @@ inline void writer_piece(TokenWriter* w, const TextPiece& p, const std::string& 
     if (w->previous < 0) return;            // empty so far
     if (p.last && w->previous != w->eos) w->document.push_back((uint16_t)w->eos);
     const uint16_t* tokens = w->document.data();
-    size_t left = w->document.size(), max = w->max_tokens;
-    if (max > 0) {
-        if (w->part_tokens > 0 && w->part_tokens + left >= max && (p.last || left > max)) writer_end_part(w);
-        for (; left > max; tokens += max, left -= max) {
-            writer_put(w, tokens, max);
+    size_t left = w->document.size(), limit = w->max_tokens;
+    if (limit > 0) {
+        if (w->part_tokens > 0 && w->part_tokens + left >= limit && (p.last || left > limit)) writer_end_part(w);
+        for (; left > limit; tokens += limit, left -= limit) {
+            writer_put(w, tokens, limit);
             writer_row(w, p, src);
             writer_end_part(w);
         }
     }
-    if (max == 0 || p.last) {
+    if (limit == 0 || p.last) {
         writer_put(w, tokens, left);
         left = 0;
     }
@@ -369,45 +406,62 @@ inline void writer_piece(TokenWriter* w, const TextPiece& p, const std::string& 
     w->documents++;
 }
 
-// Writes a batch, reports its damaged lines, and saves where a part became complete or enough was written.
+// Writes a batch, reports its damaged lines, and saves if a part is complete or enough was written.
 inline void writer_batch(TokenWriter* w, const TextBatch& b, const InputReader& r, const nlohmann::json& run) {
-    auto file = [&](size_t next) {          // from here on: lines of another file
-        if (w->shown > DAMAGE_SHOWN) writer_says(*w, r.paths[w->shown_file] + ": " + std::to_string(w->shown - DAMAGE_SHOWN) + " more damaged lines");
+    auto end_file = [&](size_t next) {      // after the last damaged line of a file
+        size_t more = w->shown - std::min(w->shown, DAMAGE_SHOWN);
+        if (more > 0) writer_says(*w, r.paths[w->shown_file] + ": " + std::to_string(more) + " more damaged lines");
         w->shown = 0;
         w->shown_file = next;
     };
     for (const TextPiece& p : b.pieces) {
-        if (p.file != w->shown_file) file(p.file);
+        const std::string& path = r.paths[p.file];
+        if (p.file != w->shown_file) end_file(p.file);
         if (p.damage.empty()) {
-            writer_piece(w, p, r.paths[p.file]);
+            writer_piece(w, p, path);
         } else {
             w->damaged++;
-            if (++w->shown <= DAMAGE_SHOWN) writer_says(*w, r.paths[p.file] + ":" + std::to_string(p.line) + ": " + p.damage + "; left out");
+            if (++w->shown <= DAMAGE_SHOWN)
+                writer_says(*w, path + ":" + std::to_string(p.line) + ": " + p.damage + "; left out");
         }
     }
     w->at = b.next;
-    if (w->at.file == r.paths.size() || !b.failure.empty()) file(w->shown_file);
+    if (w->at.file == r.paths.size() || !b.failure.empty()) end_file(w->shown_file);
     if (!b.failure.empty()) throw std::runtime_error(b.failure);
-    if (b.pieces.back().last && (w->part > w->published || w->tokens - w->saved_tokens >= w->save_every)) writer_save(w, r, run);
+    bool enough = w->part > w->published || w->tokens - w->saved_tokens >= w->save_every;
+    if (enough && b.pieces.back().last) writer_save(w, r, run);
 }
 
-// Begins, or goes on from the state that a stopped run saved; one of another run is refused.
+// Takes over a saved state. Refuses that of another run.
+inline void writer_restore(TokenWriter* w, const InputReader& r, const nlohmann::json& run, const nlohmann::json& state,
+                           const std::string& path) {
+    auto &at = state.at("at"), &part = state.at("part"), &counts = state.at("counts"), &inputs = state.at("inputs");
+    w->finished = state.at("finished");
+    bool same = state.at("run") == run && inputs.size() <= r.stamps.size();
+    if (w->finished && inputs.size() != r.stamps.size()) same = false;
+    for (size_t i = 0; same && i < inputs.size(); i++) same = inputs[i] == r.stamps[i];
+    if (!same)
+        throw std::runtime_error(path + ": saved by a run with other inputs, options or another tokenizer; "
+                                 "start over with --restart");
+    w->at = TextPosition{at.at(0), at.at(1), at.at(2)};
+    w->part = part.at(0);
+    w->published = part.at(1);
+    w->part_tokens = part.at(2);
+    w->csv_bytes = part.at(3);
+    w->documents = counts.at(0);
+    w->tokens = w->saved_tokens = counts.at(1);
+    w->damaged = counts.at(2);
+}
+
+// Begins a run, or goes on from the state that a stopped run saved.
 inline void writer_begin(TokenWriter* w, InputReader* r, const nlohmann::json& run, bool restart) {
-    std::string path = w->out + ".state", first = part_name(*w, 0, false) + ".npy", text;
+    std::string path = w->out + ".state", first = part_name(*w, 0, false) + ".npy", line;
     LineReader lines;
     if (!restart && lines_open(&lines, path)) {
-        lines_next(&lines, &text);
+        lines_next(&lines, &line);
         gzclose(lines.file);
-        nlohmann::json s = nlohmann::json::parse(text, nullptr, false);
         try {
-            auto &at = s.at("at"), &part = s.at("part"), &counts = s.at("counts"), &inputs = s.at("inputs");
-            w->finished = s.at("finished");
-            bool same = s.at("run") == run && inputs.size() <= r->stamps.size() && (!w->finished || inputs.size() == r->stamps.size());
-            for (size_t i = 0; same && i < inputs.size(); i++) same = inputs[i] == r->stamps[i];
-            if (!same) throw std::runtime_error(path + ": saved by a run with other inputs, options or another tokenizer; start over with --restart");
-            w->at = TextPosition{at.at(0), at.at(1), at.at(2)};
-            w->part = part.at(0), w->published = part.at(1), w->part_tokens = part.at(2), w->csv_bytes = part.at(3);
-            w->documents = counts.at(0), w->tokens = w->saved_tokens = counts.at(1), w->damaged = counts.at(2);
+            writer_restore(w, *r, run, nlohmann::json::parse(line, nullptr, false), path);
         } catch (const nlohmann::json::exception&) {
             throw std::runtime_error(path + ": damaged; start over with --restart");
         }
@@ -420,29 +474,40 @@ inline void writer_begin(TokenWriter* w, InputReader* r, const nlohmann::json& r
     }
     if (!restart && errno != ENOENT) throw std::runtime_error(path + ": cannot be read: " + strerror(errno));
     for (const std::string& earlier : {first, w->out})
-        if (w->max_tokens > 0 && !restart && access(earlier.c_str(), F_OK) == 0) throw std::runtime_error(earlier + ": written by an earlier run; --restart replaces its files");
+        if (w->max_tokens > 0 && !restart && access(earlier.c_str(), F_OK) == 0)
+            throw std::runtime_error(earlier + ": written by an earlier run; --restart replaces its files");
     writer_open_part(w);
     unlink(path.c_str());
 }
 
-// Completes the last part. What an earlier run left under this name goes.
+// False where none of the files was there
+inline bool files_remove(const std::vector<std::string>& paths) {
+    bool any = false;
+    for (const std::string& path : paths) any |= unlink(path.c_str()) == 0;
+    return any;
+}
+
+// Completes the last part. Removes what an earlier run left under this name.
 inline void writer_finish(TokenWriter* w, const InputReader& r, const nlohmann::json& run) {
-    if (w->documents == 0) throw std::runtime_error("tokenize: no text in " + r.paths[0] + (r.paths.size() > 1 ? " or the other files" : ""));
+    if (w->documents == 0)
+        throw std::runtime_error("tokenize: no text in " + r.paths[0]
+                                 + (r.paths.size() > 1 ? " or the other files" : ""));
     if (!w->finished) {
         if (w->part_tokens > 0) writer_end_part(w);
         w->finished = true;
         writer_save(w, r, run);
     }
-    auto remove = [](const std::string& path) { return unlink(path.c_str()) == 0; };
-    for (size_t k = w->part; remove(part_tmp(*w, k, ".npy")) | remove(part_tmp(*w, k, ".csv")) | remove(part_tmp(*w, k, ".csv.gz")); ) k++;
+    size_t k = w->part;
+    while (files_remove({part_tmp(*w, k, ".npy"), part_tmp(*w, k, ".csv"), part_tmp(*w, k, ".csv.gz")})) k++;
+    k = w->part == 1 ? 0 : w->part;
     if (w->max_tokens > 0)
-        for (size_t k = w->part == 1 ? 0 : w->part; remove(part_name(*w, k, false) + ".npy") | remove(part_name(*w, k, false) + ".csv.gz"); ) k++;
-    if (w->part > 1) remove(w->out), remove(w->base + ".csv.gz");
-    remove(w->out + ".state");
+        while (files_remove({part_name(*w, k, false) + ".npy", part_name(*w, k, false) + ".csv.gz"})) k++;
+    if (w->part > 1) files_remove({w->out, w->base + ".csv.gz"});
+    files_remove({w->out + ".state"});
 }
 
 // ------------------------------------------------------------------------------------------------
-// All of it
+// The threads
 
 struct TokenizeOptions {
     size_t max_tokens = 0, save_every = 1 << 25;    // as in TokenWriter
@@ -450,7 +515,8 @@ struct TokenizeOptions {
     bool restart = false;                           // forget what a stopped run saved, replace parts of an earlier run
 };
 
-// What the threads share. `reading` guards the reader and `taken`, `state` the rest; while `writing` is set a thread has the writer.
+// What the threads share. `reading` guards the reader and `taken`, `state` guards the rest. While `writing` is set, one
+// thread uses the writer.
 struct TokenizePool {
     const Tokenizer* tokenizer;
     InputReader* reader;
@@ -464,21 +530,51 @@ struct TokenizePool {
     std::string failure;
 };
 
-// A thread: takes a batch, encodes it, hands it in, writes those that are due. Ends behind the last batch, or where one fails.
+// Takes the next batch and its number, once few enough are in memory. False after the last batch, or where one failed.
+inline bool pool_take(TokenizePool* pool, TextBatch* b, size_t* number) {
+    std::lock_guard<std::mutex> reading(pool->reading);
+    {
+        std::unique_lock<std::mutex> state(pool->state);
+        pool->changed.wait(state, [&] {
+            return !pool->failure.empty() || pool->taken < pool->written + 4 * pool->threads;
+        });
+        if (!pool->failure.empty()) return false;
+    }
+    if (!inputs_next(pool->reader, b)) return false;
+    *number = pool->taken++;
+    return true;
+}
+
+// Writes the encoded batches that are next in the order of the inputs. `state` is locked before and after.
+inline void pool_write(TokenizePool* pool, std::unique_lock<std::mutex>* state) {
+    for (;;) {
+        auto due = pool->encoded.begin();
+        bool ready = due != pool->encoded.end() && due->first == pool->written;
+        if (!ready || !pool->failure.empty()) return;
+        TextBatch b = std::move(due->second);
+        std::string failure;
+        pool->encoded.erase(due);
+        state->unlock();
+        try {
+            writer_batch(pool->writer, b, *pool->reader, pool->run);
+        } catch (const std::exception& e) {
+            failure = e.what();
+        }
+        state->lock();
+        pool->failure = failure;
+        pool->written++;
+        pool->bytes = b.bytes;
+        pool->tokens = pool->writer->tokens;
+        pool->changed.notify_all();
+    }
+}
+
+// A thread: takes a batch, encodes it, adds it to the encoded batches, and writes, until there is no more.
 inline void tokenize_batches(TokenizePool* pool) {
     for (;;) {
         TextBatch mine;
-        size_t number;
-        {
-            std::lock_guard<std::mutex> reading(pool->reading);
-            {
-                std::unique_lock<std::mutex> state(pool->state);
-                pool->changed.wait(state, [&] { return !pool->failure.empty() || pool->taken < pool->written + 4 * pool->threads; });
-                if (!pool->failure.empty()) break;
-            }
-            if (!inputs_next(pool->reader, &mine)) break;
-            number = pool->taken++;
-        }
+        size_t number = 0;
+        if (!pool_take(pool, &mine, &number)) break;
         try {
             for (TextPiece& p : mine.pieces) piece_encode(*pool->tokenizer, pool->reader->paths[p.file], &p);
         } catch (const std::exception& e) {
@@ -487,25 +583,9 @@ inline void tokenize_batches(TokenizePool* pool) {
 
         std::unique_lock<std::mutex> state(pool->state);
         pool->encoded.emplace(number, std::move(mine));
-        if (pool->writing) continue;        // who writes takes it along
+        if (pool->writing) continue;        // the thread that is writing also writes this batch
         pool->writing = true;
-        for (auto due = pool->encoded.begin(); pool->failure.empty() && due != pool->encoded.end() && due->first == pool->written; due = pool->encoded.begin()) {
-            TextBatch b = std::move(due->second);
-            std::string failure;
-            pool->encoded.erase(due);
-            state.unlock();
-            try {
-                writer_batch(pool->writer, b, *pool->reader, pool->run);
-            } catch (const std::exception& e) {
-                failure = e.what();
-            }
-            state.lock();
-            pool->failure = failure;
-            pool->written++;
-            pool->bytes = b.bytes;
-            pool->tokens = pool->writer->tokens;
-            pool->changed.notify_all();
-        }
+        pool_write(pool, &state);
         pool->writing = false;
     }
     std::lock_guard<std::mutex> state(pool->state);
@@ -513,27 +593,34 @@ inline void tokenize_batches(TokenizePool* pool) {
     pool->changed.notify_all();
 }
 
-// The progress bar, on a terminal only: the share of the inputs' bytes that is written, rates, and the time to go.
+// The progress bar, on a terminal only: the share of the inputs' bytes that is written, rates, and the time left.
 inline void tokenize_watch(TokenizePool* pool) {
     auto begin = std::chrono::steady_clock::now();
-    size_t total = std::max<size_t>(1, pool->reader->starts.back()), first_bytes = pool->bytes, first_tokens = pool->tokens;
+    size_t total = std::max<size_t>(1, pool->reader->starts.back());
+    size_t first_bytes = pool->bytes, first_tokens = pool->tokens;
     std::unique_lock<std::mutex> state(pool->state);
     while (!pool->changed.wait_for(state, std::chrono::milliseconds(200), [&] { return pool->running == 0; })) {
         if (!pool->writer->bar) continue;
-        double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count(), rate = (double)(pool->bytes - first_bytes) / seconds;
+        double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+        double rate = (double)(pool->bytes - first_bytes) / seconds;
+        double token_rate = (double)(pool->tokens - first_tokens) / seconds;
         double share = std::min(1.0, (double)pool->bytes / (double)total);
         long eta = rate > 0 ? (long)((1 - share) * (double)total / rate) : 0;
         char line[128];
-        snprintf(line, sizeof line, "\r[%-20.*s] %3d %% | %.1f MB/s | %.2f M tok/s | eta %ldh%02ldm%02lds\x1b[K", (int)(20 * share), "####################", (int)(100 * share),
-                 rate / 1e6, (double)(pool->tokens - first_tokens) / seconds / 1e6, eta / 3600, eta / 60 % 60, eta % 60);
+        snprintf(line, sizeof line, "\r[%-20.*s] %3d %% | %.1f MB/s | %.2f M tok/s | eta %ldh%02ldm%02lds\x1b[K",
+                 (int)(20 * share), "####################", (int)(100 * share), rate / 1e6, token_rate / 1e6,
+                 eta / 3600, eta / 60 % 60, eta % 60);
         fputs(line, stderr);
     }
     if (pool->writer->bar) fputs("\r\x1b[K", stderr);
 }
 
-// Writes out_npy from the inputs. An error leaves what was there before; where the run has saved itself, also what it has done.
-inline TokenizeCounts tokenize_files(const Tokenizer& t, const std::vector<std::string>& paths, const std::string& out_npy, const TokenizeOptions& o = {}) {
-    if (t.vocab > 65536) die("tokenizer %s: its %d ids do not fit into the 16 bits of a token file", t.name.c_str(), t.vocab);
+// Writes out_npy from the inputs. An error leaves what was there before, and also what the run has done up to its last
+// save.
+inline TokenizeCounts tokenize_files(const Tokenizer& t, const std::vector<std::string>& paths,
+                                     const std::string& out_npy, const TokenizeOptions& o = {}) {
+    if (t.vocab > 65536)
+        die("tokenizer %s: its %d ids do not fit into the 16 bits of a token file", t.name.c_str(), t.vocab);
     InputReader r;
     inputs_check(&r, paths);
     TokenWriter w;
@@ -573,4 +660,41 @@ inline TokenizeCounts tokenize_files(const Tokenizer& t, const std::vector<std::
         die("%s%s", e.what(), w.saved ? "; the same command goes on from what is saved" : "");
     }
     return {w.documents, w.tokens, w.part, w.damaged};
+}
+
+// ------------------------------------------------------------------------------------------------
+// The command
+
+inline int command_tokenize(int argc, char** argv) {
+    std::string name, out;
+    std::vector<std::string> inputs;
+    int64_t max_tokens = 0, save_every = 1 << 25;
+    TokenizeOptions o;
+    options_parse(argc, argv, "tokenize --tokenizer NAME --out FILE.npy INPUT...   "
+                  "(.txt: a document a file; .jsonl: a document a line; gzipped or not)", {
+        {"tokenizer", &name, "NAME",
+         "a tokenizer.json, or a directory that holds one; or bytes: an id is a byte, 256 ends a document"},
+        {"out", &out, "FILE.npy", "uint16 tokens without a header; FILE.csv.gz lists the documents"},
+        {"max-tokens", &max_tokens, "N",
+         "more than fit below N begin another file: FILE-00000.npy, FILE-00001.npy, ...; 0: one file", 0, 1e15},
+        {"save-every", &save_every, "N",
+         "tokens between saves, from where a stopped run goes on when it is called again", 1, 1e15},
+        {"restart", &o.restart, "", "start over, whatever a stopped run saved or an earlier one wrote"},
+    }, &inputs);
+    if (name.empty() || out.empty() || inputs.empty())
+        die("tokenize needs --tokenizer NAME, --out FILE.npy and inputs "
+            "(.txt: a document a file; .jsonl: a document a line)");
+    if (out.size() < 5 || !ends_with(out, ".npy")) die("--out %s: the name of a token file ends in .npy", out.c_str());
+    Tokenizer t;
+    tokenizer_open(&t, name);
+    const char* threads = getenv("OMP_NUM_THREADS");
+    o.max_tokens = (size_t)max_tokens;
+    o.save_every = (size_t)save_every;
+    size_t cores = std::max(1u, std::thread::hardware_concurrency());
+    o.threads = threads && atoi(threads) > 0 ? std::min<size_t>(atoi(threads), 4 * cores) : cores;
+    TokenizeCounts counts = tokenize_files(t, inputs, out, o);
+    std::string more = counts.files > 1 ? " in " + std::to_string(counts.files) + " files" : "";
+    if (counts.damaged > 0) more += ", " + std::to_string(counts.damaged) + " damaged lines left out";
+    printf("%s: %zu documents, %zu tokens%s\n", out.c_str(), counts.documents, counts.tokens, more.c_str());
+    return 0;
 }

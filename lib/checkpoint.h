@@ -23,7 +23,8 @@
 // But what renames, deletes, or reads every byte of a directory is for rank 0 alone: checkpoint_leftovers, _newest,
 // _check and _prune.
 //
-// Included once, by olmoe.cu, after die() and OlmoeConfig. Host code only. Every error is one line from die().
+// Included once, by olmoe.cu, after die(), OlmoeConfig and hf_tensors(). Host code only. Every error is one line from
+// die().
 #pragma once
 #include <algorithm>
 #include <cerrno>

@@ -13,6 +13,43 @@ struct OlmoeConfig {
     float initializer_range = 0.02f;
     int eos_token_id = 50279, pad_token_id = 1;
 };
+#include <string>
+#include <vector>
+struct HfTensor {
+    std::string name;               // Hugging Face's
+    std::vector<int64_t> shape;     // row-major; a linear layer's is (out, in)
+    size_t offset, count;           // elements [offset, offset + count) of the flat vector
+};
+
+// What checkpoint.h is given by olmoe.cu, written out by hand. They tile [0, number of parameters). q, k, v follow one another, and so do an expert's gate and up, so that the fused
+// qkv (3C, C), gate_up (E, 2F, C) and down (E, C, F) of olmoe.cu are also contiguous ranges.
+static std::vector<HfTensor> hf_tensors(const OlmoeConfig& c) {
+    std::vector<HfTensor> tensors;
+    size_t offset = 0;
+    auto add = [&](const std::string& name, std::vector<int64_t> shape) {
+        size_t count = 1;
+        for (int64_t n : shape) count *= (size_t)n;
+        tensors.push_back({name + ".weight", std::move(shape), offset, count});
+        offset += count;
+    };
+    add("model.embed_tokens", {c.V, c.C});
+    for (int l = 0; l < c.L; l++) {
+        std::string layer = "model.layers." + std::to_string(l) + ".", experts = layer + "mlp.experts.";
+        add(layer + "input_layernorm", {c.C});
+        for (const char* name : {"q_proj", "k_proj", "v_proj"}) add(layer + "self_attn." + name, {c.C, c.C});
+        add(layer + "self_attn.q_norm", {c.C});
+        add(layer + "self_attn.k_norm", {c.C});
+        add(layer + "self_attn.o_proj", {c.C, c.C});
+        add(layer + "post_attention_layernorm", {c.C});
+        add(layer + "mlp.gate", {c.E, c.C});
+        for (int e = 0; e < c.E; e++)
+            for (const char* name : {".gate_proj", ".up_proj"}) add(experts + std::to_string(e) + name, {c.F, c.C});
+        for (int e = 0; e < c.E; e++) add(experts + std::to_string(e) + ".down_proj", {c.C, c.F});
+    }
+    add("model.norm", {c.C});
+    add("lm_head", {c.V, c.C});
+    return tensors;
+}
 #include "../lib/checkpoint.h"
 #include <atomic>
 #include <csignal>

@@ -1,0 +1,661 @@
+// olmoe generate: prompts go through the layers all at once, then each step runs one row of every sequence at work,
+// against a cache of keys and values. Training runs sample with it.
+//
+// Included once, by olmoe.cu, after the model.
+#pragma once
+#include <fstream>
+#include <iostream>
+#include <set>
+#include "../lib/checkpoint.h"
+#include "../lib/options.h"
+#include "../lib/weights.h"
+
+// ------------------------------------------------------------------------------------------------
+// Cached attention. Keys and values of a layer stay in a cache (S, H, P, D): P positions for each of S sequences, which
+// have a "slot" each. A head's are together, because they are read together. A row of the micro-batch belongs to
+// sequence slots[row].
+
+struct Cache {
+    int S = 0, P = 0;           // sequences, positions of each
+    floatX* keys;               // (L, S, H, P, D)
+    floatX* values;             // (L, S, H, P, D)
+    float* scores;              // (S, H, P) scratch
+    int* slots;                 // (N) of the rows at work
+    int* last;                  // (S) rows whose logits are asked for
+    floatX* x;                  // (S, C) their residual stream
+};
+
+// One warp per row and head: its k and v into the cache
+__global__ void cache_store_kernel(floatX* keys, floatX* values, const floatX* qk, const floatX* qkv, const int* slots,
+                                   const int* positions, int N, int H, int D, int P) {
+    size_t warp = thread_index() / WARP, row = warp / H, head = warp % H;
+    int lane = threadIdx.x % WARP, C = H * D;
+    if (row >= (size_t)N) return;
+    const floatX *k = qk + row * 2 * C + C + head * D, *v = qkv + row * 3 * C + 2 * C + head * D;
+    size_t to = ((slots[row] * (size_t)H + head) * P + positions[row]) * D;
+    for (int i = lane; i < D; i += WARP) keys[to + i] = k[i];
+    for (int i = lane; i < D; i += WARP) values[to + i] = v[i];
+}
+
+// One query q of a sequence, at position t:   P = softmax_j(q k_j / sqrt(D)) over j <= t,   o = sum_j P_j v_j
+// One warp per row and head; P is rounded as in attention_softmax_forward_kernel. Reads the cache once: 2 C floatX for
+// each of a sequence's positions.
+__global__ void attention_cached_kernel(floatX* out, float* scores, const floatX* qk, const floatX* keys,
+                                        const floatX* values, const int* slots, const int* positions, int N, int H,
+                                        int D, int P, float scale) {
+    size_t warp = thread_index() / WARP, row = warp / H, head = warp % H;
+    int lane = threadIdx.x % WARP, C = H * D;
+    if (row >= (size_t)N) return;
+    size_t cached = (slots[row] * (size_t)H + head) * P * D;
+    const floatX *q = qk + row * 2 * C + head * D, *k = keys + cached, *v = values + cached;
+    int keys_here = positions[row] + 1;
+    scores += warp * P;
+
+    for (int j = 0; j < keys_here; j++) {
+        float dot = 0;
+        const floatX* key = k + (size_t)j * D;
+        for (int i = lane; i < D; i += WARP) dot += (float)q[i] * (float)key[i];
+        dot = warp_sum(dot) * scale;
+        if (lane == 0) scores[j] = dot;
+    }
+    __syncwarp();
+    float max = -INFINITY, sum = 0;
+    for (int j = lane; j < keys_here; j += WARP) max = fmaxf(max, scores[j]);
+    max = warp_max(max);
+    for (int j = lane; j < keys_here; j += WARP) sum += expf(scores[j] - max);
+    float lse = max + logf(warp_sum(sum));
+    for (int j = lane; j < keys_here; j += WARP) scores[j] = (float)(floatX)expf(scores[j] - lse);
+    __syncwarp();
+    for (int column = lane; column < D; column += CHUNK) {
+        float total[PER_LANE] = {};
+        for (int j = 0; j < keys_here; j++) {
+            const floatX* value = v + (size_t)j * D;
+            float p = scores[j];
+            for (int c = 0; c < PER_LANE; c++)
+                if (column + c * WARP < D) total[c] += p * (float)value[column + c * WARP];
+        }
+        for (int c = 0; c < PER_LANE; c++)
+            if (column + c * WARP < D) out[row * C + head * D + column + c * WARP] = (floatX)total[c];
+    }
+}
+
+// The keys and values of layer l into the cache
+void cache_store(const Cache& cache, const LayerActivations& a, int l, const int* positions /* (N) */, int N,
+                 const OlmoeConfig& c) {
+    const size_t layer = (size_t)l * cache.S * cache.P * c.C;
+    LAUNCH(cache_store_kernel, blocks_for_rows((size_t)N * c.H), cache.keys + layer, cache.values + layer, a.qk, a.qkv,
+           cache.slots, positions, N, c.H, c.C / c.H, cache.P);
+}
+
+// attn from qk and the cache of layer l
+void attention_cached(LayerActivations& a, const Cache& cache, int l, const int* positions /* (N) */, int N,
+                      const OlmoeConfig& c) {
+    const int D = c.C / c.H;
+    const size_t layer = (size_t)l * cache.S * cache.P * c.C;
+    LAUNCH(attention_cached_kernel, blocks_for_rows((size_t)N * c.H), a.attn, cache.scores, a.qk, cache.keys + layer,
+           cache.values + layer, cache.slots, positions, N, c.H, D, cache.P, 1 / sqrtf((float)D));
+}
+
+// Between olmoe_plan and olmoe_allocate: room for S sequences of up to P tokens.
+void cache_plan(Cache* cache, Olmoe* m, int S, int P) {
+    const OlmoeConfig& c = m->config;
+    const size_t positions = (size_t)c.L * S * P;
+    cache->S = S;
+    cache->P = P;
+    m->cache_memory.add(&cache->keys, positions * c.C);
+    m->cache_memory.add(&cache->values, positions * c.C);
+    m->cache_memory.add(&cache->scores, (size_t)S * c.H * P);
+    m->cache_memory.add(&cache->slots, m->capacity.N);
+    m->cache_memory.add(&cache->last, S);
+    m->cache_memory.add(&cache->x, (size_t)S * c.C);
+}
+
+// A layer for rows that are one a sequence, against the keys and values before them
+void decode_layer(Olmoe* m, const Cache& cache, int l) {
+    LayerActivations& a = m->acts.layers[l];
+    attention_inputs(m, l);
+    cache_store(cache, a, l, m->acts.positions, m->N, m->config);
+    attention_cached(a, cache, l, m->acts.positions, m->N, m->config);
+    attention_output(m, l);
+    experts_block(m, l);
+}
+
+// One token each of n sequences: their keys and values go into the cache, their logits (n, V) into acts.logits.
+void olmoe_decode(Olmoe* m, const Cache& cache, const int* inputs /* (n) */, const int* slots /* (n) */,
+                  const int* positions /* (n) */, int n) {
+    MicroBatch batch;
+    for (int i = 0; i < n; i++) batch_add(&batch, inputs + i, nullptr, 1, 0, positions[i]);
+    olmoe_set_batch(m, batch);
+    copy_to_device(cache.slots, slots, n);
+    embedding_forward(m->acts.layers[0].x, m->acts.inputs, m->params.embed, m->N, m->config.C);
+    for (int l = 0; l < m->config.L; l++) {
+        at_layer(l);
+        decode_layer(m, cache, l);
+    }
+    olmoe_classify(m, m->acts.x, n);
+}
+
+// Prompts of any lengths, each into its slot: their keys and values go into the cache, the logits (B, V) of each one's
+// last token into acts.logits. The last layer's other tokens matter to nothing: it gives its keys and values, and then
+// the last tokens go through it as in olmoe_decode.
+void olmoe_prefill(Olmoe* m, const Cache& cache, const MicroBatch& prompts, const int* slots /* (B) */) {
+    const OlmoeConfig& c = m->config;
+    const int L = c.L, B = prompts.B();
+    Activations& a = m->acts;
+    std::vector<int> row_slots, last;
+    MicroBatch last_tokens;
+    for (int b = 0; b < B; b++) {
+        row_slots.insert(row_slots.end(), prompts.length(b), slots[b]);
+        last.push_back(prompts.begin(b) + prompts.length(b) - 1);
+        batch_add(&last_tokens, &prompts.inputs[last[b]], nullptr, 1, 0, prompts.positions[last[b]]);
+    }
+    olmoe_set_batch(m, prompts);
+    copy_to_device(cache.slots, row_slots);
+    copy_to_device(cache.last, last);
+    embedding_forward(a.layers[0].x, a.inputs, m->params.embed, m->N, c.C);
+    for (int l = 0; l < L; l++) {
+        at_layer(l);
+        attention_inputs(m, l);
+        cache_store(cache, a.layers[l], l, a.positions, m->N, c);
+        if (l + 1 == L) break;
+        attention_forward(a.layers[l], m->scratch, m->batch, c);
+        attention_output(m, l);
+        experts_block(m, l);
+    }
+    gather(cache.x, a.layers[L - 1].x, cache.last, B, c.C, 1);
+    copy_on_device(a.layers[L - 1].x, cache.x, (size_t)B * c.C);
+    olmoe_set_batch(m, last_tokens);
+    copy_to_device(cache.slots, slots, B);
+    decode_layer(m, cache, L - 1);
+    olmoe_classify(m, a.x, B);
+}
+
+// ------------------------------------------------------------------------------------------------
+// Sampling
+
+struct SamplingOptions {
+    double temperature = 0.8, top_p = 1, min_p = 0, repetition_penalty = 1;
+    int64_t top_k = 0;
+};
+
+// An index of logits, by temperature, top_k, top_p and min_p; `best` is the index of the largest. random: uniform in
+// (0, 1].
+int sample_index(const std::vector<float>& logits, int best, const SamplingOptions& o, double random) {
+    // probability over the largest's, and -id: of equal ones the lower is the larger pair
+    std::vector<std::pair<double, int>> p(logits.size());
+    double total = 0, kept = 0;
+    for (size_t i = 0; i < p.size(); i++) {
+        p[i] = {exp(((double)logits[i] - logits[best]) / o.temperature), -(int)i};
+        total += p[i].first;
+    }
+    size_t n = 0, sorted = 0;
+    auto sort_to = [&](size_t end) {
+        std::partial_sort(p.begin() + sorted, p.begin() + end, p.end(), std::greater<>());
+        sorted = end;
+    };
+    if (o.top_k > 0 && o.top_k < (int64_t)p.size()) {
+        sort_to(o.top_k);
+        p.resize(o.top_k);
+        total = 0;
+        for (auto& [probability, id] : p) total += probability;
+    }
+    if (o.top_p < 1 || o.min_p > 0) {                           // sorted only as far as it matters
+        for (; n < p.size(); kept += p[n++].first) {
+            if (n == sorted) sort_to(std::min(p.size(), 4 * sorted + 64));
+            if (n > 0 && ((o.top_p < 1 && kept >= o.top_p * total) || p[n].first < o.min_p)) break;
+        }
+        p.resize(n);
+        total = kept;
+    }
+    size_t i = 0;
+    for (double r = random * total; i + 1 < p.size() && r > p[i].first; i++) r -= p[i].first;
+    return -p[i].second;
+}
+
+// The next token after logits (V), and the log of its probability in the model as it is. In this order, as in
+// transformers: the penalty (Keskar et al. 2019) of tokens seen before, temperature, the top_k largest, the fewest that
+// have top_p of the probability together, and of these the ones that have min_p of the largest's. temperature 0: the
+// largest, of equal ones the lowest id. random: uniform in (0, 1].
+int choose_token(const std::vector<float>& unchanged, const SamplingOptions& o, const std::vector<int>& seen,
+                 double random, double* logprob) {
+    const int V = (int)unchanged.size();
+    float largest = -INFINITY;
+    for (int i = 0; i < V; i++) largest = fmaxf(largest, unchanged[i]);
+    double sum = 0;
+    for (int i = 0; i < V; i++) sum += expf(unchanged[i] - largest);
+    const double lse = largest + log(sum);
+    if (!std::isfinite(lse)) die("the model's logits are not finite; are its weights damaged?");
+    std::vector<float> penalised;
+    if (o.repetition_penalty != 1) {
+        penalised = unchanged;
+        for (int id : std::set<int>(seen.begin(), seen.end()))
+            if (id < V) {
+                float& z = penalised[id];
+                z = (float)(z > 0 ? z / o.repetition_penalty : z * o.repetition_penalty);
+            }
+        largest = *std::max_element(penalised.begin(), penalised.end());
+    }
+    const std::vector<float>& logits = penalised.empty() ? unchanged : penalised;
+    int best = (int)(std::find(logits.begin(), logits.end(), largest) - logits.begin());
+    int chosen = o.temperature > 0 ? sample_index(logits, best, o, random) : best;
+    *logprob = unchanged[chosen] - lse;
+    return chosen;
+}
+
+// ------------------------------------------------------------------------------------------------
+// Sequences
+
+// A text to be continued
+struct Sequence {
+    std::vector<int> ids;                   // the prompt's tokens, then those generated
+    size_t prompt = 0;                      // tokens of the prompt
+    int number = 0, sample = 0;             // of the prompt among the inputs, of the sample among its prompt's
+    Json id;                                // what the input calls it
+    int slot = -1;                          // in the cache
+    std::vector<double> logprobs;           // of the tokens generated
+    TextStream stream;
+    std::string text;                       // generated
+    std::string finish;                     // "eos", "stop" (a stop string, which is not part of text), "length"
+};
+
+struct GenerateOptions {
+    SamplingOptions sampling;
+    std::vector<std::string> stop;
+    int64_t max_tokens = 128, seed = 0;
+    int eos = -1;
+    const Tokenizer* tokenizer = nullptr;
+};
+
+struct GenerateCounts { size_t prompt = 0, generated = 0; double prefill_seconds = 0, decode_seconds = 0; };
+
+// Appends the next token to a sequence, and says in `finish` whether it was the last.
+void sequence_append(Sequence* s, const std::vector<float>& logits, const GenerateOptions& o, size_t most) {
+    const size_t generated = s->ids.size() - s->prompt;
+    const uint64_t position = (uint64_t)s->number << 40 | (uint64_t)s->sample << 20 | generated;
+    double logprob, random = uniform(philox((uint64_t)o.seed, position).x[0]);
+    int id = choose_token(logits, o.sampling, s->ids, random, &logprob);
+    if (world.size > 1) id = (int)host_sum(world.rank == 0 ? id : 0);   // rounding may differ between ranks
+    s->ids.push_back(id);
+    s->logprobs.push_back(logprob);
+    if (id == o.eos) s->finish = "eos";
+    else if ((int64_t)generated + 1 == o.max_tokens || s->ids.size() == most) s->finish = "length";
+    if (!o.tokenizer) return;
+    size_t before = s->text.size();
+    if (id != o.eos) s->text += stream_next(&s->stream, *o.tokenizer, id);
+    if (!s->finish.empty()) s->text += stream_end(&s->stream);
+    size_t found = std::string::npos;
+    for (const std::string& stop : o.stop)
+        found = std::min(found, s->text.find(stop, before - std::min(before, stop.size() - 1)));
+    if (found != std::string::npos) { s->text.resize(found); s->finish = "stop"; }
+}
+
+// Copies the keys and values of n tokens from one slot to another.
+void cache_copy(const Cache& cache, int to_slot, int from_slot, size_t n, const OlmoeConfig& c) {
+    const size_t P = cache.P, D = c.C / c.H, H = c.H, S = cache.S;
+    for (size_t h = 0; h < c.L * H; h++)                        // heads of all layers
+        for (floatX* all : {cache.keys, cache.values}) {
+            floatX *layer = all + h / H * S * H * P * D, *head = layer + h % H * P * D;
+            copy_on_device(head + to_slot * H * P * D, head + from_slot * H * P * D, n * D);
+        }
+}
+
+// Continues all sequences, as many at a time as the cache has slots. `report` is called with a sequence whenever it has
+// a new token. What a sequence becomes depends neither on the others nor on their number, but for rounding in the
+// matmuls.
+template <typename Report>
+GenerateCounts generate(Olmoe* m, const Cache& cache, std::vector<Sequence>* sequences, const GenerateOptions& o,
+                        Report report) {
+    const OlmoeConfig& c = m->config;
+    const size_t V = c.V, usable = o.tokenizer ? std::min<size_t>(V, o.tokenizer->vocab) : V, rows = m->capacity.N;
+    std::vector<floatX> logits;
+    std::vector<Sequence*> active;
+    std::vector<int> free, ids, slots, positions;
+    GenerateCounts counts;
+    for (int slot = cache.S - 1; slot >= 0; slot--) free.push_back(slot);
+    auto append = [&](Sequence* s, size_t row) {                // the padding of the vocabulary is never chosen
+        auto first = logits.begin() + row * V;
+        sequence_append(s, std::vector<float>(first, first + usable), o, cache.P);
+        counts.generated++;
+        report(s);
+    };
+    auto fetch = [&](size_t n) { logits.resize(n * V); copy_to_host(logits.data(), m->acts.logits, n * V); };
+    for (size_t next = 0; next < sequences->size() || !active.empty(); ) {
+        // prompts into free slots, as many as fit into a micro-batch; samples of one prompt share its sequence there,
+        // and then copy its keys and values
+        double start = seconds_now();
+        MicroBatch prompts;
+        std::vector<std::pair<Sequence*, int>> begun;           // and its number in prompts
+        slots.clear();
+        for (; next < sequences->size() && begun.size() < free.size(); next++) {
+            Sequence* s = &(*sequences)[next];
+            bool same = !begun.empty() && begun.back().first->number == s->number;
+            if (!same && prompts.N() + s->ids.size() > rows) break;
+            s->slot = free[free.size() - 1 - begun.size()];
+            if (!same) { batch_add(&prompts, s->ids.data(), nullptr, (int)s->ids.size()); slots.push_back(s->slot); }
+            begun.push_back({s, prompts.B() - 1});
+        }
+        if (!begun.empty()) {
+            free.resize(free.size() - begun.size());
+            olmoe_prefill(m, cache, prompts, slots.data());
+            fetch(prompts.B());
+            for (auto& [s, prompt] : begun) {
+                if (s->slot != slots[prompt]) cache_copy(cache, s->slot, slots[prompt], prompts.length(prompt), c);
+                append(s, prompt);
+                active.push_back(s);
+            }
+            counts.prompt += prompts.N();
+            counts.prefill_seconds += seconds_now() - start;
+        }
+        for (size_t i = 0; i < active.size(); )
+            if (active[i]->finish.empty()) i++;
+            else { free.push_back(active[i]->slot); active.erase(active.begin() + i); }
+        if (active.empty()) continue;
+        start = seconds_now();
+        ids.clear(); slots.clear(); positions.clear();
+        for (Sequence* s : active) {
+            ids.push_back(s->ids.back());
+            slots.push_back(s->slot);
+            positions.push_back((int)s->ids.size() - 1);
+        }
+        olmoe_decode(m, cache, ids.data(), slots.data(), positions.data(), (int)active.size());
+        fetch(active.size());
+        for (size_t i = 0; i < active.size(); i++) append(active[i], i);
+        counts.decode_seconds += seconds_now() - start;
+    }
+    return counts;
+}
+
+// ------------------------------------------------------------------------------------------------
+// Samples of a training run
+
+std::vector<int> sample_prompt(const Tokenizer& tokenizer, const std::string& prompt) {
+    std::vector<int> ids = tokenizer_encode(tokenizer, prompt);
+    ids.insert(ids.begin(), tokenizer.eos);
+    return ids;
+}
+
+// Continues a prompt, of which it takes the last tokens where it is longer than there is room for. The cache has one
+// slot. All ranks together.
+std::string sample_text(Olmoe* m, const Cache& cache, const Tokenizer& tokenizer, const std::string& prompt,
+                        int64_t tokens, uint64_t seed) {
+    GenerateOptions o;
+    o.max_tokens = tokens;
+    o.seed = (int64_t)seed;
+    o.eos = tokenizer.eos;
+    o.tokenizer = &tokenizer;
+    std::vector<Sequence> one(1);
+    one[0].ids = sample_prompt(tokenizer, prompt);
+    const int most = std::min(m->capacity.T, cache.P - 1), n = (int)one[0].ids.size();
+    if (most < 1) return "";
+    if (n > most) one[0].ids.erase(one[0].ids.begin(), one[0].ids.end() - most);
+    one[0].prompt = one[0].ids.size();
+    generate(m, cache, &one, o, [](Sequence*) {});
+    return one[0].text;
+}
+
+// ------------------------------------------------------------------------------------------------
+// The command
+
+struct GenerateCommand {
+    GenerateOptions o;
+    std::string model, input, ids, tokenizer_name, system;
+    std::vector<std::string> prompts;
+    int64_t samples = 1, batch = 8;
+    bool chat = false, json = false, logprobs = false, stats = false;
+    bool talk = false;                      // with the user, instead of prompts
+    OlmoeConfig config;
+    Tokenizer tokenizer;
+    std::vector<Sequence> sequences;
+    std::vector<ChatMessage> messages;      // before each prompt of --chat
+    Olmoe olmoe;
+    Cache cache;
+};
+
+std::vector<Option> generate_options(GenerateCommand* g) {
+    SamplingOptions& s = g->o.sampling;
+    return {
+        {"model", &g->model, "DIR", "Hugging Face directory, or a checkpoint"},
+        {"prompt", &g->prompts, "TEXTS", "texts to continue"},
+        {"ids", &g->ids, "1,2,3", "token ids to continue, where there is no tokenizer"},
+        {"input", &g->input, "FILE.jsonl", "a JSON object a line: {\"prompt\": TEXT}, {\"ids\": [...]} or "
+         "{\"messages\": [{\"role\", \"content\"}, ...]}, and any \"id\"; - is standard input"},
+        {"tokenizer", &g->tokenizer_name, "NAME", "bytes, or a tokenizer.json; default: the model's"},
+        {"chat", &g->chat, "", "prompts are messages to an Instruct model; without any, talk to it"},
+        {"system", &g->system, "TEXT", "with --chat: a system message before"},
+        {"max-tokens", &g->o.max_tokens, "N", "tokens to generate at most", 1, 1 << 20},
+        {"temperature", &s.temperature, "X", "0: always the likeliest token", 0, 1e3},
+        {"top-k", &s.top_k, "K", "only of the K likeliest tokens; 0: of all", 0, 1 << 30},
+        {"top-p", &s.top_p, "P", "only of the likeliest that have P of the probability together", 1e-9, 1},
+        {"min-p", &s.min_p, "P", "only of those that are P times as likely as the likeliest", 0, 1},
+        {"repetition-penalty", &s.repetition_penalty, "X",
+         "divides positive logits of tokens seen before, and multiplies negative ones", 1e-3, 1e3},
+        {"stop", &g->o.stop, "TEXTS", "texts that end a sequence"},
+        {"seed", &g->o.seed, "N", "of the random choices", 0, 9e15},
+        {"n", &g->samples, "N", "samples of each prompt", 1, 1 << 20},
+        {"batch", &g->batch, "B", "sequences at a time", 1, 1 << 16},
+        {"json", &g->json, "", "a JSON object a sample, a line each"},
+        {"logprobs", &g->logprobs, "", "with --json: log-probabilities of the tokens in the model, at temperature 1"},
+        {"stats", &g->stats, "", "tokens a second, on standard error"},
+    };
+}
+
+// The options against one another, and the tokenizer
+void generate_check(GenerateCommand* g) {
+    if (g->model.empty()) die("generate needs --model DIR");
+    const int sources = !g->prompts.empty() + !g->ids.empty() + !g->input.empty();
+    g->talk = g->chat && sources == 0;
+    if (!g->talk && sources != 1) die("generate needs one of --prompt TEXTS, --ids IDS, --input FILE.jsonl, or --chat");
+    for (const std::string& stop : g->o.stop)
+        if (stop.empty()) die("--stop: an empty text would end every sequence at once");
+    if (g->logprobs && !g->json) die("--logprobs needs --json");
+    if (g->talk && (g->json || g->samples > 1)) die("--%s needs prompts: --prompt or --input", g->json ? "json" : "n");
+    if (g->chat && !g->ids.empty()) die("--chat takes texts, not --ids");
+    if (!g->system.empty() && !g->chat) die("--system needs --chat");
+    config_read(&g->config, g->model);
+    const bool own = access((g->model + "/tokenizer.json").c_str(), F_OK) == 0;
+    if (g->tokenizer_name.empty() && own) g->tokenizer_name = g->model;
+    if (!g->tokenizer_name.empty()) {
+        tokenizer_open(&g->tokenizer, g->tokenizer_name);
+        if (g->tokenizer.vocab > g->config.V)
+            die("the tokenizer's %d ids don't fit the model's vocabulary of %d", g->tokenizer.vocab, g->config.V);
+        g->o.tokenizer = &g->tokenizer;
+    }
+    g->o.eos = g->o.tokenizer ? g->tokenizer.eos : g->config.eos_token_id;
+    if (!g->o.tokenizer && (g->chat || !g->prompts.empty() || !g->o.stop.empty()))
+        die("%s has no tokenizer.json; give --tokenizer, or token ids by --ids", g->model.c_str());
+}
+
+// Token ids from text: 1,306,4658
+std::vector<int> parse_ids(const std::string& list, int V) {
+    std::vector<int> ids;
+    for (const char* p = list.c_str(); ; p++) {
+        char* end;
+        long id = strtol(p, &end, 10);
+        if (end == p || (*end && *end != ',') || id < 0 || id >= V)
+            die("--ids %s: numbers from 0 to %d with commas between them", list.c_str(), V - 1);
+        ids.push_back((int)id);
+        p = end;
+        if (!*p) return ids;
+    }
+}
+
+std::vector<int> prompt_ids(const GenerateCommand& g, const std::string& prompt) {
+    std::vector<int> ids = tokenizer_encode(g.tokenizer, prompt);
+    if (ids.empty()) ids.push_back(g.o.eos);
+    return ids;
+}
+
+std::vector<int> chat_ids(const GenerateCommand& g, const std::vector<ChatMessage>& messages) {
+    return prompt_ids(g, chat_prompt(messages, true, tokenizer_decode(g.tokenizer, g.tokenizer.eos)));
+}
+
+// A prompt as the user means it: with --chat a message to the model
+std::vector<int> text_ids(const GenerateCommand& g, const std::string& prompt) {
+    if (!g.chat) return prompt_ids(g, prompt);
+    std::vector<ChatMessage> messages = g.messages;
+    messages.push_back({"user", prompt});
+    return chat_ids(g, messages);
+}
+
+void add_prompt(GenerateCommand* g, const std::vector<int>& ids, const Json& id = nullptr) {
+    int number = g->sequences.empty() ? 0 : g->sequences.back().number + 1;
+    for (int i = 0; i < g->samples; i++) {
+        Sequence s;
+        s.ids = ids; s.prompt = ids.size(); s.number = number; s.sample = i; s.id = id;
+        g->sequences.push_back(s);
+    }
+}
+
+// A line of --input; `where` names it in messages
+void add_line(GenerateCommand* g, const std::string& line, const std::string& where) {
+    const bool texts = g->o.tokenizer;
+    const char* at = where.c_str();
+    const Json j = json_parse(line);
+    try {
+        std::vector<int> tokens;
+        if (j.is_object() && j.contains("ids")) {
+            const Json& list = j["ids"];
+            if (!list.is_array() || list.empty()) die("%s: ids is no list of token ids", at);
+            for (const Json& id : list) {
+                if (!id.is_number_integer() || id < 0 || id >= g->config.V)
+                    die("%s: the id %s is none from 0 to %d", at, json_shown(id).c_str(), g->config.V - 1);
+                tokens.push_back(id);
+            }
+        } else if (texts && j.is_object() && j.contains("messages")) {
+            const Json& list = j["messages"];
+            std::vector<ChatMessage> messages;
+            if (!list.is_array() || list.empty()) die("%s: messages is no list of messages", at);
+            for (const Json& message : list) messages.push_back({message.at("role"), message.at("content")});
+            tokens = chat_ids(*g, messages);
+        } else if (texts && j.is_object() && j.contains("prompt")) {
+            tokens = text_ids(*g, j["prompt"]);
+        } else {
+            die("%s: not a JSON object with %s", at,
+                texts ? "\"prompt\", \"ids\" or \"messages\"" : "\"ids\" (there is no tokenizer)");
+        }
+        add_prompt(g, tokens, j.value("id", Json()));
+    } catch (const Json::exception& e) { die("%s: %s", at, e.what()); }
+}
+
+void generate_prompts(GenerateCommand* g) {
+    if (!g->system.empty()) g->messages.push_back({"system", g->system});
+    for (const std::string& prompt : g->prompts) add_prompt(g, text_ids(*g, prompt));
+    if (!g->ids.empty()) add_prompt(g, parse_ids(g->ids, g->config.V));
+    if (g->input.empty()) return;
+    std::ifstream file;
+    if (g->input != "-") file.open(g->input);
+    std::istream& in = g->input == "-" ? std::cin : file;
+    if (!in) die("%s: cannot be read: %s", g->input.c_str(), strerror(errno));
+    std::string line;
+    for (size_t number = 1; std::getline(in, line); number++) {
+        if (line.find_first_not_of(" \t\r") == std::string::npos) continue;
+        add_line(g, line, g->input + ":" + std::to_string(number));
+    }
+    if (g->sequences.empty()) die("%s: no prompt in it", g->input.c_str());
+}
+
+// Device, memory and weights, for the prompts that there are
+void generate_start(GenerateCommand* g) {
+    const OlmoeConfig& c = g->config;
+    size_t longest = 0, total = 0;
+    for (const Sequence& s : g->sequences) {
+        longest = std::max(longest, s.ids.size());
+        total += s.sample == 0 ? s.ids.size() : 0;
+    }
+    if (g->talk) longest = c.max_T - 1;
+    if (longest >= (size_t)c.max_T)
+        die("a prompt of %zu tokens leaves no room: max_position_embeddings is %d", longest, c.max_T);
+    const int S = g->talk ? 1 : (int)std::min<int64_t>(g->batch, g->sequences.size());
+    const int P = (int)std::min<int64_t>(c.max_T, longest + g->o.max_tokens);
+    const int rows = (int)std::max({longest, std::min<size_t>(total, 2048), (size_t)S});
+
+    device_open();
+    olmoe_plan(&g->olmoe, c, {rows, (int)longest, Use::inference, 0, S, P});
+    cache_plan(&g->cache, &g->olmoe, S, P);
+    olmoe_allocate(&g->olmoe);
+    olmoe_load(&g->olmoe, g->model);
+}
+
+// Prints what is new of a sequence's text; what could still become a stop string is held back.
+void print_stream(const Sequence& s, const std::vector<std::string>& stops, size_t* printed) {
+    size_t hold = 0;
+    if (s.finish.empty())
+        for (const std::string& stop : stops)
+            for (size_t k = std::min(stop.size() - 1, s.text.size()); k > hold; k--)
+                if (s.text.compare(s.text.size() - k, k, stop, 0, k) == 0) hold = k;
+    size_t end = s.text.size() - hold;
+    fwrite(s.text.data() + *printed, 1, end - *printed, stdout);
+    *printed = end;
+    fflush(stdout);
+}
+
+// A conversation, until the end of standard input
+void generate_talk(GenerateCommand* g) {
+    for (std::string line; ; ) {
+        if (isatty(STDIN_FILENO)) { printf("> "); fflush(stdout); }
+        if (!std::getline(std::cin, line)) return;
+        g->messages.push_back({"user", line});
+        g->sequences.clear();
+        add_prompt(g, chat_ids(*g, g->messages));
+        const size_t tokens = g->sequences[0].ids.size();
+        if (tokens >= (size_t)g->config.max_T)
+            die("the conversation has grown to %zu tokens: max_position_embeddings is %d", tokens, g->config.max_T);
+        size_t printed = 0;
+        generate(&g->olmoe, g->cache, &g->sequences, g->o, [&](Sequence* s) { print_stream(*s, g->o.stop, &printed); });
+        printf("\n");
+        g->messages.push_back({"assistant", g->sequences[0].text});
+    }
+}
+
+void print_sequence(const GenerateCommand& g, const Sequence& s, bool first) {
+    std::vector<int> generated(s.ids.begin() + s.prompt, s.ids.end());
+    if (g.json) {
+        Json j = {{"prompt", s.number}, {"sample", s.sample}};
+        if (!s.id.is_null()) j["id"] = s.id;
+        if (g.o.tokenizer) j["text"] = s.text;
+        j["ids"] = generated;
+        j["finish"] = s.finish;
+        j["prompt_tokens"] = s.prompt;
+        if (g.logprobs) j["logprobs"] = s.logprobs;
+        printf("%s\n", j.dump(-1, ' ', false, Json::error_handler_t::replace).c_str());
+        return;
+    }
+    if (g.sequences.size() > 1) printf("%s--- prompt %d, sample %d\n", first ? "" : "\n", s.number, s.sample);
+    if (g.o.tokenizer) { fwrite(s.text.data(), 1, s.text.size(), stdout); printf("\n"); }
+    else
+        for (size_t i = 0; i < generated.size(); i++)
+            printf("%d%s", generated[i], i + 1 < generated.size() ? "," : "\n");
+}
+
+// All prompts, printed in the order of the input
+void generate_all(GenerateCommand* g) {
+    const bool streaming = g->sequences.size() == 1 && !g->json && g->o.tokenizer;
+    size_t printed = 0, reported = 0;       // bytes of the one text; sequences that are printed
+    GenerateCounts n = generate(&g->olmoe, g->cache, &g->sequences, g->o, [&](Sequence* s) {
+        if (streaming) print_stream(*s, g->o.stop, &printed);
+        else
+            for (; reported < g->sequences.size() && !g->sequences[reported].finish.empty(); reported++)
+                print_sequence(*g, g->sequences[reported], reported == 0);
+        fflush(stdout);
+    });
+    if (streaming) printf("\n");
+    if (g->stats)
+        fprintf(stderr, "prompts: %zu tokens, %.1f a second; "
+                "generated: %zu tokens, %.1f a second after the first of each\n",
+                n.prompt, n.prompt / n.prefill_seconds, n.generated,
+                (n.generated - g->sequences.size()) / std::max(n.decode_seconds, 1e-9));
+}
+
+int command_generate(int argc, char** argv) {
+    GenerateCommand g;
+    const char* usage = "generate --model DIR --prompt TEXTS | --ids IDS | --input FILE.jsonl | --chat  [options]";
+    options_parse(argc, argv, usage, generate_options(&g));
+    generate_check(&g);
+    generate_prompts(&g);
+    generate_start(&g);
+    if (g.talk) generate_talk(&g);
+    else generate_all(&g);
+    olmoe_free(&g.olmoe);
+    device_close();
+    return 0;
+}

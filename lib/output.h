@@ -1,0 +1,105 @@
+// The output directory of a run, signals, and what a process does first.
+//
+// Included once, by olmoe.cu, after host_sum.
+#pragma once
+#include <atomic>
+#include <csignal>
+#include <thread>
+#include <fcntl.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+// Before anything is opened. Where standard input, output or error is closed, a file would take its number, and the
+// messages.
+void process_prepare() {
+    for (int fd : {0, 1, 2}) if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDWR) < 0) exit(1);
+    setvbuf(stdout, nullptr, _IOLBF, 1 << 16);
+    signal(SIGXFSZ, SIG_IGN);               // a limit on file sizes is an error of the write, not the program's end
+    signal(SIGBUS, [](int) {
+        const char line[] = "olmoe: a file became shorter while it was read, or shared memory is full\n";
+        (void)!write(2, line, sizeof line - 1);
+        _exit(1);
+    });
+}
+
+// ------------------------------------------------------------------------------------------------
+// Ctrl-C and its like. No handler runs on a thread that computes: oneDNN's sgemm has its stack pointer in the heap, and
+// a signal's frame would overwrite what is there (oneDNN issue 4845). All threads block the signals and one waits for
+// them, so this comes before any other thread is started.
+
+static std::atomic<bool> stopping_saves = false;    // there are steps to finish: else a signal ends the program
+static std::atomic<bool> stop_requested = false;
+
+void signals_watch() {
+    signal(SIGPIPE, SIG_IGN);               // of a screen that went away (| tee, | head): training goes on and saves
+    sigset_t signals;
+    struct sigaction hangup;
+    sigaction(SIGHUP, nullptr, &hangup);
+    sigemptyset(&signals);
+    // mpirun hands SIGUSR1 to its ranks without ending them (scripts/launch_node.sh)
+    for (int s : {SIGINT, SIGTERM, SIGUSR1}) sigaddset(&signals, s);
+    // a closed terminal, unless nohup said that it doesn't matter
+    if (hangup.sa_handler != SIG_IGN) sigaddset(&signals, SIGHUP);
+    pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+    std::thread([signals] {
+        for (int s; sigwait(&signals, &s) == 0; ) {
+            // a second Ctrl-C ends the program at once; launchers send SIGTERM more than once
+            if (!stopping_saves || (s == SIGINT && stop_requested)) {
+                signal(s, SIG_DFL);
+                pthread_sigmask(SIG_UNBLOCK, &signals, nullptr);
+                raise(s);
+            }
+            stop_requested = true;
+        }
+    }).detach();
+}
+
+// ------------------------------------------------------------------------------------------------
+// The output directory
+
+void output_make(const std::string& out) {
+    bool made = mkdir(out.c_str(), 0777) == 0 || errno == EEXIST;
+    if (!made) die("cannot make the directory %s: %s", out.c_str(), strerror(errno));
+}
+
+// Held by rank 0 until the process ends; where the file system has no locks, none
+void output_lock(const std::string& out) {
+    int lock = world.rank == 0 ? open(out.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1;
+    if (lock >= 0 && flock(lock, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
+        die("another run is writing into %s; wait for its end, or choose another --out", out.c_str());
+}
+
+// It can be written, and all ranks see the same one: they write checkpoints together.
+void output_check(const std::string& out) {
+    if (access(out.c_str(), W_OK) != 0) die("cannot write into %s: %s", out.c_str(), strerror(errno));
+    if (world.size == 1) return;
+    std::string mark = out + "/.shared";
+    FILE* f = world.rank == 0 ? fopen(mark.c_str(), "w") : nullptr;
+    if (f) fclose(f);
+    host_sum(0.0);
+    bool seen = access(mark.c_str(), F_OK) == 0;
+    double blind = host_sum(seen ? 0 : 1);
+    if (world.rank == 0) unlink(mark.c_str());
+    if (blind > 0)
+        die("--out %s: %.0f of %d ranks do not see in it what rank 0 writes; "
+            "it has to be on a file system that all machines share", out.c_str(), blind, world.size);
+}
+
+// Drops the lines of steps after `step` from a log, so that a resumed run's log reads as if it had never stopped (but
+// for the expert balance without --val, which counts from where the run went on).
+void log_truncate(const std::string& path, int64_t step) {
+    std::string old, kept;
+    if (!file_contents(&old, path)) return;
+    for (size_t begin = 0, end; (end = old.find('\n', begin)) != std::string::npos; begin = end + 1) {
+        std::string line = old.substr(begin, end + 1 - begin);
+        if (line.find("{\"step\":") == 0 && atoll(line.c_str() + 8) > step) continue;
+        kept += line;
+    }
+    if (kept == old) return;
+    std::string temporary = path + ".tmp";
+    FILE* f = fopen(temporary.c_str(), "w");
+    if (!f || fwrite(kept.data(), 1, kept.size(), f) != kept.size() || fclose(f) != 0)
+        die("cannot write %s: %s", temporary.c_str(), strerror(errno));
+    if (rename(temporary.c_str(), path.c_str()) != 0) die("cannot replace %s: %s", path.c_str(), strerror(errno));
+}

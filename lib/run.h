@@ -1,0 +1,284 @@
+// A training run on the command line, on the screen, and in files: its options, its table, its lines, its checkpoints.
+//
+// Included once, by olmoe.cu, after TrainingRun.
+#pragma once
+#include "checkpoint.h"
+#include "options.h"
+#include "output.h"
+#include "reports.h"
+#include "weights.h"
+
+// ------------------------------------------------------------------------------------------------
+// Options
+
+std::vector<Option> train_options(TrainOptions* o) {
+    return {
+        {"config", &o->config, "FILE", "start from random weights in the shape of this config.json"},
+        {"model", &o->model, "DIR", "start from the weights of a Hugging Face directory"},
+        {"data", &o->data, "FILES", "token files to train on (.npy of uint16, or llm.c's .bin)"},
+        {"val", &o->val, "FILES", "token files to validate on"},
+        {"out", &o->out, "DIR", "directory for log.jsonl and checkpoints"},
+        {"resume", &o->resume, "[DIR]", "go on from the newest complete checkpoint in --out, or from DIR"},
+        {"tokenizer", &o->tokenizer, "NAME",
+         "to print sampled text, and for the checkpoints: bytes, a tokenizer.json, or a directory that holds one"},
+        {"steps", &o->steps, "S", "stop after step S (a T after a number means tokens: 5e12T)"},
+        {"batch", &o->B, "B", "sequences of a micro-batch of a rank", 1, 1 << 20},
+        {"seq", &o->T, "T", "tokens of a sequence; 0: max_position_embeddings of the config", 0, 1 << 20},
+        {"global-batch", &o->global_batch, "G",
+         "sequences of a step, accumulated over ranks and micro-batches; 0: ranks x --batch", 0, 1 << 24},
+        {"lr", &o->lr, "X", "peak learning rate", 0, 1e3},
+        {"min-lr", &o->min_lr, "X", "learning rate that cosine and linear end at; -1: 0.1 lr", -1, 1e3},
+        {"warmup", &o->warmup, "S", "steps of linear warm-up from 0.1 lr"},
+        {"schedule", &o->schedule, "cosine|linear|constant|anneal", "course of the learning rate after the warm-up"},
+        {"decay-steps", &o->decay_steps, "S", "step at which the schedule ends, if not at --steps"},
+        {"beta1", &o->adamw.beta1, "X", "AdamW", 0, 0.999999},
+        {"beta2", &o->adamw.beta2, "X", "AdamW", 0, 0.999999},
+        {"eps", &o->adamw.eps, "X", "AdamW", 1e-30, 1},
+        {"weight-decay", &o->adamw.weight_decay, "X", "AdamW, of all parameters", 0, 10},
+        {"grad-clip", &o->adamw.grad_clip, "X", "largest global gradient norm; 0: no limit", 0, 1e9},
+        {"master-weights", &o->master_weights, MASTERS_CHOICE, "what AdamW updates in a BF16 build: an fp32 copy; "
+         "the same bits from 16 more for each weight; the weights, rounded at random"},
+        {"moments", &o->moments, MOMENTS_CHOICE, "AdamW's moments: in fp32, or rounded at random"},
+        {"lb-coef", &o->lb_coef, "X", "weight of the load-balancing loss", 0, 1e3},
+        {"lb", &o->lb, "rank|global",
+         "load-balancing loss of each rank's micro-batch, as OLMoE trained, or over those of all ranks"},
+        {"z-coef", &o->z_coef, "X", "weight of the router z-loss", 0, 1e3},
+        {"ce-divisor", &o->ce_divisor, "all|valid",
+         "the sum of the cross entropy is divided by all positions, as OLMoE did, or by those with a target"},
+        {"seed", &o->seed, "N", "of initialisation and data order", 0, 9e15},
+        {"order", &o->order, "global|sequential",
+         "sequences shuffled over the whole data set, or in the order of the files"},
+        {"no-filter", &o->no_filter, "", "train on sequences of 32 or more repetitions as well"},
+        {"skip-spikes", &o->skip_spikes, "X",
+         "skip the update where loss or gradient norm is X deviations above the last 128; 0: never", 0, 1e6},
+        {"recompute", &o->recompute, "0|1|2",
+         "keep all activations; recompute the cheap ones; recompute whole layers", 0, 2},
+        {"save-every", &o->save_every, "S", "steps between checkpoints; 0: only at the end"},
+        {"keep-last", &o->keep_last, "N", "delete all but the newest N checkpoints; 0: keep all", 0, 1 << 30},
+        {"keep-every", &o->keep_every, "S", "but never delete those of every S steps", 0, 1 << 30},
+        {"val-every", &o->val_every, "S", "steps between validations and reports of expert balance (of the validation "
+         "data, else of the steps since the last); 0: only at the end"},
+        {"val-batches", &o->val_batches, "N", "batches of a validation; 0: all"},
+        {"sample-every", &o->sample_every, "S", "steps between samples of text; 0: only at the end"},
+        {"sample-tokens", &o->sample_tokens, "N", "length of a sample", 1, 1 << 20},
+        {"sample-prompt", &o->prompt, "TEXT", "what samples begin with"},
+        {"log-every", &o->log_every, "S", "steps between lines on the screen (log.jsonl has every step)", 1},
+        {"ep", &o->ep, "G", "expert parallel: so many neighbouring ranks share the experts", 1, 1 << 16},
+        {"zero", &o->zero, "0|1",
+         "1: AdamW's state is spread over the ranks that hold the same parameters (ZeRO-1)", 0, 1},
+        {"rendezvous", &o->rendezvous, "HOST:PORT|FILE",
+         "where ranks meet that neither mpirun nor srun with PMIx started"},
+        {"timeout", &o->timeout, "S", "seconds after which a rank that does not answer ends the run", 1, 1e6},
+        {"trace", &o->trace, "FILE", "when kernels and collectives of the first three steps were issued and ran, for "
+         "Perfetto; ranks above 0 add their number to the name"},
+        {"profile", &o->profile, "", "profilers see the last step only (nsys profile -c cudaProfilerApi)"},
+        {"peak-tflops", &o->peak_tflops, "X",
+         "the machine's peak, for the share of it that is used; 0: that of a large matmul, measured", 0, 1e9},
+    };
+}
+
+// ------------------------------------------------------------------------------------------------
+// The screen and the log
+
+// What a run is and does, in a box
+void run_table(const TrainingRun& run) {
+    const TrainOptions& o = run.o;
+    const Schedule& s = run.schedule;
+    const Masters masters = run.model.masters;
+    Box box;
+    box.add("model", o.config.empty() ? o.model : o.config);
+    box_shapes(&box, run.config);
+    box.rule();
+    box.add("machine", machine_name());
+    if (world.size > 1)
+        box.add("ranks", text("%d, started by %s; experts over %d, each held by %d; ZeRO-1 %s", world.size,
+                              ranks.started_by.c_str(), expert_group.size, replica_group.size,
+                              shard_optimizer ? "on" : "off"));
+    box.add("precision", BF16 ? "BF16, sums in fp32" : "FP32");
+    const char* kept = !BF16 ? "" : masters == Masters::fp32 ? "master weights in fp32, "
+                     : masters == Masters::remainder ? "master weights as remainders of 16 bits, "
+                     : "no master weights, ";
+    box.add("AdamW's state", text("%smoments in %s", kept, o.moments.c_str()));
+    box.add("peak", human(run.peak, "FLOP/s") + (o.peak_tflops > 0 ? " (given)" : " (a large matmul, measured)"));
+    box_memory(&box, run.model);
+    box.rule();
+    auto size_of = [](const DataLoader& d) { return human((double)dataloader_tokens(&d)) + " tokens"; };
+    box.add("data", text("%s: %s, %s sequences of %ld", join(o.data).c_str(), size_of(run.data).c_str(),
+                         human((double)run.data.instances).c_str(), o.T));
+    box.add("validation", o.val.empty() ? "none" : join(o.val) + ": " + size_of(run.val));
+    box.add("order", o.order + (o.no_filter ? "" : ", repetitive sequences without targets"));
+    box.add("step", text("%s tokens: %ld sequences of %ld in micro-batches of %s%ld",
+                         human(run.tokens_per_step).c_str(), o.global_batch, o.T,
+                         world.size > 1 ? text("%d x ", world.size).c_str() : "", o.B));
+    box.add("steps", text("%ld (%s tokens, %.2f epochs)", run.steps, human(run.steps * run.tokens_per_step).c_str(),
+                          run.steps * (double)o.global_batch / run.data.instances));
+    box.add("learning rate", text("%g, %s to %g at step %.0f, warm-up %.0f%s", s.lr, s.kind.c_str(),
+                                  learning_rate(s, s.total), s.total, s.warmup,
+                                  s.warmup > 0 && s.warmup >= run.steps ? ": longer than the run" : ""));
+    box.add("AdamW", text("betas %g %g, eps %g, weight decay %g, clip %g", o.adamw.beta1, o.adamw.beta2, o.adamw.eps,
+                          o.adamw.weight_decay, o.adamw.grad_clip));
+    const char* over = world.size == 1 ? "" : run.model.lb_global ? " over all ranks" : " rank by rank";
+    box.add("auxiliary losses", text("load balancing %g%s, router z %g; cross entropy divided by %s targets",
+                                     o.lb_coef, over, o.z_coef, o.ce_divisor.c_str()));
+    box.add("recompute, skip spikes", text("%ld, %g", o.recompute, o.skip_spikes));
+    box.add("seed", text("%ld", o.seed));
+    box.add("out", o.out + (run.from.empty() ? "" : ", resumed from " + run.from));
+    for (auto& [key, value] : run.changed) box.add(key, value);
+    box.print();
+    if (run.step >= run.steps) printf("nothing to do: %s is at step %ld of %ld\n", o.out.c_str(), run.step, run.steps);
+}
+
+// A line on the screen, now and then; returns the step's line for the log.
+Json run_report(const TrainingRun& run, const StepResult& r) {
+    const Losses& l = r.losses;
+    const double rate = run.tokens_per_step / r.seconds;
+    const bool last = run.step == run.steps || run.stop;
+    if (run.step % run.o.log_every == 0 || last || run.step == run.first_step + 1) {
+        const int64_t done = run.step - run.first_step, left = run.steps - run.step;
+        const double share = rate * flops_per_token(run.config, (int)run.o.T) / (run.peak * world.size);
+        printf("step %*ld/%ld | loss %.4f ce %.4f lb %.5f z %.5f | norm %.3f%s | lr %.2e | %.1f ms | %s tok/s | "
+               "%.0f%% of peak | eta %s\n", (int)std::to_string(run.steps).size(), run.step, run.steps, l.loss, r.ce(),
+               l.lb, l.z, r.norm, r.skipped ? " SKIPPED" : "", r.lr, 1000 * r.seconds, human(rate).c_str(), 100 * share,
+               human_time((seconds_now() - run.started) / done * left).c_str());
+    }
+    Json line = {{"step", run.step}, {"loss", digits(l.loss)}, {"ce_loss", digits(r.ce())}, {"lb_loss", digits(l.lb)},
+                 {"z_loss", digits(l.z)}, {"grad_norm", digits(r.norm)}, {"lr", digits(r.lr)},
+                 {"ms", digits(1000 * r.seconds)}, {"tokens_per_s", digits(rate)}};
+    if (world.size > 1) {
+        const char* names[TRAFFICS] = {"gradients", "parameters", "rows", "counts", "sums"};
+        for (int i = 0; i < TRAFFICS; i++) line["sent_bytes"][names[i]] = (int64_t)r.sent[i];
+    }
+    if (r.skipped) line["skipped"] = true;
+    return line;
+}
+
+std::string log_path(const TrainOptions& o) { return o.out + "/log.jsonl"; }
+
+std::string trace_path(const TrainOptions& o) {
+    return world.rank > 0 ? o.trace + "." + std::to_string(world.rank) : o.trace;
+}
+
+void log_line(const TrainingRun& run, const Json& line) {
+    bool written = fprintf(run.log, "%s\n", line.dump().c_str()) > 0 && fflush(run.log) == 0;
+    if (!written) die("cannot write %s: %s", log_path(run.o).c_str(), strerror(errno));
+}
+
+void log_close(TrainingRun* run) {
+    if (fclose(run->log) != 0) die("cannot write %s: %s", log_path(run->o).c_str(), strerror(errno));
+}
+
+// ------------------------------------------------------------------------------------------------
+// Checkpoints
+
+// What a checkpoint holds of the run beside weights and moments; nothing in it depends on the machine, the time, or
+// where files are.
+Json trainer_state(const TrainingRun& run) {
+    const TrainOptions& o = run.o;
+    const AdamWOptions& adamw = o.adamw;
+    const Schedule& schedule = run.schedule;
+    Json s;
+    s["step"] = run.step;
+    s["updates"] = run.updates;
+    s["epoch"] = run.data.epoch;
+    s["position"] = run.data.position;
+    s["seed"] = o.seed;
+    s["seq"] = o.T;
+    s["global_batch"] = o.global_batch;
+    s["micro_batch"] = o.B * world.size;    // of all ranks together
+    s["load_balancing"] = std::string(o.lb);
+    s["order"] = std::string(o.order);
+    s["repetition_filter"] = !o.no_filter;
+    s["data_fingerprint"] = text("%016lx", dataloader_fingerprint(&run.data));
+    s["precision"] = BF16 ? "BF16" : "FP32";
+    s["schedule"] = {{"kind", schedule.kind}, {"lr", schedule.lr}, {"min_lr", schedule.min_lr},
+                     {"warmup_steps", schedule.warmup}, {"decay_steps", schedule.total}};
+    s["adamw"] = {{"beta1", adamw.beta1}, {"beta2", adamw.beta2}, {"eps", adamw.eps},
+                  {"weight_decay", adamw.weight_decay}, {"grad_clip", adamw.grad_clip},
+                  {"master_weights", std::string(o.master_weights)}, {"moments", std::string(o.moments)}};
+    s["losses"] = {{"lb_coef", o.lb_coef}, {"z_coef", o.z_coef}, {"ce_divisor", std::string(o.ce_divisor)}};
+    s["skip_spikes"] = {{"deviations", o.skip_spikes}, {"losses", run.spikes.losses}, {"norms", run.spikes.norms}};
+    return s;
+}
+
+// The log of this run, after its last line that is still true; a new one begins with the configuration.
+void log_open(TrainingRun* run) {
+    const std::string path = log_path(run->o);
+    if (!run->from.empty() && world.rank == 0) log_truncate(path, run->step);
+    run->log = fopen(world.rank == 0 ? path.c_str() : "/dev/null", run->from.empty() ? "w" : "a");
+    if (!run->log) die("cannot write %s: %s", path.c_str(), strerror(errno));
+    if (ftell(run->log) != 0) return;
+    Json first = config_json(run->config, BF16), recipe = trainer_state(*run);
+    for (const char* progress : {"step", "updates", "epoch", "position"}) recipe.erase(progress);
+    first.update(recipe);
+    first["steps"] = run->steps;
+    log_line(*run, {{"config", first}});
+}
+
+void run_save(TrainingRun* run) {
+    const Olmoe& m = run->model;
+    const TrainOptions& o = run->o;
+    cudaCheck(cudaDeviceSynchronize());
+    Savers savers = {world.rank, world.size, [&](size_t offset) { return owner_of(m.tensors, offset); },
+                     [](std::vector<double>* x) { host_sum(x); }};
+    auto read = [&](State which, size_t offset, size_t n, void* to) { state_read(m, which, offset, n, to); };
+    checkpoint_save(o.out, run->step, m.config, BF16, m.masters != Masters::none, read, trainer_state(*run),
+                    run->tokenizer_json, savers);
+    if (world.rank == 0) checkpoint_prune(o.out, (int)o.keep_last, (int)o.keep_every);
+}
+
+// The directory to resume from, or "". Rank 0 looks for the newest checkpoint, and reads all of the one to resume from;
+// the others take the same.
+std::string checkpoint_to_resume(const TrainOptions& o, const OlmoeConfig& config) {
+    std::string from = o.resume;
+    const bool newest = o.resume == "newest";
+    if (newest && world.rank == 0) from = checkpoint_newest(o.out, ranks_alive);
+    if (!newest && !from.empty() && world.rank == 0) checkpoint_check(from, ranks_alive);
+    if (newest) {
+        double step = world.rank > 0 || from.empty() ? 0 : atof(from.c_str() + from.rfind("step-") + 5) + 1;
+        step = host_sum(step);
+        from = step > 0 ? o.out + text("/step-%08ld", (int64_t)step - 1) : "";
+    }
+    const bool existing = !checkpoint_list(o.out).empty();
+    if (o.resume.empty() && existing)
+        die("%s holds checkpoints already; go on from them with --resume, or choose another --out", o.out.c_str());
+    if (newest && from.empty() && existing)
+        die("no checkpoint in %s is undamaged; to start anew choose another --out", o.out.c_str());
+    if (from.empty()) return from;
+    OlmoeConfig theirs;
+    config_read(&theirs, from);
+    if (config_json(theirs, BF16) != config_json(config, BF16))
+        die("%s is a checkpoint of another config than %s", from.c_str(),
+            (o.config.empty() ? o.model : o.config).c_str());
+    return from;
+}
+
+// Weights, moments and masters, step and data position of the checkpoint `from`; refuses one of another run. What is
+// different and may be, the recipe, goes to `changed`.
+void run_resume(TrainingRun* run) {
+    const std::string& dir = run->from;
+    const Json s = checkpoint_trainer_state(dir), now = trainer_state(*run);
+    try {
+        for (const char* what : {"precision", "seed", "seq", "global_batch", "order", "repetition_filter",
+                                 "data_fingerprint"})
+            if (s.at(what) != now.at(what))
+                die("%s: the checkpoint's %s is %s, this run's is %s; they must be equal to resume; "
+                    "to start anew choose another --out", dir.c_str(), what, s.at(what).dump().c_str(),
+                    now.at(what).dump().c_str());
+        run->step = s.at("step");
+        run->updates = s.at("updates");
+        run->spikes.losses = s.at("skip_spikes").at("losses").get<std::vector<double>>();
+        run->spikes.norms = s.at("skip_spikes").at("norms").get<std::vector<double>>();
+        dataloader_seek(&run->data, s.at("epoch"), s.at("position"));
+        for (const char* what : {"schedule", "adamw", "losses", "micro_batch", "load_balancing"})
+            if (s.at(what) != now.at(what))
+                run->changed.push_back({text("%s until step %ld", what, run->step), s.at(what).dump()});
+    } catch (const Json::exception& e) {
+        die("%s/trainer_state.json: %s", dir.c_str(), e.what());
+    }
+    olmoe_load(&run->model, dir);
+    olmoe_load_state(&run->model, dir);
+    auto existing = checkpoint_list(run->o.out);                // (step, directory), newest first
+    if (run->o.resume != "newest" && !existing.empty() && existing[0].first > run->step)
+        die("%s holds checkpoints of later steps than %s; choose another --out, or remove them", run->o.out.c_str(),
+            dir.c_str());
+}

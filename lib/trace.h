@@ -1,0 +1,98 @@
+// Where the program is: launches, which are checked and traced; layers and collectives, which the trace and the watch
+// over the ranks (ranks.h) name.
+//
+// --trace FILE shows when each kernel and collective was issued and when it ran, by stream, in the format of Chrome's
+// tracing, which Perfetto opens. An event after each piece of work records when it ended. It began when it was issued
+// or when the work before it in its stream had ended, whichever came later.
+//
+// Included once, by olmoe.cu, after cuda.h.
+#pragma once
+#include "cuda.h"
+
+struct Trace {
+    struct Entry { const char* name; int layer; cudaStream_t stream; double issued; cudaEvent_t end; };
+    std::vector<Entry> entries;
+    bool on = false;
+    int layer = -1;             // that the main thread is at; -1: none
+    double start = 0;
+    cudaEvent_t origin;
+};
+static Trace trace;
+
+// What follows is of layer l. A sign of life for the other ranks.
+void at_layer(int l) {
+    trace.layer = l;
+    ranks_alive();
+}
+
+// A collective begins, of a layer or, with -1, of none: what messages about a rank that does not come name.
+void at_collective(const char* name, int layer) { ranks_note(name, layer); }
+
+// After each kernel, matmul and collective: errors of the launch, and the trace.
+void launched(const char* name, cudaStream_t stream, int layer = trace.layer) {
+    cudaCheck(cudaGetLastError());
+    if (!trace.on) return;
+    Trace::Entry e = {name, layer, stream, seconds_now() - trace.start, nullptr};
+    cudaCheck(cudaEventCreateWithFlags(&e.end, 0));
+    cudaCheck(cudaEventRecord(e.end, stream));
+    trace.entries.push_back(e);
+}
+
+// A kernel in the main stream, in blocks of BLOCK threads
+#define LAUNCH(kernel, blocks, ...) do { kernel<<<blocks, BLOCK, 0, main_stream.stream>>>(__VA_ARGS__); \
+    launched(#kernel, main_stream.stream); } while (0)
+
+// What the stream does next could not begin earlier than here.
+void waited(cudaStream_t stream) { if (trace.on) launched("", stream); }
+
+// Tracing begins with the device idle; the origin is now on the host and on every stream.
+void trace_begin() {
+    cudaCheck(cudaDeviceSynchronize());
+    if (trace.start == 0) {
+        trace.start = seconds_now();
+        cudaCheck(cudaEventCreateWithFlags(&trace.origin, 0));
+        cudaCheck(cudaEventRecord(trace.origin, main_stream.stream));
+    }
+    trace.on = true;
+    for (cudaStream_t s : all_streams()) launched("", s);
+}
+
+void trace_end() {
+    cudaCheck(cudaDeviceSynchronize());
+    trace.on = false;
+}
+
+void trace_write(const std::string& path) {
+    FILE* f = fopen(path.c_str(), "w");
+    if (!f) die("cannot write %s: %s", path.c_str(), strerror(errno));
+    const int rank = ranks.rank;
+    std::vector<cudaStream_t> streams = all_streams();
+    std::vector<double> end(streams.size(), 0);         // of the work before, in microseconds
+    auto thread_name = [&](const char* separator, size_t thread, const char* name) {
+        fprintf(f, "%s{\"ph\":\"M\",\"name\":\"thread_name\",\"pid\":%d,\"tid\":%zu,\"args\":{\"name\":\"%s\"}}",
+                separator, rank, thread, name);
+    };
+    fprintf(f, "{\"traceEvents\":[\n");
+    thread_name("", 0, "issued");
+    for (size_t i = 0; i < streams.size(); i++)
+        thread_name(",\n", i + 1, i == 0 ? "main stream" : i == 1 ? "collectives" : "expert stream");
+    for (size_t i = 0; i < trace.entries.size(); i++) {
+        const Trace::Entry& e = trace.entries[i];
+        size_t stream = std::find(streams.begin(), streams.end(), e.stream) - streams.begin();
+        float ms;
+        cudaCheck(cudaEventElapsedTime(&ms, trace.origin, e.end));
+        double issued = e.issued * 1e6, begin = end[stream];
+        if (issued < ms * 1e3) begin = std::max(begin, issued);         // a CPU has run it before the call returns
+        end[stream] = ms * 1e3;
+        cudaCheck(cudaEventDestroy(e.end));
+        if (e.name[0] == 0) continue;
+        std::string args = text("\"args\":{\"number\":%zu,\"layer\":%d}", i, e.layer);
+        fprintf(f, ",\n{\"ph\":\"i\",\"name\":\"%s\",\"pid\":%d,\"tid\":0,\"ts\":%.3f,%s}", e.name, rank, issued,
+                args.c_str());
+        fprintf(f, ",\n{\"ph\":\"X\",\"name\":\"%s\",\"pid\":%d,\"tid\":%zu,\"ts\":%.3f,\"dur\":%.3f,%s}", e.name, rank,
+                stream + 1, begin, end[stream] - begin, args.c_str());
+    }
+    trace.entries.clear();
+    fprintf(f, "\n]}\n");
+    if (fclose(f) != 0) die("cannot write %s: %s", path.c_str(), strerror(errno));
+}
