@@ -18,8 +18,8 @@ import subprocess
 import sys
 import time
 
-# malloc reads its settings when a process starts, so each setting is a process of its own; so is each compiled run, whose
-# compiler can take minutes. Within a process the runs are in order of promise.
+# malloc reads its settings when a process starts, so each setting is a process of its own; so is each compiled run,
+# whose compiler can take minutes. Within a process the most promising runs come first.
 KEEP = {"MALLOC_MMAP_THRESHOLD_": str(2**34), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 PROCESSES = [
     ("keep", [("fp32", "grouped_mm", False), ("bf16", "grouped_mm", False)]),
@@ -53,7 +53,8 @@ def measure(o, precision, experts, compiled):
     model = OlmoeForCausalLM._from_config(config, dtype=torch.float32, attn_implementation="sdpa",
                                           experts_implementation=experts)
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
+                                  fused=True)
     if o.data:
         tokens = torch.from_file(o.data, dtype=torch.uint16, size=os.path.getsize(o.data) // 2)
     run = torch.compile(model) if compiled else model
@@ -90,8 +91,10 @@ def worker(o, runs):
     for precision, experts, compiled in runs:
         try:
             result = measure(o, precision, experts, compiled)
-        except Exception as error:  # whatever torch or its compiler finds wrong here belongs in the table
-            result = {"note": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:90] if str(error).strip() else ''}"}
+        except Exception as error:  # the table shows any error of torch or its compiler
+            message = str(error).strip()
+            first_line = message.splitlines()[0][:90] if message else ""
+            result = {"note": f"{type(error).__name__}: {first_line}"}
         print(json.dumps(result), flush=True)
 
 
@@ -129,7 +132,8 @@ def main():
                 die(f"{o.data} has fewer than the {o.batch * o.seq} tokens of a step; give a longer file")
             largest = int(torch.from_file(o.data, dtype=torch.uint16, size=size).long().max())
             if largest >= config.vocab_size:
-                die(f"{o.data} holds token {largest}, the model's vocabulary is {config.vocab_size}; give the file of another tokenizer")
+                die(f"{o.data} holds token {largest}, the model's vocabulary is {config.vocab_size}; "
+                    "give the file of another tokenizer")
         except OSError as error:
             die(f"{o.data}: {error.strerror}; --data takes a file of uint16 tokens")
 
@@ -138,9 +142,10 @@ def main():
           f"L {c.num_hidden_layers} C {c.hidden_size} H {c.num_attention_heads} E {c.num_experts} "
           f"K {c.num_experts_per_tok} F {c.intermediate_size} V {c.vocab_size}, {o.batch} x {o.seq} tokens a step")
     print(f"{'precision':10}{'experts':12}{'malloc':9}{'compile':9}{'ms/step':>10}{'tokens/s':>10}")
-    # batched_mm copies a chosen expert's three matrices for each row, keeps the copies of all layers until backward, and
-    # needs their gradients.
-    copies = 4 * 3 * o.batch * o.seq * c.num_experts_per_tok * c.hidden_size * c.intermediate_size * (c.num_hidden_layers + 1)
+    # batched_mm copies a chosen expert's three matrices for each row, keeps the copies of all layers until backward,
+    # and needs their gradients.
+    rows = o.batch * o.seq * c.num_experts_per_tok
+    copies = 4 * 3 * rows * c.hidden_size * c.intermediate_size * (c.num_hidden_layers + 1)
     for malloc, runs in PROCESSES:
         lines, note = [], None
         if runs[0][1] == "batched_mm" and copies > 0.5 * memory():
@@ -154,8 +159,8 @@ def main():
                        "--seq", str(o.seq), "--steps", str(o.steps), "--worker", json.dumps(runs)]
             command += ["--data", o.data] if o.data else []
             environment = {**os.environ, "OMP_NUM_THREADS": str(o.threads), **(KEEP if malloc == "keep" else {})}
-            process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                                       start_new_session=True)
+            process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                       text=True, start_new_session=True)
             try:
                 lines = process.communicate(timeout=max(1, deadline - time.monotonic()))[0].splitlines()
                 note = f"ended with {process.returncode}"
@@ -165,7 +170,8 @@ def main():
                 note = "no time left"
         for index, (precision, experts, compiled) in enumerate(runs):
             result = json.loads(lines[index]) if index < len(lines) else {"note": note}
-            results.append({"precision": precision, "experts": experts, "malloc": malloc, "compile": compiled, **result})
+            setting = {"precision": precision, "experts": experts, "malloc": malloc, "compile": compiled}
+            results.append({**setting, **result})
             figures = f"{result['ms']:10.1f}{result['tokens_per_s']:10.0f}" if "ms" in result else f"  {result['note']}"
             print(f"{precision:10}{experts:12}{malloc:9}{'yes' if compiled else 'no':9}{figures}", flush=True)
 
@@ -179,8 +185,9 @@ def main():
               f"malloc {best[precision]['malloc']}{', compiled' if best[precision]['compile'] else ''}")
     if o.json:
         with open(o.json, "w") as file:
-            json.dump({"config": o.config, "batch": o.batch, "seq": o.seq, "threads": o.threads, "torch": torch.__version__,
-                       "transformers": transformers.__version__, "runs": results, "best": best}, file, indent=1)
+            json.dump({"config": o.config, "batch": o.batch, "seq": o.seq, "threads": o.threads,
+                       "torch": torch.__version__, "transformers": transformers.__version__,
+                       "runs": results, "best": best}, file, indent=1)
             file.write("\n")
 
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Says what a training run on text has learned: learned.py FOLDER RUN
+"""Reports what a training run on text has learned: learned.py FOLDER RUN
 
-FOLDER holds train.txt, val.txt and, for the default corpus, entropy.json; RUN holds log.jsonl. Compares the last validation's
-bits per byte with what xz -9e spends on the validation text after the training text (the size of both minus the size of the
-training text), and with the entropy of the source; and looks at the experts' load. With an entropy.json the bars of the
-default run are checked: at most 0.7 x xz and 1.6 x entropy, max/mean load below 2 in every layer, no dead expert; exit 1 where
-one is missed. Standard library only.
+FOLDER holds train.txt, val.txt and, for the default corpus, entropy.json; RUN holds log.jsonl. Compares the last
+validation's bits per byte with what xz -9e spends on the validation text after the training text (the size of both
+minus the size of the training text), and with the entropy of the source; and looks at the experts' load. With an
+entropy.json the bars of the default run are checked: at most 0.7 x xz and 1.6 x entropy, max/mean load below 2 in every
+layer, no dead expert; exit 1 where one is missed. Standard library only.
 """
 import json
 import lzma
@@ -37,9 +37,11 @@ def main():
     entropy = json.loads(entropy_path.read_text())["bits_per_byte"]["all"] if entropy_path.exists() else None
     load = max(layer["max_over_mean"] for layer in last["balance"])
     dead = sum(layer["dead"] for layer in last["balance"])
-    rows = [(f"{bpb / xz_bpb:.2f} x", f"of the {xz_bpb:.3f} that xz -9e spends on the same text", bpb <= 0.7 * xz_bpb)]
+    rows = [(f"{bpb / xz_bpb:.2f} x", f"of the {xz_bpb:.3f} that xz -9e spends on the same text",
+             bpb <= 0.7 * xz_bpb)]
     if entropy:
-        rows.append((f"{bpb / entropy:.2f} x", f"of the {entropy:.3f} of the source's own choices", bpb <= 1.6 * entropy))
+        rows.append((f"{bpb / entropy:.2f} x", f"of the {entropy:.3f} of the source's own choices",
+                     bpb <= 1.6 * entropy))
     rows.append((f"{load:.2f}", "largest max/mean load of an expert in any layer", load < 2))
     rows.append((f"{dead}", "dead experts", dead == 0))
 
