@@ -3,8 +3,8 @@
 // A data set is a list of files of uint16 tokens. A file of n tokens holds floor(n / T) instances: instance j is its
 // tokens [jT, (j+1)T). The tail is dropped, and an instance never crosses files. The numbers of the instances go on
 // from file to file. An epoch visits them in the order of NumPy's Generator(PCG64(seed + epoch)).shuffle, which is
-// written out below, so that each batch is the same as in OLMo's run. Batch b of G instances is positions [bG, (b+1)G)
-// of that order, on any number of ranks.
+// written out below: each batch is the same as in a run of OLMo's. Batch b of G instances is positions [bG, (b+1)G) of
+// that order, on any number of ranks.
 //
 // The state to save is (epoch, position), both counted over all ranks; nothing else changes.
 

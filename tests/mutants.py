@@ -94,7 +94,7 @@ MUTANTS = [
     ("recompute_forgets_to_gather", "olmoe.cu", "        gather(G > 1 ? s.routed : a.expert_in, a.ffn_in, a.assignment_of, R, C, K);\n        if", "        if", "fast: model recompute"),
     ("resume_from_the_first_sequence", "olmoe.cu", 's.at("epoch"), s.at("position"))', 's.at("epoch"), 0)', CLI + "resume_same_bits"),
     ("resume_without_spike_window", "olmoe.cu", 'spikes->norms = s.at("skip_spikes").at("norms").get<std::vector<double>>();', "", CLI + "skip_spikes"),
-    ("nan_agrees", "olmoe.cu", "bool ok = error <= tolerance;", "bool ok = !(error > tolerance);", CLI + "verify_sees_a_difference[logits-5-nan]"),
+    ("nan_agrees", "commands/verify.h", "bool ok = error <= tolerance;", "bool ok = !(error > tolerance);", CLI + "verify_sees_a_difference[logits-5-nan]"),
 
     # ---- Data
     ("shifted_label", "dataloader.h", "inputs[t + 1]", "inputs[t]", DATA + "instances_of_two_files"),
@@ -103,7 +103,7 @@ MUTANTS = [
     ("ranks_take_runs", "dataloader.h", "rank + world * row", "rank * (G / world) + row", DATA + "ranks_share_the_global_batch[2]"),
     ("batches_as_they_come", "commands/tokenize.h", " && due->first == pool->written", "", DATA + "tokenize_any_number_of_threads"),
     ("goes_on_behind_what_was_not_saved", "commands/tokenize.h", "ftruncate(file, (off_t)bytes) != 0 || ", "", DATA + "full_disk_loses_nothing"),
-    ("document_fills_a_file_to_the_limit", "commands/tokenize.h", "w->part_tokens + left >= max", "w->part_tokens + left > max", DATA + "tokenize_document_that_reaches_the_limit"),
+    ("document_fills_a_file_to_the_limit", "commands/tokenize.h", "w->part_tokens + left >= limit", "w->part_tokens + left > limit", DATA + "tokenize_document_that_reaches_the_limit"),
     ("pieces_cut_in_white_space", "commands/tokenize.h", " || white_space(*piece, 0, i, false)", "", DATA + "pieces_of_a_long_text"),
 
     # ---- Tokenizer
