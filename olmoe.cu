@@ -21,21 +21,14 @@ the same inputs give the same bits, and so that the same text runs fast on a CPU
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
 #include <numeric>
 #include <string>
-#include <thread>
 #include <variant>
 #include <vector>
 
 #include <cuda_runtime.h>
 #include <cuda_bf16.h>
 #include <cuda_profiler_api.h>
-#include <cublas_v2.h>
-#include <nccl.h>
 
 // ------------------------------------------------------------------------------------------------
 // Build-time choices
@@ -70,7 +63,7 @@ constexpr int SLABS = 256;                  // at most so many partial sums when
 constexpr int DISPATCH_SLAB = 256;          // assignments to experts that one warp counts and places
 constexpr int SQUARE_SUM_RUN = 4096;        // gradients whose squares one warp adds up
 
-#include "lib/cuda.h"           // die, checked calls, streams, copies, warps
+#include "lib/cuda.h"           // die, checked calls, streams, memory, copies, warps, random numbers
 #include "lib/trace.h"          // launches, and where the program is, for --trace and for messages
 #include "tokenizer.h"          // text <-> token ids
 #include "dataloader.h"         // token files -> batches, in OLMo's order
@@ -227,7 +220,7 @@ std::vector<TensorRow> tensor_table(const OlmoeConfig& c) {
     return {
         {&M::embed,      {"model.embed_tokens"},                                    {V, C}, Kind::lookup,  "embedding"},
         {&P::attn_norm,  {"input_layernorm"},                                       {C},    Kind::norm,    "norms"},
-        {&P::qkv,        {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}, {C, C}, Kind::matrix, "attention"},
+        {&P::qkv,      {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}, {C, C}, Kind::matrix, "attention"},
         {&P::q_norm,     {"self_attn.q_norm"},                                      {C},    Kind::norm,    "norms"},
         {&P::k_norm,     {"self_attn.k_norm"},                                      {C},    Kind::norm,    "norms"},
         {&P::attn_out,   {"self_attn.o_proj"},                                      {C, C}, Kind::matrix,  "attention"},
@@ -299,59 +292,8 @@ std::pair<size_t, size_t> layer_range(const std::vector<Tensor>& tensors, int la
     return {first - tensors.begin(), last - tensors.begin()};
 }
 
-// A tensor as files have it: a name, a shape, and its elements [offset, offset + count) of the flat order
-struct HfTensor { std::string name; std::vector<int64_t> shape; size_t offset, count; };
-
-// All of them in the flat order, which they tile: in memory the tensors of one row of the table, of all experts, are
-// contiguous.
-std::vector<HfTensor> hf_tensors(const OlmoeConfig& c) {
-    std::vector<HfTensor> files;
-    for (const Tensor& t : model_tensors(c)) {
-        const std::string prefix = t.layer >= 0 && t.layer < c.L ? "model.layers." + std::to_string(t.layer) + "." : "";
-        size_t parts = t.names.size() * (t.expert() ? c.E : 1);
-        for (size_t i = 0; i < parts; i++) {
-            std::string name = t.names[i % t.names.size()];
-            if (t.expert()) name.replace(name.find('#'), 1, std::to_string(i / t.names.size()));
-            files.push_back({prefix + name + ".weight", t.shape, t.base + i * (t.whole / parts), t.whole / parts});
-        }
-    }
-    return files;
-}
-
-size_t num_parameters(const OlmoeConfig& c) {
-    const Tensor last = model_tensors(c).back();
-    return last.base + last.whole;
-}
-
-// Parameters that a token meets: of E experts K
-size_t num_active_parameters(const OlmoeConfig& c) {
-    size_t n = 0;
-    for (const Tensor& t : model_tensors(c)) n += t.expert() ? t.whole / c.E * c.K : t.whole;
-    return n;
-}
-
-// Forward and backward: 2 FLOP a weight and token forward, twice that backward; causal attention counted as half of its
-// square
-double flops_per_token(const OlmoeConfig& c, int T) {
-    double weights = 0;
-    for (const Tensor& t : model_tensors(c))
-        if (t.kind != Kind::lookup) weights += (double)(t.expert() ? t.whole / c.E * c.K : t.whole);
-    return 6.0 * weights + 6.0 * c.L * c.C * (double)T;
-}
-
 // Elements of AdamW's moments and of the masters on this rank
 size_t num_updated(const std::vector<Tensor>& tensors) { return tensors.back().state + tensors.back().update_count(); }
-
-const Tensor& tensor_at(const std::vector<Tensor>& tensors, size_t offset) {
-    auto before = [](size_t o, const Tensor& t) { return o < t.base; };
-    return std::upper_bound(tensors.begin(), tensors.end(), offset, before)[-1];
-}
-
-// The element at a flat position, in parameters or gradients; null where another rank has it
-floatX* element_at(const std::vector<Tensor>& tensors, const Parameters& p, size_t offset) {
-    const Tensor& t = tensor_at(tensors, offset);
-    return offset >= t.offset && offset < t.offset + t.count ? t.in(p) + (offset - t.offset) : nullptr;
-}
 
 // ------------------------------------------------------------------------------------------------
 // A micro-batch: sequences of any lengths, one after another. Rows of equal length are the special case of pretraining.
@@ -1271,24 +1213,6 @@ void cross_entropy(Activations& a, bool gradient, int N, int V) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// Random numbers: Philox-4x32-10 (Salmon et al. 2011) of the seed, the parameter's position in the model and, where
-// AdamW asks, the update's number, so that they depend on nothing else.
-
-struct Philox { unsigned x[4]; };
-__host__ __device__ inline Philox philox(uint64_t seed, uint64_t position, unsigned step = 0) {
-    unsigned c0 = (unsigned)position, c1 = (unsigned)(position >> 32), c2 = step, c3 = 0;
-    unsigned k0 = (unsigned)seed, k1 = (unsigned)(seed >> 32);
-    for (int round = 0; round < 10; round++) {
-        uint64_t a = (uint64_t)0xD2511F53u * c0, b = (uint64_t)0xCD9E8D57u * c2;
-        unsigned n0 = (unsigned)(b >> 32) ^ c1 ^ k0, n2 = (unsigned)(a >> 32) ^ c3 ^ k1;
-        c1 = (unsigned)b; c3 = (unsigned)a; c0 = n0; c2 = n2;
-        k0 += 0x9E3779B9u; k1 += 0xBB67AE85u;
-    }
-    return {{c0, c1, c2, c3}};
-}
-__host__ __device__ inline float uniform(unsigned x) { return ((float)(x >> 8) + 0.5f) * 0x1p-24f; }      // in (0, 1]
-
-// ------------------------------------------------------------------------------------------------
 // How AdamW's state is kept. In a BF16 build the weights have masters in fp32, of which they are the rounding:
 //     --master-weights fp32        float, a copy
 //                      remainder   Remainder, the lower half of the master's bits; the weight is the rounded upper half
@@ -1415,38 +1339,6 @@ template <typename T> __global__ void fill_kernel(T* p, size_t n, float value) {
 // ------------------------------------------------------------------------------------------------
 // The model in memory
 
-// Collects the tensors of a struct, then allocates them as one block, or each on its own where overruns are to be seen.
-struct Memory {
-    struct Item { void** pointer; size_t bytes; };
-    std::vector<Item> items;
-    std::vector<void*> blocks;
-
-    template <typename T> void add(T** pointer, size_t count) {
-        items.push_back({(void**)pointer, std::max<size_t>(count, 1) * sizeof(T)});
-    }
-    static size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
-    size_t bytes(size_t times = 1) const {
-        size_t sum = 0;
-        for (const Item& i : items) sum += aligned(times * i.bytes);
-        return sum;
-    }
-    // Each item `times` over. False where there is no room.
-    bool allocate(size_t times = 1) {
-        char* block = nullptr;
-        if (!SEPARATE_ALLOCATIONS) {
-            if (cudaMalloc((void**)&block, bytes(times)) != cudaSuccess) return false;
-            blocks.push_back(block);
-        }
-        for (Item& i : items) {
-            if (!SEPARATE_ALLOCATIONS) { *i.pointer = block; block += aligned(times * i.bytes); continue; }
-            if (cudaMalloc(i.pointer, times * i.bytes) != cudaSuccess) return false;
-            blocks.push_back(*i.pointer);
-        }
-        return true;
-    }
-    void release() { for (void* b : blocks) cudaCheck(cudaFree(b)); blocks.clear(); }
-};
-
 // Buffers of rows whose number follows the routing, under expert parallelism; an item is a row. They grow when more
 // rows arrive than ever before.
 struct RowBuffers : Memory { size_t rows = 0; };
@@ -1461,13 +1353,6 @@ struct Capacity {
     int classified = 0;         // most tokens that get logits; 0: N
     int positions = 0;          // rows of RoPE's tables; 0: T
 };
-
-// For micro-batches of B rows of T tokens
-Capacity capacity_of_rows(const OlmoeConfig& c, int64_t B, int64_t T, Use use, int recompute = 0) {
-    if (B * T * c.K > INT32_MAX / 2)
-        die("--batch %ld x --seq %ld is too large for one micro-batch; use a smaller --batch", B, T);
-    return {(int)(B * T), (int)T, use, recompute, 0, 0};
-}
 
 struct Olmoe {
     OlmoeConfig config;
@@ -1504,35 +1389,32 @@ struct Losses {
     }
 };
 
-// Tensors of a layer's activations that a layer has for itself, or that all layers share with the first
+// What a layer's activations take: some layers share a buffer with the first, see share_activations
 void plan_layer(Olmoe* m, int l) {
     const OlmoeConfig& c = m->config;
-    const bool first = l == 0, sharing_rows = expert_group.size > 1;
+    const bool first = l == 0;
     const int level = m->capacity.recompute;
     const bool keep1 = first || level < 1, keep2 = first || level < 2;
     const size_t N = m->capacity.N, C = c.C, E = c.E, R = N * c.K;
     LayerActivations& a = m->acts.layers[l];
     Memory& mem = m->acts_memory;
 
-    if (first || m->backward()) mem.add(&a.x, N * C);
-    if (keep2 || !m->backward()) mem.add(&a.router_logits, N * E);
+    if (first || m->backward()) mem.add(N * C, &a.x);
+    if (keep2 || !m->backward()) mem.add(N * E, &a.router_logits);
     if (!m->backward() && !first) return;   // without backward, one layer's buffers serve all but the router's logits
-    if (keep1) { mem.add(&a.attn_in, N * C); mem.add(&a.qk, N * 2 * C); mem.add(&a.ffn_in, N * C); }
-    if (keep2) {
-        mem.add(&a.qkv, N * 3 * C); mem.add(&a.attn, N * C); mem.add(&a.x_mid, N * C);
-        mem.add(&a.router_probs, N * E);
-    }
-    mem.add(&a.attn_r, N); mem.add(&a.qk_r, N * 2); mem.add(&a.attn_lse, c.H * N); mem.add(&a.ffn_r, N);
-    mem.add(&a.weights, R); mem.add(&a.row_of, R); mem.add(&a.assignment_of, R);
-    if (sharing_rows) {
+    if (keep1) { mem.add(N * C, &a.attn_in, &a.ffn_in); mem.add(N * 2 * C, &a.qk); }
+    if (keep2) { mem.add(N * 3 * C, &a.qkv); mem.add(N * C, &a.attn, &a.x_mid); mem.add(N * E, &a.router_probs); }
+    mem.add(N, &a.attn_r, &a.ffn_r); mem.add(N * 2, &a.qk_r); mem.add(N * c.H, &a.attn_lse);
+    mem.add(R, &a.weights); mem.add(R, &a.row_of, &a.assignment_of);
+    if (expert_group.size > 1) {
         auto rows = [&](int shared_from) -> Memory& {
             return m->backward() && level < shared_from ? m->layer_rows[l] : m->scratch_rows;
         };
-        if (keep1) rows(1).add(&a.expert_in, C);
-        if (keep2) rows(2).add(&a.gate_up, 2 * c.F);
+        if (keep1) rows(1).add(C, &a.expert_in);
+        if (keep2) rows(2).add(2 * c.F, &a.gate_up);
     } else {
-        if (keep1) mem.add(&a.expert_in, R * C);
-        if (keep2) mem.add(&a.gate_up, R * 2 * c.F);
+        if (keep1) mem.add(R * C, &a.expert_in);
+        if (keep2) mem.add(R * 2 * c.F, &a.gate_up);
     }
 }
 
@@ -1540,38 +1422,29 @@ void plan_scratch(Olmoe* m) {
     const OlmoeConfig& c = m->config;
     const size_t N = m->capacity.N, T = m->capacity.T, C = c.C, E = c.E, F = c.F, R = N * c.K;
     const size_t square = (size_t)c.H * std::min<size_t>(ATTENTION_BLOCK, T) * T;
-    const size_t angles = (size_t)m->capacity.positions * (C / c.H / 2);
-    const bool sharing_rows = expert_group.size > 1;
+    const bool several_ranks = expert_group.size > 1;           // share the experts: rows are what arrives
     Scratch& s = m->scratch;
-    Memory &mem = m->acts_memory, &back = m->backward_memory, &rows = m->scratch_rows;
+    Memory &mem = m->acts_memory, &back = m->backward_memory;
+    Memory &rows = several_ranks ? (Memory&)m->scratch_rows : mem, &back_rows = several_ranks ? rows : back;
+    const size_t r = several_ranks ? 1 : R;
 
-    mem.add(&s.cosine, angles); mem.add(&s.sine, angles);
-    mem.add(&s.scores, square); mem.add(&s.probs, square);
-    mem.add(&s.histogram, ceil_div(R, DISPATCH_SLAB) * E); mem.add(&s.global_counts, c.L * E);
-    if (sharing_rows) {
-        mem.add(&s.home_rows, R * C); mem.add(&s.arrivals, E);
-        rows.add(&s.h, F); rows.add(&s.expert_out, C);
-    } else {
-        mem.add(&s.h, R * F); mem.add(&s.expert_out, R * C);
-    }
+    mem.add((size_t)m->capacity.positions * (C / c.H / 2), &s.cosine, &s.sine);
+    mem.add(square, &s.scores); mem.add(square, &s.probs);
+    mem.add(ceil_div(R, DISPATCH_SLAB) * E, &s.histogram); mem.add(c.L * E, &s.global_counts);
+    if (several_ranks) { mem.add(R * C, &s.home_rows); mem.add(E, &s.arrivals); }
+    rows.add(r * F, &s.h); rows.add(r * C, &s.expert_out);
     if (!m->backward()) return;
 
-    back.add(&s.touched, N); back.add(&s.touched_start, N + 1); back.add(&s.touched_tokens, N);
-    back.add(&s.dx, N * C); back.add(&s.dbranch, N * C); back.add(&s.dattn, N * C);
-    back.add(&s.dqkv32, N * 3 * C); back.add(&s.dqkv, N * 3 * C);
-    back.add(&s.dprobs, square); back.add(&s.dscores, square);
-    back.add(&s.drouter, N * E); back.add(&s.drouter_probs, N * E); back.add(&s.dweights, R);
-    if (sharing_rows) {
-        back.add(&s.home_weights, R);
-        rows.add(&s.dexpert_out, C); rows.add(&s.dh, F); rows.add(&s.dgate_up, 2 * F);
-        rows.add(&s.arrived_weights, 1); rows.add(&s.arrived_dweights, 1);
-    } else {
-        back.add(&s.dexpert_out, R * C); back.add(&s.dh, R * F); back.add(&s.dgate_up, R * 2 * F);
-    }
-    back.add(&s.partial, SLABS * C);
+    back.add(N, &s.touched, &s.touched_tokens); back.add(N + 1, &s.touched_start);
+    back.add(N * C, &s.dx, &s.dbranch, &s.dattn); back.add(N * 3 * C, &s.dqkv32); back.add(N * 3 * C, &s.dqkv);
+    back.add(square, &s.dprobs); back.add(square, &s.dscores);
+    back.add(N * E, &s.drouter); back.add(N * E, &s.drouter_probs); back.add(R, &s.dweights);
+    back_rows.add(r * C, &s.dexpert_out); back_rows.add(r * F, &s.dh); back_rows.add(r * 2 * F, &s.dgate_up);
+    if (several_ranks) { back.add(R, &s.home_weights); rows.add(1, &s.arrived_weights, &s.arrived_dweights); }
+    back.add(SLABS * C, &s.partial);
     size_t runs = 0;
     for (const Tensor& t : m->tensors) runs += ceil_div(t.share, SQUARE_SUM_RUN);
-    back.add(&s.square_sums, runs);
+    back.add(runs, &s.square_sums);
 }
 
 // Fills in what a model of this shape needs, without allocating: `olmoe info` prints it, olmoe_allocate allocates it.
@@ -1584,15 +1457,14 @@ void olmoe_plan(Olmoe* m, const OlmoeConfig& config, Capacity capacity) {
     m->params.layers.resize(config.L);
     m->grads.layers.resize(config.L);
     for (const Tensor& t : m->tensors) {
-        m->params_memory.add(&t.in(m->params), t.allocated());
-        if (m->backward()) m->grads_memory.add(&t.in(m->grads), t.allocated());
+        m->params_memory.add(t.allocated(), &t.in(m->params));
+        if (m->backward()) m->grads_memory.add(t.allocated(), &t.in(m->grads));
     }
     if (capacity.use == Use::training) {
         const size_t n = num_updated(m->tensors), moment = m->narrow_moments ? 2 : 4;
-        m->optimizer_memory.add((char**)&m->moment1, n * moment);
-        m->optimizer_memory.add((char**)&m->moment2, n * moment);
-        size_t master = m->masters == Masters::remainder ? 2 : 4;
-        if (m->masters != Masters::none) m->optimizer_memory.add((char**)&m->master_weights, n * master);
+        const size_t master = m->masters == Masters::remainder ? 2 : 4;
+        m->optimizer_memory.add(n * moment, (char**)&m->moment1, (char**)&m->moment2);
+        if (m->masters != Masters::none) m->optimizer_memory.add(n * master, (char**)&m->master_weights);
     }
 
     const size_t N = capacity.N, C = config.C, L = config.L, R = N * config.K, classified = capacity.classified;
@@ -1601,13 +1473,13 @@ void olmoe_plan(Olmoe* m, const OlmoeConfig& config, Capacity capacity) {
     a.layers.resize(L);
     m->layer_rows.assign(L, {});
     m->scratch_rows = {};
-    mem.add(&a.inputs, N); mem.add(&a.targets, N); mem.add(&a.target_weights, N); mem.add(&a.positions, N);
+    mem.add(N, &a.inputs, &a.targets, &a.target_weights, &a.positions);
     LayerActivations& all = a.layers[0];    // what the host reads is one array for all layers, see share_activations
-    mem.add(&all.router_lse, L * N); mem.add(&all.router_partial, L * SLABS * config.E);
-    mem.add(&all.experts, L * R); mem.add(&all.counts, L * config.E);
+    mem.add(L * N, &all.router_lse); mem.add(L * SLABS * config.E, &all.router_partial);
+    mem.add(L * R, &all.experts); mem.add(L * config.E, &all.counts);
     for (int l = 0; l < config.L; l++) plan_layer(m, l);
-    mem.add(&a.x, N * C); mem.add(&a.final_out, classified * C); mem.add(&a.final_r, classified);
-    mem.add(&a.logits, classified * config.V); mem.add(&a.losses, N);
+    mem.add(N * C, &a.x); mem.add(classified * C, &a.final_out); mem.add(classified, &a.final_r);
+    mem.add(classified * config.V, &a.logits); mem.add(N, &a.losses);
     plan_scratch(m);
 }
 
@@ -2369,13 +2241,7 @@ void run_check_options(TrainingRun* run) {
 void run_open(TrainingRun* run, int argc, char** argv) {
     TrainOptions& o = run->o;
     ranks.rank = ranks_number();            // until they have met
-    options_parse(argc, argv, "train --config FILE | --model DIR  --data FILES [--val FILES] --out DIR [options]",
-                  train_options(&o));
-    if (o.config.empty() == o.model.empty())
-        die("train needs either --config FILE (random weights) or --model DIR (a Hugging Face directory)");
-    if (o.data.empty())
-        die("train needs --data FILES; make them with: olmoe tokenize --tokenizer NAME --out FILE.npy TEXTS");
-    if (o.out.empty()) die("train needs --out DIR for its log and checkpoints");
+    train_options_parse(&o, argc, argv);
     choose_state(&run->model, o.master_weights, o.moments);
 
     signals_watch();                        // before any other thread starts
@@ -2390,14 +2256,7 @@ void run_open(TrainingRun* run, int argc, char** argv) {
     run_check_options(run);
     run->objective = &pretraining;
     const OlmoeConfig& c = run->config;
-    Tokenizer& tokenizer = run->tokenizer;
-    run->has_tokenizer = !o.tokenizer.empty();
-    if (run->has_tokenizer) tokenizer_open(&tokenizer, o.tokenizer);
-    if (run->has_tokenizer && tokenizer.vocab > c.V)
-        die("the tokenizer's %d ids don't fit the model's vocabulary of %d", tokenizer.vocab, c.V);
-    if (!tokenizer.path.empty() && !file_contents(&run->tokenizer_json, tokenizer.path))    // now: it may go
-        die("cannot read %s: %s", tokenizer.path.c_str(), strerror(errno));
-
+    if (!o.tokenizer.empty()) run_open_tokenizer(run);
     const DataOrder order = o.order == "global" ? DataOrder::global : DataOrder::sequential;
     dataloader_open(&run->data, o.data, (int)o.T, c.V, order, o.seed, !o.no_filter);
     if (o.global_batch > (int64_t)run->data.instances)

@@ -102,12 +102,12 @@ void cache_plan(Cache* cache, Olmoe* m, int S, int P) {
     const size_t positions = (size_t)c.L * S * P;
     cache->S = S;
     cache->P = P;
-    m->cache_memory.add(&cache->keys, positions * c.C);
-    m->cache_memory.add(&cache->values, positions * c.C);
-    m->cache_memory.add(&cache->scores, (size_t)S * c.H * P);
-    m->cache_memory.add(&cache->slots, m->capacity.N);
-    m->cache_memory.add(&cache->last, S);
-    m->cache_memory.add(&cache->x, (size_t)S * c.C);
+    m->cache_memory.add(positions * c.C, &cache->keys);
+    m->cache_memory.add(positions * c.C, &cache->values);
+    m->cache_memory.add((size_t)S * c.H * P, &cache->scores);
+    m->cache_memory.add(m->capacity.N, &cache->slots);
+    m->cache_memory.add(S, &cache->last);
+    m->cache_memory.add((size_t)S * c.C, &cache->x);
 }
 
 // A layer for rows that are one a sequence, against the keys and values before them

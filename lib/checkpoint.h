@@ -203,6 +203,16 @@ inline Json config_json(const OlmoeConfig& c, bool bf16) {
 }
 
 // ------------------------------------------------------------------------------------------------
+// The tensors of a model
+
+// A tensor as files have it: Hugging Face's name, a row-major shape, and its elements [offset, offset + count) in the
+// flat order of all parameters
+struct HfTensor { std::string name; std::vector<int64_t> shape; size_t offset, count; };
+
+// All of them, in the flat order, which they tile. The includer defines it.
+std::vector<HfTensor> hf_tensors(const OlmoeConfig& c);
+
+// ------------------------------------------------------------------------------------------------
 // The weights of a model directory, ours or the hub's
 
 // Finds every expected tensor, in that order; dtype "" means F32, BF16 or F16. Dies when one is missing, or has another

@@ -1,4 +1,5 @@
-// What every CUDA program needs: errors that end it with one line, text, checked calls, streams, copies, launches.
+// What every CUDA program needs: errors that end it with one line, text, checked calls, streams, memory, copies, and
+// inside kernels warps and random numbers.
 //
 // Included once, by olmoe.cu, after floatX and WARP. The ranks are included here because an error of one rank ends all.
 #pragma once
@@ -178,6 +179,42 @@ ncclUniqueId nccl_shared_id(int rank) {
 }
 
 // ------------------------------------------------------------------------------------------------
+// Memory
+
+// Collects the tensors of a struct, then allocates them as one block, or each on its own where overruns are to be seen.
+struct Memory {
+    struct Item { void** pointer; size_t bytes; };
+    std::vector<Item> items;
+    std::vector<void*> blocks;
+
+    // `count` elements for each of the pointers
+    template <typename... T> void add(size_t count, T**... pointers) {
+        (items.push_back({(void**)pointers, std::max<size_t>(count, 1) * sizeof(T)}), ...);
+    }
+    static size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
+    size_t bytes(size_t times = 1) const {
+        size_t sum = 0;
+        for (const Item& i : items) sum += aligned(times * i.bytes);
+        return sum;
+    }
+    // Each item `times` over. False where there is no room.
+    bool allocate(size_t times = 1) {
+        char* block = nullptr;
+        if (!SEPARATE_ALLOCATIONS) {
+            if (cudaMalloc((void**)&block, bytes(times)) != cudaSuccess) return false;
+            blocks.push_back(block);
+        }
+        for (Item& i : items) {
+            if (!SEPARATE_ALLOCATIONS) { *i.pointer = block; block += aligned(times * i.bytes); continue; }
+            if (cudaMalloc(i.pointer, times * i.bytes) != cudaSuccess) return false;
+            blocks.push_back(*i.pointer);
+        }
+        return true;
+    }
+    void release() { for (void* b : blocks) cudaCheck(cudaFree(b)); blocks.clear(); }
+};
+
+// ------------------------------------------------------------------------------------------------
 // Copies in the main stream's order. Plain cudaMemcpy and cudaMemset work in the default stream, for which the main
 // stream, being non-blocking, does not wait. `from` may change as soon as copy_to_device returns.
 
@@ -232,3 +269,21 @@ __device__ inline void warp_argmax(float& v, int& index) {
         if (other > v || (other == v && other_index < index)) { v = other; index = other_index; }
     }
 }
+
+// ------------------------------------------------------------------------------------------------
+// Random numbers: Philox-4x32-10 (Salmon et al. 2011) of the seed, the parameter's position in the model and, where
+// AdamW asks, the update's number, so that they depend on nothing else.
+
+struct Philox { unsigned x[4]; };
+__host__ __device__ inline Philox philox(uint64_t seed, uint64_t position, unsigned step = 0) {
+    unsigned c0 = (unsigned)position, c1 = (unsigned)(position >> 32), c2 = step, c3 = 0;
+    unsigned k0 = (unsigned)seed, k1 = (unsigned)(seed >> 32);
+    for (int round = 0; round < 10; round++) {
+        uint64_t a = (uint64_t)0xD2511F53u * c0, b = (uint64_t)0xCD9E8D57u * c2;
+        unsigned n0 = (unsigned)(b >> 32) ^ c1 ^ k0, n2 = (unsigned)(a >> 32) ^ c3 ^ k1;
+        c1 = (unsigned)b; c3 = (unsigned)a; c0 = n0; c2 = n2;
+        k0 += 0x9E3779B9u; k1 += 0xBB67AE85u;
+    }
+    return {{c0, c1, c2, c3}};
+}
+__host__ __device__ inline float uniform(unsigned x) { return ((float)(x >> 8) + 0.5f) * 0x1p-24f; }      // in (0, 1]

@@ -3,6 +3,31 @@
 // Included once, by olmoe.cu, after its structs.
 #pragma once
 #include "checkpoint.h"
+#include "weights.h"
+
+// ------------------------------------------------------------------------------------------------
+// Counts
+
+size_t num_parameters(const OlmoeConfig& c) {
+    const Tensor last = model_tensors(c).back();
+    return last.base + last.whole;
+}
+
+// Parameters that a token meets: of E experts K
+size_t num_active_parameters(const OlmoeConfig& c) {
+    size_t n = 0;
+    for (const Tensor& t : model_tensors(c)) n += t.expert() ? t.whole / c.E * c.K : t.whole;
+    return n;
+}
+
+// Forward and backward: 2 FLOP a weight and token forward, twice that backward; causal attention counted as half of its
+// square
+double flops_per_token(const OlmoeConfig& c, int T) {
+    double weights = 0;
+    for (const Tensor& t : model_tensors(c))
+        if (t.kind != Kind::lookup) weights += (double)(t.expert() ? t.whole / c.E * c.K : t.whole);
+    return 6.0 * weights + 6.0 * c.L * c.C * (double)T;
+}
 
 // ------------------------------------------------------------------------------------------------
 // Tables

@@ -77,6 +77,27 @@ std::vector<Option> train_options(TrainOptions* o) {
     };
 }
 
+void train_options_parse(TrainOptions* o, int argc, char** argv) {
+    options_parse(argc, argv, "train --config FILE | --model DIR  --data FILES [--val FILES] --out DIR [options]",
+                  train_options(o));
+    if (o->config.empty() == o->model.empty())
+        die("train needs either --config FILE (random weights) or --model DIR (a Hugging Face directory)");
+    if (o->data.empty())
+        die("train needs --data FILES; make them with: olmoe tokenize --tokenizer NAME --out FILE.npy TEXTS");
+    if (o->out.empty()) die("train needs --out DIR for its log and checkpoints");
+}
+
+// The tokenizer, and its file for the checkpoints: now, because later it may be gone.
+void run_open_tokenizer(TrainingRun* run) {
+    Tokenizer& t = run->tokenizer;
+    tokenizer_open(&t, run->o.tokenizer);
+    if (t.vocab > run->config.V)
+        die("the tokenizer's %d ids don't fit the model's vocabulary of %d", t.vocab, run->config.V);
+    if (!t.path.empty() && !file_contents(&run->tokenizer_json, t.path))
+        die("cannot read %s: %s", t.path.c_str(), strerror(errno));
+    run->has_tokenizer = true;
+}
+
 // ------------------------------------------------------------------------------------------------
 // The screen and the log
 

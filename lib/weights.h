@@ -5,6 +5,13 @@
 #include <thread>
 #include "checkpoint.h"
 
+// For micro-batches of B rows of T tokens
+Capacity capacity_of_rows(const OlmoeConfig& c, int64_t B, int64_t T, Use use, int recompute = 0) {
+    if (B * T * c.K > INT32_MAX / 2)
+        die("--batch %ld x --seq %ld is too large for one micro-batch; use a smaller --batch", B, T);
+    return {(int)(B * T), (int)T, use, recompute, 0, 0};
+}
+
 constexpr const char *MASTERS_CHOICE = "fp32|remainder|none", *MOMENTS_CHOICE = "fp32|bf16";
 
 // How olmoe_plan and olmoe_allocate will keep AdamW's state; call it before them. Refuses what needs a BF16 build.
@@ -14,6 +21,33 @@ void choose_state(Olmoe* m, const std::string& masters, const std::string& momen
     if (BF16 && masters == "none") m->masters = Masters::none;
     if (BF16 && masters == "remainder") m->masters = Masters::remainder;
     m->narrow_moments = moments == "bf16";
+}
+
+// All of them in the flat order, which they tile: in memory the tensors of one row of the table, of all experts, are
+// contiguous.
+std::vector<HfTensor> hf_tensors(const OlmoeConfig& c) {
+    std::vector<HfTensor> files;
+    for (const Tensor& t : model_tensors(c)) {
+        const std::string prefix = t.layer >= 0 && t.layer < c.L ? "model.layers." + std::to_string(t.layer) + "." : "";
+        size_t parts = t.names.size() * (t.expert() ? c.E : 1);
+        for (size_t i = 0; i < parts; i++) {
+            std::string name = t.names[i % t.names.size()];
+            if (t.expert()) name.replace(name.find('#'), 1, std::to_string(i / t.names.size()));
+            files.push_back({prefix + name + ".weight", t.shape, t.base + i * (t.whole / parts), t.whole / parts});
+        }
+    }
+    return files;
+}
+
+const Tensor& tensor_at(const std::vector<Tensor>& tensors, size_t offset) {
+    auto before = [](size_t o, const Tensor& t) { return o < t.base; };
+    return std::upper_bound(tensors.begin(), tensors.end(), offset, before)[-1];
+}
+
+// The element at a flat position, in parameters or gradients; null where another rank has it
+floatX* element_at(const std::vector<Tensor>& tensors, const Parameters& p, size_t offset) {
+    const Tensor& t = tensor_at(tensors, offset);
+    return offset >= t.offset && offset < t.offset + t.count ? t.in(p) + (offset - t.offset) : nullptr;
 }
 
 // Who saves the element at a flat position, and where its run of elements ends

@@ -13,17 +13,23 @@ struct OlmoeConfig {
     float initializer_range = 0.02f;
     int eos_token_id = 50279, pad_token_id = 1;
 };
-#include <string>
-#include <vector>
-struct HfTensor {
-    std::string name;               // Hugging Face's
-    std::vector<int64_t> shape;     // row-major; a linear layer's is (out, in)
-    size_t offset, count;           // elements [offset, offset + count) of the flat vector
-};
+#include "../lib/checkpoint.h"
+#include <atomic>
+#include <csignal>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
 
-// What checkpoint.h is given by olmoe.cu, written out by hand. They tile [0, number of parameters). q, k, v follow one another, and so do an expert's gate and up, so that the fused
-// qkv (3C, C), gate_up (E, 2F, C) and down (E, C, F) of olmoe.cu are also contiguous ranges.
-static std::vector<HfTensor> hf_tensors(const OlmoeConfig& c) {
+void die(const char* format, ...) {
+    va_list args;
+    va_start(args, format);
+    vfprintf(stderr, format, args);
+    fputc('\n', stderr);
+    exit(1);
+}
+
+// What olmoe.cu makes from its table of tensors, written out by hand
+std::vector<HfTensor> hf_tensors(const OlmoeConfig& c) {
     std::vector<HfTensor> tensors;
     size_t offset = 0;
     auto add = [&](const std::string& name, std::vector<int64_t> shape) {
@@ -49,20 +55,6 @@ static std::vector<HfTensor> hf_tensors(const OlmoeConfig& c) {
     add("model.norm", {c.C});
     add("lm_head", {c.V, c.C});
     return tensors;
-}
-#include "../lib/checkpoint.h"
-#include <atomic>
-#include <csignal>
-#include <sys/resource.h>
-#include <sys/syscall.h>
-#include <sys/wait.h>
-
-void die(const char* format, ...) {
-    va_list args;
-    va_start(args, format);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
-    exit(1);
 }
 
 namespace fs = std::filesystem;
