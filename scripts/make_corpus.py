@@ -7,9 +7,9 @@ DIR/train.jsonl, val.jsonl   a document a line: {"id": "story-000123", "text": "
 DIR/train.txt, val.txt       the same texts, separated by an empty line, to read and to compress
 DIR/entropy.json             bits per byte of the grammar's own choices, by domain and over all
 
-Every random choice adds -log2 of its probability to the entropy. A perfect model that knew the grammar could not spend less,
-except where two ways through the grammar give the same text: so the figure is an upper bound of the text's entropy, and close
-to it. The same seed gives the same bytes. Needs nothing but Python 3.
+Every random choice adds -log2 of its probability to the entropy. A perfect model that knew the grammar could not spend
+less, except where two ways through the grammar give the same text: so the figure is an upper bound of the text's
+entropy, and close to it. The same seed gives the same bytes. Needs only Python 3.
 """
 import argparse
 import json
@@ -20,7 +20,7 @@ import sys
 
 
 class Source:
-    """Random choices that count their bits. Only Random.random() is used: its sequence is the same in every Python 3."""
+    """Random choices that count their bits. Only Random.random() is used: its sequence is the same in any Python 3."""
 
     def __init__(self, seed):
         self.uniform = random.Random(seed).random
@@ -68,42 +68,64 @@ def words(text):
 
 SHE = words("Anna, Bella, Clara, Dora, Ella, Flora, Greta, Hanna, Ida, Julia, Kira, Lina, Mia, Nora, Olga, Rosa")
 HE = words("Adam, Ben, Carl, David, Emil, Felix, Hugo, Ivan, Jonas, Konrad, Leo, Max, Noah, Oscar, Paul, Ralf")
-KINDS = words("""fox, mouse, owl, hare, mole, otter, bear, frog, squirrel, badger, duck, goat, robin, beaver, hedgehog, donkey, wolf, deer, raven,
-    lizard, turtle, goose, pony, rabbit, sparrow, snail, cat, dog, camel, monkey, tiger, pigeon""")
+KINDS = words("""
+    fox, mouse, owl, hare, mole, otter, bear, frog, squirrel, badger, duck, goat, robin, beaver, hedgehog, donkey, wolf,
+    deer, raven, lizard, turtle, goose, pony, rabbit, sparrow, snail, cat, dog, camel, monkey, tiger, pigeon""")
 CAST = dict(zip(SHE + HE, KINDS))     # who is what is the same in every story
-TRAITS = words("""small, brave, shy, clever, old, young, lazy, gentle, quiet, merry, proud, curious, hungry, tired, grumpy, friendly, nervous, polite,
-    careful, clumsy, patient, sleepy, noisy, stubborn, lonely, famous, greedy, wise, happy, sad, angry, worried""")
-PLACES = words("""market, mill, lake, forest, harbour, meadow, village, castle, bridge, orchard, river, tower, garden, school, bakery, station,
-    library, theatre, museum, farm, island, valley, beach, cave, desert, swamp, temple, palace, park, quarry, vineyard, lighthouse""")
-LOOKS = words("""golden, silver, wooden, broken, rusty, tiny, heavy, shiny, dusty, painted, red, blue, green, yellow, black, white, brown, grey,
-    purple, orange, round, square, long, short, soft, hard, warm, cold, wet, dry, clean, dirty, cheap, precious, ancient, modern, bent, cracked,
-    empty, hollow""")
-THINGS = words("""key, bell, lantern, crown, drum, ring, clock, boat, mirror, spoon, flute, coin, map, kite, hammer, umbrella, book, hat, cup, basket,
-    coat, letter, ball, lamp, chair, bag, knob, table, rope, wheel, candle, ladder, bottle, button, pencil, blanket, bucket, shovel, needle, violin,
-    trumpet, puppet, statue, ticket, carpet, pillow, kettle, helmet, shield, anchor, cart, feather, pebble, ribbon, mask, glove""")
-SPOTS = words("""fence, well, oak, rock, gate, barn, stove, bench, hedge, wall, statue, fountain, haystack, chimney, window, door, roof, bush, pond,
-    stable, cupboard, tent, wagon, stage""")
+TRAITS = words("""
+    small, brave, shy, clever, old, young, lazy, gentle, quiet, merry, proud, curious, hungry, tired, grumpy, friendly,
+    nervous, polite, careful, clumsy, patient, sleepy, noisy, stubborn, lonely, famous, greedy, wise, happy, sad, angry,
+    worried""")
+PLACES = words("""
+    market, mill, lake, forest, harbour, meadow, village, castle, bridge, orchard, river, tower, garden, school, bakery,
+    station, library, theatre, museum, farm, island, valley, beach, cave, desert, swamp, temple, palace, park, quarry,
+    vineyard, lighthouse""")
+LOOKS = words("""
+    golden, silver, wooden, broken, rusty, tiny, heavy, shiny, dusty, painted, red, blue, green, yellow, black, white,
+    brown, grey, purple, orange, round, square, long, short, soft, hard, warm, cold, wet, dry, clean, dirty, cheap,
+    precious, ancient, modern, bent, cracked, empty, hollow""")
+THINGS = words("""
+    key, bell, lantern, crown, drum, ring, clock, boat, mirror, spoon, flute, coin, map, kite, hammer, umbrella, book,
+    hat, cup, basket, coat, letter, ball, lamp, chair, bag, knob, table, rope, wheel, candle, ladder, bottle, button,
+    pencil, blanket, bucket, shovel, needle, violin, trumpet, puppet, statue, ticket, carpet, pillow, kettle, helmet,
+    shield, anchor, cart, feather, pebble, ribbon, mask, glove""")
+SPOTS = words("""
+    fence, well, oak, rock, gate, barn, stove, bench, hedge, wall, statue, fountain, haystack, chimney, window, door,
+    roof, bush, pond, stable, cupboard, tent, wagon, stage""")
 WHERE = words("under, behind, beside, near, above, below, inside, opposite")
-STUFF = words("""clay, straw, brick, leather, sand, paper, glass, wool, copper, snow, moss, cotton, rope, oak, stone, mud, iron, silk, bone, wax, ice,
-    cork, pine, linen""")
-FOODS = words("""apples, pears, eggs, plums, lemons, onions, cakes, tomatoes, cherries, nuts, beans, carrots, figs, grapes, melons, pies, rolls,
-    cookies, berries, olives, peaches, turnips, waffles, potatoes, dates, limes, peas, leeks, mushrooms, noodles, pancakes, sausages""")
-FEEL = words("""glad, sad, proud, angry, afraid, bored, calm, cheerful, confused, jealous, sleepy, surprised, thirsty, thankful, upset, worried,
-    amused, ashamed, curious, dizzy""")
-MOVES = words("walked, ran, crept, marched, hurried, wandered, rode, sailed, danced, climbed, limped, strolled, travelled, jumped, swam, drove")
-FINDS = words("""found, saw, hid, dropped, noticed, buried, picked up, bought, sold, lost, painted, cleaned, broke, mended, borrowed, stole, burned,
-    caught, drew, kicked""")
-HOW = words("""slowly, quickly, loudly, quietly, bravely, sadly, gladly, politely, carefully, suddenly, kindly, proudly, softly, angrily, calmly,
-    shyly, boldly, coldly, eagerly, firmly, gently, happily, lazily, nervously""")
-TIMES = words("""one morning, after lunch, at noon, the next day, before sunrise, late at night, on Monday, on Friday, on Sunday, in spring, in
-    summer, in autumn, in winter, a week later, at midnight, that evening, in May, at dawn, in June, one day, after work, long ago, at sunset, in
-    March""")
-WHEN = words("""today, tomorrow, tonight, on Monday, on Tuesday, on Friday, on Sunday, next week, in May, at noon, after work, before lunch,
-    in June, soon, at dawn, next year""")
+STUFF = words("""
+    clay, straw, brick, leather, sand, paper, glass, wool, copper, snow, moss, cotton, rope, oak, stone, mud, iron,
+    silk, bone, wax, ice, cork, pine, linen""")
+FOODS = words("""
+    apples, pears, eggs, plums, lemons, onions, cakes, tomatoes, cherries, nuts, beans, carrots, figs, grapes, melons,
+    pies, rolls, cookies, berries, olives, peaches, turnips, waffles, potatoes, dates, limes, peas, leeks, mushrooms,
+    noodles, pancakes, sausages""")
+FEEL = words("""
+    glad, sad, proud, angry, afraid, bored, calm, cheerful, confused, jealous, sleepy, surprised, thirsty, thankful,
+    upset, worried, amused, ashamed, curious, dizzy""")
+MOVES = words("""
+    walked, ran, crept, marched, hurried, wandered, rode, sailed, danced, climbed, limped, strolled, travelled, jumped,
+    swam, drove""")
+FINDS = words("""
+    found, saw, hid, dropped, noticed, buried, picked up, bought, sold, lost, painted, cleaned, broke, mended, borrowed,
+    stole, burned, caught, drew, kicked""")
+HOW = words("""
+    slowly, quickly, loudly, quietly, bravely, sadly, gladly, politely, carefully, suddenly, kindly, proudly, softly,
+    angrily, calmly, shyly, boldly, coldly, eagerly, firmly, gently, happily, lazily, nervously""")
+TIMES = words("""
+    one morning, after lunch, at noon, the next day, before sunrise, late at night, on Monday, on Friday, on Sunday,
+    in spring, in summer, in autumn, in winter, a week later, at midnight, that evening, in May, at dawn, in June,
+    one day, after work, long ago, at sunset, in March""")
+WHEN = words("""
+    today, tomorrow, tonight, on Monday, on Tuesday, on Friday, on Sunday, next week, in May, at noon, after work,
+    before lunch, in June, soon, at dawn, next year""")
 STORMS = words("storm, breeze, cloud, fog, blizzard, shower, flood, whirlwind")
-JOBS = words("""baker, farmer, tailor, fisher, florist, potter, smith, printer, teacher, doctor, painter, singer, pilot, judge, carpenter, gardener,
-    miller, sailor, cook, dentist, nurse, writer, dancer, barber, king, queen, pirate, soldier""")
-TASKS = words("mend, paint, sell, clean, buy, find, hide, fetch, carry, open, borrow, draw, drop, move, measure, wrap, burn, polish, weigh, wash")
+JOBS = words("""
+    baker, farmer, tailor, fisher, florist, potter, smith, printer, teacher, doctor, painter, singer, pilot, judge,
+    carpenter, gardener, miller, sailor, cook, dentist, nurse, writer, dancer, barber, king, queen, pirate, soldier""")
+TASKS = words("""
+    mend, paint, sell, clean, buy, find, hide, fetch, carry, open, borrow, draw, drop, move, measure, wrap, burn,
+    polish, weigh, wash""")
 NUMBERS = words("no, one, two, three, four, five, six, seven, eight, nine, ten")
 FAMILY = words("brother, sister, mother, father, uncle, aunt, cousin, friend")
 
@@ -146,7 +168,8 @@ def story(s):
     kinds = [CAST[name] for name in names]
 
     def find(name, kind, she, other):
-        return f"{capital(s.one(TIMES))} {name} the {kind} {s.one(MOVES)} to the {p.place()} and {s.one(FINDS)} {a(p.thing())} {p.spot()}." + s.either(
+        opening = f"{capital(s.one(TIMES))} {name} the {kind} {s.one(MOVES)} to the {p.place()}"
+        return f"{opening} and {s.one(FINDS)} {a(p.thing())} {p.spot()}." + s.either(
             lambda: f" It was made of {s.one(STUFF)} and {s.one(STUFF)}.",
             lambda: f" {capital(she)} felt {s.one(FEEL)} and {s.one(FEEL)}.",
             lambda: f" \"It is {s.one(LOOKS)}!\" said {name} {s.one(HOW)}.",
@@ -166,13 +189,14 @@ def story(s):
             lambda: f"{name} cooked {p.foods()}, but {other} wanted {s.one(LOOKS)} {s.one(FOODS)}.")
 
     def build(name, kind, she, other):
-        return f"{name} the {kind} made {a(p.thing())} of {s.one(STUFF)} and {s.one(STUFF)} for {a(p.person())}" + s.either(
+        opening = f"{name} the {kind} made {a(p.thing())} of {s.one(STUFF)} and {s.one(STUFF)}"
+        return f"{opening} for {a(p.person())}" + s.either(
             lambda: f", and {other} {s.one(FINDS)} it {s.one(HOW)}.",
             lambda: f" from the {p.place()}.")
 
     def weather(name, kind, she, other):
-        return (f"Then {a(s.one(LOOKS))} {s.one(STORMS)} came from the {p.place()}, and {name} {s.one(MOVES)} {s.one(HOW)} "
-                f"and hid {p.spot()}.")
+        return (f"Then {a(s.one(LOOKS))} {s.one(STORMS)} came from the {p.place()}, "
+                f"and {name} {s.one(MOVES)} {s.one(HOW)} and hid {p.spot()}.")
 
     def say(name, kind, she, other):
         return s.either(
@@ -185,9 +209,11 @@ def story(s):
         return f"{name} dreamed of {a(p.animal())} with {a(p.thing())} and {a(p.thing())}."
 
     sentences = [s.either(
-        lambda: f"Once upon a time there was {a(s.one(TRAITS))} {kinds[0]} named {names[0]} who lived in {a(p.place())} with {names[1]} the {kinds[1]}.",
+        lambda: (f"Once upon a time there was {a(s.one(TRAITS))} {kinds[0]} named {names[0]} "
+                 f"who lived in {a(p.place())} with {names[1]} the {kinds[1]}."),
         lambda: f"{names[0]} the {kinds[0]} and {names[1]} the {kinds[1]} lived {p.spot()} in {a(p.place())}.",
-        lambda: f"In {a(p.place())} lived {names[0]}, {a(s.one(TRAITS))} {kinds[0]}, and {names[1]}, {a(s.one(TRAITS))} {kinds[1]}.")]
+        lambda: (f"In {a(p.place())} lived {names[0]}, {a(s.one(TRAITS))} {kinds[0]}, "
+                 f"and {names[1]}, {a(s.one(TRAITS))} {kinds[1]}."))]
     for _ in range(s.number(3, 9)):
         scene = s.one([find, find, meet, share, build, weather, say, dream])
         me = s.number(0, 1)
@@ -208,15 +234,23 @@ def dialogue(s):
 
     def search(you, me):
         x = s.one(THINGS)
-        return [s.either(lambda: f"Where is the {s.one(LOOKS)} {x} of the {s.one(JOBS)}?", lambda: f"Who took the {s.one(LOOKS)} {x} {s.one(WHEN)}?")] + s.either(
+        question = s.either(
+            lambda: f"Where is the {s.one(LOOKS)} {x} of the {s.one(JOBS)}?",
+            lambda: f"Who took the {s.one(LOOKS)} {x} {s.one(WHEN)}?")
+        return [question] + s.either(
             lambda: [f"It is {p.spot()} in the {p.place()}."],
             lambda: [f"The {p.person()} has it.", f"No, the {s.one(JOBS)} has {a(p.thing())}."],
             lambda: [f"I {s.one(FINDS)} the {x} {p.spot()}."])
 
     def shop(you, me):
         x, price = s.one(FOODS), s.number(2, 10)
-        return [f"How much are the {s.one(LOOKS)} {x}?", f"{capital(NUMBERS[price])} coins, with {s.one(LOOKS)} {p.foods()}.",
-                f"Only {NUMBERS[price]}? I take {s.number(2, 40)} {s.one(WHEN)}." if price <= 5 else f"{capital(NUMBERS[price])} is too much, I want {s.one(LOOKS)} {s.one(FOODS)}."]
+        question = f"How much are the {s.one(LOOKS)} {x}?"
+        answer = f"{capital(NUMBERS[price])} coins, with {s.one(LOOKS)} {p.foods()}."
+        if price <= 5:
+            reply = f"Only {NUMBERS[price]}? I take {s.number(2, 40)} {s.one(WHEN)}."
+        else:
+            reply = f"{capital(NUMBERS[price])} is too much, I want {s.one(LOOKS)} {s.one(FOODS)}."
+        return [question, answer, reply]
 
     def plan(you, me):
         return [f"Will you {s.one(TASKS)} the {p.thing()} {s.one(WHEN)}, {you}?"] + s.either(
@@ -242,7 +276,8 @@ def dialogue(s):
         x, y = s.several(FOODS, 2)
         return [f"Do you like {x} with {y}?"] + s.either(
             lambda: [f"I like {x}, {p.foods()}, but not {s.one(LOOKS)} {y}."],
-            lambda: [f"No, I like {p.foods()}.", f"Then I bring {s.one(NUMBERS[2:])} {s.one(LOOKS)} {s.one(FOODS)} {s.one(WHEN)}."])
+            lambda: [f"No, I like {p.foods()}.",
+                     f"Then I bring {s.one(NUMBERS[2:])} {s.one(LOOKS)} {s.one(FOODS)} {s.one(WHEN)}."])
 
     def feel(you, me):
         feeling = s.one(FEEL)
@@ -284,7 +319,8 @@ def arithmetic(s):
     def columns():
         x, y = s.number(11, 49), s.number(11, 49)
         ones, carry = x % 10 + y % 10, (x % 10 + y % 10) // 10
-        return f"{x} + {y}: {x % 10} + {y % 10} = {ones}, {x // 10} + {y // 10}{' + 1' if carry else ''} = {x // 10 + y // 10 + carry}, sum {x + y}."
+        tens = f"{x // 10} + {y // 10}{' + 1' if carry else ''} = {x // 10 + y // 10 + carry}"
+        return f"{x} + {y}: {x % 10} + {y % 10} = {ones}, {tens}, sum {x + y}."
 
     def count():
         step, start = s.number(1, 9), s.number(0, 20)
@@ -292,7 +328,8 @@ def arithmetic(s):
 
     def compare():
         x, d = s.number(10, 89), s.number(1, 9)
-        return s.one([f"{x + d} is {d} more than {x}.", f"{x} is {d} less than {x + d}.", f"{x} < {x + d}.", f"{x + d} > {x}."])
+        return s.one([f"{x + d} is {d} more than {x}.", f"{x} is {d} less than {x + d}.",
+                      f"{x} < {x + d}.", f"{x + d} > {x}."])
 
     def parity():
         h = s.number(1, 40)
@@ -301,8 +338,10 @@ def arithmetic(s):
     def problem():
         who, what, x, y = s.one(SHE + HE), p.thing(), s.number(2, 20), s.number(1, 9)
         return s.either(
-            lambda: f"{who} has {x} {what}s and {s.one(['buys', 'finds', 'gets', 'makes'])} {y}: {x} + {y} = {x + y}.",
-            lambda: f"{who} has {x + y} {what}s and {s.one(['sells', 'loses', 'breaks', 'hides'])} {y}: {x + y} - {y} = {x}.")
+            lambda: (f"{who} has {x} {what}s and {s.one(['buys', 'finds', 'gets', 'makes'])} {y}: "
+                     f"{x} + {y} = {x + y}."),
+            lambda: (f"{who} has {x + y} {what}s and {s.one(['sells', 'loses', 'breaks', 'hides'])} {y}: "
+                     f"{x + y} - {y} = {x}."))
 
     def chain():
         x = s.number(1, 20)
@@ -317,7 +356,8 @@ def arithmetic(s):
                 text += f", plus {y} is {x}"
         return text + "."
 
-    return "\n".join(s.one([facts, facts, columns, count, compare, parity, problem, problem, chain])() for _ in range(s.number(10, 35)))
+    kinds = [facts, facts, columns, count, compare, parity, problem, problem, chain]
+    return "\n".join(s.one(kinds)() for _ in range(s.number(10, 35)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -333,17 +373,20 @@ def code(s):
         name, other = s.several(THINGS, 2)
         x, y = s.number(10, 80), s.number(1, 9)
         sign = s.one("+-")
-        return output([f"{name} = {x}", f"{other} = {name} {sign} {y}", f"print {other}"], [x + y if sign == "+" else x - y])
+        result = x + y if sign == "+" else x - y
+        return output([f"{name} = {x}", f"{other} = {name} {sign} {y}", f"print {other}"], [result])
 
     def branch():
         name, x, limit = s.one(THINGS), s.number(1, 99), s.one([10, 50, 90])
         yes, no = s.several(LOOKS, 2)
-        return output([f"{name} = {x}", f'if {name} > {limit}: print "{yes}"', f'else: print "{no}"'], [yes if x > limit else no])
+        lines = [f"{name} = {x}", f'if {name} > {limit}: print "{yes}"', f'else: print "{no}"']
+        return output(lines, [yes if x > limit else no])
 
     def loop():
         low, n, k = s.number(1, 9), s.number(2, 4), s.number(1, 9)
         sign = s.one("+*")
-        return output([f"for i in {low}..{low + n - 1}: print i {sign} {k}"], [i + k if sign == "+" else i * k for i in range(low, low + n)])
+        results = [i + k if sign == "+" else i * k for i in range(low, low + n)]
+        return output([f"for i in {low}..{low + n - 1}: print i {sign} {k}"], results)
 
     def repeat():
         n, text = s.number(2, 3), p.animal()
@@ -371,7 +414,8 @@ def code(s):
     def comment():
         return f"# {s.one(TASKS)} the {p.thing()} of the {p.person()}"
 
-    return "\n".join(s.one([variables, branch, loop, repeat, function, array, array, numbers, comment, comment])() for _ in range(s.number(8, 22)))
+    kinds = [variables, branch, loop, repeat, function, array, array, numbers, comment, comment]
+    return "\n".join(s.one(kinds)() for _ in range(s.number(8, 22)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
