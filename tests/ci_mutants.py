@@ -1,13 +1,14 @@
-"""Which faults of mutants.py CI puts in: those of the files that the change touches always, of the others as many as fit.
+"""Which faults of mutants.py CI puts in: always those of the files that the change touches, and as many of the others
+as fit.
 
     python3 tests/run.py tests/test_mutants.py -p ci_mutants --ci-seconds 1900
 
-A change is what is between a base and the files as they are, uncommitted ones included; touched_files says which base.
-A fault whose entry in mutants.py is new or has changed belongs to the change, too.
+The change is the difference between a base (base_of finds it) and the files as they are, with those not committed. A
+fault whose entry in mutants.py is new or has changed belongs to it also.
 
-The others are tried in an order drawn by the hash of the commit. None of them is started after .ci/run's 65th minute,
-nor when 25 minutes have passed since the first of them. What is not started is neither run nor counted, but for a line
-at the end.
+The others come in an order drawn by the hash of the commit. None of them starts after .ci/run's 65th minute, or later
+than 25 minutes after the first of them. A fault that has not started is not run, and counts neither as skipped nor as
+failed. A line at the end reports how many ran.
 """
 import hashlib
 import os
@@ -44,7 +45,7 @@ def older_ancestor(root):
 
 
 def base_of(root, given=None):
-    """What the change starts from: the commit given, else where it left origin/main, else an older ancestor; or None."""
+    """The commit before the change: the one given, else where it left origin/main, else an older ancestor; or None."""
     head = commit_of(root, "HEAD")
     if head is None or given:
         return commit_of(root, given) if head else None
@@ -112,7 +113,8 @@ class Choice:
 
     def line(self):
         others = sum(name not in self.always for name in self.started)
-        return (f"mutants: {len(self.started)} of {len(self.order)} ran ({len(self.started) - others} of touched files, "
+        touched = len(self.started) - others
+        return (f"mutants: {len(self.started)} of {len(self.order)} ran ({touched} of touched files, "
                 f"{others} of the {len(self.others)} others, drawn by {self.commit[:12]})")
 
 

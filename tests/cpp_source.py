@@ -50,10 +50,13 @@ def after_pair(text, at, pair):
     return None
 
 
+CONTROL = re.compile(r"\s*(else|do|try|case\b[^:]*:(?!:)|default\s*:|(?:if|for|while|switch|catch)\b[^(]*(\())")
+
+
 def after_control(head):
     """What is left of a statement after if (...), else and the like."""
     while True:
-        match = re.match(r"\s*(else|do|try|case\b[^:]*:(?!:)|default\s*:|(?:if|for|while|switch|catch)\b[^(]*(\())", head)
+        match = CONTROL.match(head)
         if not match:
             return head.strip()
         end = after_pair(head, match.start(2), "()") if match[2] else match.end()
@@ -178,8 +181,8 @@ def functions(source):
 ARGUMENTS = ("<", ">", ",", "*", "&", "&&", "::", "(", ")", "[", "]", "...")
 NO_TYPE = set("return else do case default throw new delete goto using namespace typedef sizeof operator if for while "
               "switch catch try break continue template public private protected static_assert this".split())
-SPECIFIERS = set("const constexpr static inline thread_local volatile extern register mutable typename struct class enum "
-                 "union __shared__ __constant__ __restrict__".split())
+SPECIFIERS = set("const constexpr static inline thread_local volatile extern register mutable typename struct class "
+                 "enum union __shared__ __constant__ __restrict__".split())
 BUILT_IN = set("unsigned signed long short int char double float bool".split())
 
 

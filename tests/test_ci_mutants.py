@@ -221,8 +221,8 @@ def project(repository):
     for file in "ab":
         (repository.root / f"{file}.h").write_text(" ".join(f"word{i}." for i in range(20)))
         (tests / f"test_{file}.py").write_text(TEST.format(file=file, sleep=0 if file == "a" else 0.2))
-        test = f"tests/test_{file}.py::test_word"
-        mutants += [(f"{file}{i}", f"{file}.h", f"word{i}.", "", f"{test}[{i}]") for i in range(2 if file == "a" else 8)]
+        for i in range(2 if file == "a" else 8):
+            mutants.append((f"{file}{i}", f"{file}.h", f"word{i}.", "", f"tests/test_{file}.py::test_word[{i}]"))
     (tests / "mutants.py").write_text(f"MUTANTS = {mutants}")
     repository.commit(0)
     repository.commit(10, a_h=(repository.root / "a.h").read_text() + " more")
@@ -273,7 +273,8 @@ def test_shortly_before_the_end_some_run(project):
 def test_a_fault_that_nothing_notices_fails_in_ci(project):
     """An entry that is new belongs to the change."""
     entries = project.root / "tests" / "mutants.py"
-    entries.write_text(entries.read_text()[:-1] + ", ('b99', 'b.h', 'word19.', 'word19. ', 'tests/test_b.py::test_word[0]')]")
+    unnoticed = ("b99", "b.h", "word19.", "word19. ", "tests/test_b.py::test_word[0]")
+    entries.write_text(entries.read_text()[:-1] + f", {unnoticed}]")
     stdout, passed, failed = judge(project, "-p", "ci_mutants", "--ci-seconds", "5000")
     assert failed == 1 and "FAILED   tests/test_mutants.py::test_mutant[b99]" in stdout
     assert re.search(r"^mutants: 3 of 11 ran \(3 of touched files, 0 of the 8 others", stdout, re.M)

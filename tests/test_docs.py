@@ -1,15 +1,20 @@
 """The documents keep step with the code: line numbers, links, kernels, and the numbers of the worked example.
 
-A link of the form [`name`](../olmoe.cu#L321) says that `name` stands on that line. The name is an identifier, whose definition
-is meant where it occurs more than once, or a piece of code that occurs on one line only. After lines have moved:
+A link of the form [`name`](../olmoe.cu#L321) says that `name` is on that line. The name is an identifier, whose
+definition is meant where it occurs more than once, or a piece of code that occurs on one line only. After lines have
+moved:
 
-    python3 tests/test_docs.py --fix        writes the right numbers; exit 1, and nothing written, where a name is not clear
+    python3 tests/test_docs.py --fix        writes the right numbers; where a name is not clear, exit code 1 and nothing
+                                            written
 """
 import math
 import re
 import sys
 from collections import namedtuple
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import cpp_source
 
 ROOT = Path(__file__).resolve().parent.parent
 LINE_LINK = re.compile(r"\[`([^`\n]+)`\]\(([^()#\s]+)#L(\d+)\)")
@@ -55,7 +60,7 @@ def find(lines, name):
     return found[0] + 1
 
 
-# A link: where it is, what it says, the right number (None where there is none), and what is wrong ("" where nothing is)
+# A link: where it is, its text, the right number (None where there is none), and what is wrong ("" where nothing is)
 LineLink = namedtuple("LineLink", "document at name target number right wrong")
 
 
@@ -69,7 +74,7 @@ def line_links(root):
             try:
                 right = find((document.parent / target).read_text().splitlines(), name)
                 if right != number:
-                    wrong = f"stands on line {right}, not {number}; run: python3 tests/test_docs.py --fix"
+                    wrong = f"is on line {right}, not {number}; run: python3 tests/test_docs.py --fix"
             except (OSError, ValueError) as error:
                 wrong = str(error)
             at = f"{document.relative_to(root)}:{text.count(chr(10), 0, match.start()) + 1}"
@@ -124,22 +129,45 @@ def test_links_lead_somewhere():
                 wrong.append(f"{document.name}: {match[0]}: no such file")
             elif re.fullmatch(r"L\d+", fragment):
                 if match.start(1) not in lines_checked:
-                    wrong.append(f"{document.name}: {match[0]}: a link to a line has to name what stands there, as `code`")
+                    wrong.append(f"{document.name}: {match[0]}: a link to a line has to name what is there, as `code`")
             elif fragment and fragment not in anchors(target.read_text()):
                 wrong.append(f"{document.name}: {match[0]}: no such heading")
     assert not wrong, "\n".join(wrong)
 
 
+def kernels_of(source):
+    """The names of the kernels that a source defines, also of templates."""
+    code = cpp_source.blank(source)
+    kernels = re.findall(r"__global__\s+void\s+(?:__launch_bounds__\([^()]*\)\s*)?(\w+)\(", code)
+    assert len(kernels) == len(re.findall(r"\b__global__\b", code)), "a kernel whose name is not clear"
+    return kernels
+
+
+def test_kernels_are_found():
+    source = """// __global__ void in_a_comment(
+__global__ void plain(int* x) { }
+template <typename T> __global__ void short_header(T* x) { }
+template <typename T, int N = std::max(1, 2), bool last = (N > 1)>
+__global__ void
+long_header(T* x) { }
+template <class... Ts>
+static __global__ void __launch_bounds__(256) bounded(Ts... x) { }
+"""
+    assert kernels_of(source) == ["plain", "short_header", "long_header", "bounded"]
+
+
 def test_tour_names_every_kernel():
-    kernels = re.findall(r"^(?:template <typename T> )?__global__ void (\w+)\(", (ROOT / "olmoe.cu").read_text(), flags=re.M)
-    assert len(kernels) == (ROOT / "olmoe.cu").read_text().count("__global__ ") > 0
+    sources = [path for folder in ("", "lib", "commands") for ending in ("cu", "cuh", "h")
+               for path in sorted((ROOT / folder).glob(f"*.{ending}")) if path.name != "test_olmoe.cu"]
+    kernels = {kernel: path.name for path in sources for kernel in kernels_of(path.read_text())}
+    assert "olmoe.cu" in kernels.values()
     tour = (ROOT / "docs" / "tour.md").read_text()
-    missing = [k for k in kernels if not re.search(rf"\b{k}\b", tour)]
+    missing = [f"{k} of {file}" for k, file in kernels.items() if not re.search(rf"\b{k}\b", tour)]
     assert not missing, missing
 
 
 def worked_example():
-    """The tour's example, from the definitions: rows of text that have to stand in it, but for their spaces."""
+    """The tour's example, from the definitions: rows of text that it has to contain, but for their spaces."""
     E, K, N, alpha, beta = 4, 2, 3, 0.01, 0.001
     z = [[.5, -1, 2, 0], [1, 1.5, -.5, .25], [-2, .75, .5, 3]]
     y = [[.5, .2], [.1, .3], [.4, -.1], [.2, .3], [.6, .1], [.05, .3]]         # by assignment
@@ -157,21 +185,22 @@ def worked_example():
     counts = [expert.count(e) for e in range(E)]
     assignment_of = sorted(range(N * K), key=lambda a: expert[a])               # stable
     row_of = [assignment_of.index(a) for a in range(N * K)]
-    for label, numbers in [("its token, a / K", [a // K for a in range(N * K)]), ("its expert", expert), ("row_of", row_of),
-                           ("counts", counts), ("first row", [sum(counts[:e]) for e in range(E)]),
+    for label, numbers in [("its token, a / K", [a // K for a in range(N * K)]), ("its expert", expert),
+                           ("row_of", row_of), ("counts", counts), ("first row", [sum(counts[:e]) for e in range(E)]),
                            ("assignment_of", assignment_of), ("its token", [a // K for a in assignment_of])]:
         rows.append(f"{label} " + " ".join(map(str, numbers)))
 
     dw = [[sum(a * b for a, b in zip(dout[t], y[t * K + k])) for k in range(K)] for t in range(N)]
     for t in range(N):
         out = [sum(w[t][k] * y[t * K + k][c] for k in range(K)) for c in range(2)]
-        rows.append(f"{t} " + " ".join(f"{row_of[t * K + k]}: ({y[t * K + k][0]:.2f}, {y[t * K + k][1]:.2f})" for k in range(K))
-                    + f" ({out[0]:.4f}, {out[1]:.4f})")
+        outputs = [f"{row_of[a]}: ({y[a][0]:.2f}, {y[a][1]:.2f})" for a in range(t * K, t * K + K)]
+        rows.append(f"{t} {' '.join(outputs)} ({out[0]:.4f}, {out[1]:.4f})")
         rows.append(f"{t} ({dout[t][0]:.2f}, {dout[t][1]:.2f}) {dw[t][0]:.2f} {dw[t][1]:.2f}")
 
     mean = [sum(p[t][i] for t in range(N)) / N for i in range(E)]
     rows.append("Pbar " + " ".join(f"{v:.4f}" for v in mean))
-    rows.append(f"LB = 0.01 * 4 / (1 * 3 * 2) * {sum(c * m for c, m in zip(counts, mean)):.6f} = {alpha * E / (N * K) * sum(c * m for c, m in zip(counts, mean)):.6f}")
+    balanced = sum(c * m for c, m in zip(counts, mean))
+    rows.append(f"LB = 0.01 * 4 / (1 * 3 * 2) * {balanced:.6f} = {alpha * E / (N * K) * balanced:.6f}")
     squares = sum(s * s for s in lse)
     rows.append(f"Z = 0.001 / (1 * 3 * 2) * {squares:.6f} = {beta / (N * K) * squares:.6f}")
 
@@ -181,7 +210,8 @@ def worked_example():
         terms = [[p[t][j] * (g[j] - sum(a * b for a, b in zip(p[t], g))) for j in range(E)] for g in (chosen, balance)]
         terms.append([2 * beta * lse[t] * p[t][j] / (N * K) for j in range(E)])
         terms.append([sum(term[j] for term in terms) for j in range(E)])
-        rows += [f"{t} {name} " + " ".join(f"{v:.6f}" for v in term) for name, term in zip(("weights", "balance", "z-loss", "dz"), terms)]
+        names = ("weights", "balance", "z-loss", "dz")
+        rows += [f"{t} {name} " + " ".join(f"{v:.6f}" for v in term) for name, term in zip(names, terms)]
     return rows
 
 
@@ -206,7 +236,12 @@ T late(T x) {
     return x + 1;
 }
 """
-PAGE = "[`early`](../a.cu#L1) [`late`](../a.cu#L1), [`p[n] = LIMIT`](../a.cu#L1)\n```\n[`gone`](../a.cu#L1)\n```\n[`LIMIT`](../a.cu#L1) [`Pair`](../a.cu#L9)\n"
+PAGE = """[`early`](../a.cu#L1) [`late`](../a.cu#L1), [`p[n] = LIMIT`](../a.cu#L1)
+```
+[`gone`](../a.cu#L1)
+```
+[`LIMIT`](../a.cu#L1) [`Pair`](../a.cu#L9)
+"""
 
 
 def test_fix_writes_the_lines_of_definitions(tmp_path, capsys):
@@ -229,7 +264,8 @@ def test_fix_refuses_what_is_not_clear(tmp_path, capsys):
     (tmp_path / "docs").mkdir()
     (tmp_path / "a.cu").write_text(SOURCE)
     page = tmp_path / "docs" / "page.md"
-    for name, reason in [("nowhere", "does not occur"), ("x", "none defines it"), ("early(", "lines 5, 11"), ("lat", "does not occur")]:
+    for name, reason in [("nowhere", "does not occur"), ("x", "none defines it"), ("early(", "lines 5, 11"),
+                         ("lat", "does not occur")]:
         text = f"[`early`](../a.cu#L1) [`{name}`](../a.cu#L1)\n"
         page.write_text(text)
         assert fix(tmp_path) == 1

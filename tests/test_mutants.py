@@ -1,11 +1,11 @@
-"""Do the tests test? Each fault of mutants.py is put into a copy of the tree, alone, and the test it names has to fail: by
-a comparison, or by a report of the strict machine. That a copy does not build, hangs or dies otherwise does not count,
-and without the fault every named test has to pass.
+"""Do the tests test? Each fault of mutants.py is put into a copy of the tree, alone, and the test it names has to fail:
+by a comparison, or by a report of the strict machine. That a copy does not build, hangs or dies otherwise does not
+count, and without the fault every named test has to pass.
 
     python3 -m pytest tests/test_mutants.py [-k NAME]
 
-The copies are in build/mutants/; that of a fault that nothing noticed stays there. Two at a time: half of it is compiling.
-CI runs a choice of them: ci_mutants.py.
+The copies are in build/mutants/; that of a fault that no test noticed stays there. Two at a time: half of it is
+compiling. CI runs a choice of them: ci_mutants.py.
 """
 import os
 import re
@@ -137,9 +137,9 @@ def judge_baseline(group):
 def copy_tree():
     """The tree as git knows it, with files not yet added; the fixtures as a link."""
     shutil.rmtree(COPIES, ignore_errors=True)
-    files = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, check=True,
-                           capture_output=True, text=True).stdout
-    for name in files.split("\0"):
+    list_files = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(list_files, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    for name in listed.split("\0"):
         if name and not name.startswith("tests/fixtures/") and (ROOT / name).is_file():
             (BASELINE / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, BASELINE / name)
@@ -212,8 +212,8 @@ def judging_of(session):
 
 
 def left_out(item):
-    """Whether CI's choice left this test out: a mutant that was not started, a group that no mutant needed. Waits for the
-    mutant. The groups' tests come last."""
+    """Whether CI's choice left this test out: a mutant that was not started, a group that no mutant needed. Waits for
+    the mutant. The groups' tests come last."""
     judging, parameters = judging_of(item.session), item.callspec.params
     if "group" in parameters:
         return parameters["group"] not in judging.begun
