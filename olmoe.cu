@@ -220,7 +220,8 @@ std::vector<TensorRow> tensor_table(const OlmoeConfig& c) {
     return {
         {&M::embed,      {"model.embed_tokens"},                                    {V, C}, Kind::lookup,  "embedding"},
         {&P::attn_norm,  {"input_layernorm"},                                       {C},    Kind::norm,    "norms"},
-        {&P::qkv,      {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}, {C, C}, Kind::matrix, "attention"},
+        {&P::qkv,        {"self_attn.q_proj", "self_attn.k_proj",
+                          "self_attn.v_proj"},                                      {C, C}, Kind::matrix,  "attention"},
         {&P::q_norm,     {"self_attn.q_norm"},                                      {C},    Kind::norm,    "norms"},
         {&P::k_norm,     {"self_attn.k_norm"},                                      {C},    Kind::norm,    "norms"},
         {&P::attn_out,   {"self_attn.o_proj"},                                      {C, C}, Kind::matrix,  "attention"},
