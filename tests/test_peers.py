@@ -5,7 +5,7 @@
 
 Run by `make test-peers`: build/venv/bin/python -m pytest tests/test_peers.py. PEER_SEED repeats a run, PEER_SHAPES sets
 the number of shapes, OLMOE is the FP32 program (default ./olmoe); with OLMOE_BF16, directories that a BF16 program
-writes are opened, too.
+writes are opened also.
 """
 import array
 import json
@@ -38,8 +38,9 @@ def draw(number):
              z_coef=10 ** r.uniform(-3, 0), lr=10 ** r.uniform(-4, -2.5), beta1=r.choice([0.8, 0.9]),
              beta2=r.choice([0.95, 0.999]), eps=r.choice([1e-8, 1e-5]), weight_decay=r.choice([0.0, 0.1]),
              grad_clip=r.choice([0.0, 0.3, 1.0]), ce_divisor=r.choice(["valid", "all"]), seed=r.randrange(10**6))
-    special = [dict(topk=1, norm_topk_prob=False), dict(topk=E), dict(seq=1), dict(seq=r.randint(257, 400), batch=1, layers=1),
-               dict(experts=24, topk=2, batch=1, seq=5), dict(experts=1, topk=1)]
+    special = [dict(topk=1, norm_topk_prob=False), dict(topk=E), dict(seq=1),
+               dict(seq=r.randint(257, 400), batch=1, layers=1), dict(experts=24, topk=2, batch=1, seq=5),
+               dict(experts=1, topk=1)]
     return {**o, **(special[number] if number < len(special) else {})}
 
 
@@ -61,7 +62,8 @@ def peers(request):
 
 
 def reference_directory(peers, path, options):
-    """PyTorch's own float32 run has to agree with float64 on a shape; where a draw is too close to a tie, the next one is taken."""
+    """PyTorch's own float32 run has to agree with float64 on a shape; where a draw is too close to a tie, the next one
+    is taken."""
     for attempt in range(20):
         words = ["--out", str(path), "--seed", str(options["seed"] + attempt)]
         for key, value in options.items():
@@ -74,23 +76,24 @@ def reference_directory(peers, path, options):
             peers.main(words)
             return path
         except SystemExit:
-            print(f"seed {options['seed'] + attempt} is unfit, drawing again")
+            print(f"seed {options['seed'] + attempt} is not fit, drawing again")
     pytest.fail(f"no fit reference in twenty draws: {options}", pytrace=False)
 
 
 def olmoe(*words, program=OLMOE):
     words = [program, *map(str, words)]
     result = subprocess.run(words, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, f"PEER_SEED={SEED} {' '.join(words)}: exit {result.returncode}\n{result.stderr}{result.stdout}"
+    called = f"PEER_SEED={SEED} {' '.join(words)}"
+    assert result.returncode == 0, f"{called}: exit {result.returncode}\n{result.stderr}{result.stdout}"
     return result.stdout
 
 
 def without_gradients(peers, source, path, keep):
     """The same reference without its gradients, for the tighter limit of logits and losses."""
     with peers.safe_open(str(source), "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys() if not name.startswith("grad.") and keep(name)}
+        names = [name for name in file.keys() if not name.startswith("grad.") and keep(name)]
+        tensors = {name: file.get_tensor(name) for name in names}
         peers.write_safetensors(str(path), tensors, file.metadata())
-    return path
 
 
 @pytest.mark.parametrize("number", range(SHAPES))
@@ -101,7 +104,8 @@ def test_theirs_in_ours(peers, tmp_path, number):
     table = olmoe("verify", "--model", model, "--reference", model / "reference.safetensors")
     print(table)
     assert "they agree" in table.splitlines()[-1]
-    losses = without_gradients(peers, model / "reference.safetensors", tmp_path / "losses.safetensors", lambda name: True)
+    losses = tmp_path / "losses.safetensors"
+    without_gradients(peers, model / "reference.safetensors", losses, lambda name: True)
     olmoe("verify", "--model", model, "--reference", losses, "--rtol", "1e-5")
 
 
@@ -115,59 +119,72 @@ def test_ours_in_theirs(peers, tmp_path, number, precision):
     r = random.Random(f"{SEED} {number} tokens")
     tokens = array.array("H", [r.randrange(options["vocab"]) for _ in range(64 * 32)])
     (tmp_path / "tokens.npy").write_bytes(tokens.tobytes())
-    olmoe("train", "--config", shape / "config.json", "--data", tmp_path / "tokens.npy", "--steps", 3, "--batch", 2, "--seq", 32,
-          "--lr", 0.01, "--warmup", 0, "--eps", 1e-3, "--peak-tflops", 1, "--seed", options["seed"], "--out", tmp_path / "run",
-          program=PROGRAMS[precision])
+    olmoe("train", "--config", shape / "config.json", "--data", tmp_path / "tokens.npy", "--steps", 3, "--batch", 2,
+          "--seq", 32, "--lr", 0.01, "--warmup", 0, "--eps", 1e-3, "--peak-tflops", 1, "--seed", options["seed"],
+          "--out", tmp_path / "run", program=PROGRAMS[precision])
     ours = tmp_path / "run" / "step-00000003"
 
     model, loading = peers.OlmoeForCausalLM.from_pretrained(ours, output_loading_info=True, local_files_only=True)
     assert not any(loading.values()), loading
     assert model.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
     config = peers.OlmoeConfig.from_pretrained(shape)
-    for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_experts",
-                  "num_experts_per_tok", "max_position_embeddings", "rms_norm_eps", "norm_topk_prob", "rope_parameters",
-                  "eos_token_id", "pad_token_id", "tie_word_embeddings"):
+    for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                  "num_experts", "num_experts_per_tok", "max_position_embeddings", "rms_norm_eps", "norm_topk_prob",
+                  "rope_parameters", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
         assert getattr(model.config, field) == getattr(config, field), field
 
-    # Fresh routers choose by small differences: a margin that they reach, and that float32's rounding does not. The more experts
-    # a token chooses, the more differences there are: then fewer tokens, so that some draw of them keeps the margin.
+    # Fresh routers choose by small differences: a margin that they reach, and that float32's rounding does not. The
+    # more experts a token chooses, the more differences there are: then fewer tokens, so that some draw of them keeps
+    # the margin.
+    topk = options["topk"]
     theirs = reference_directory(peers, tmp_path / "theirs", {
-        **options, "model": ours, "batch": 1 if options["topk"] > 2 else 2, "seq": max(2, min(32, 40 // options["topk"])), "margin": 0.001 if options["topk"] <= 2 else 0.0001})
+        **options, "model": ours, "batch": 1 if topk > 2 else 2, "seq": max(2, min(32, 40 // topk)),
+        "margin": 0.001 if topk <= 2 else 0.0001})
     full = theirs / "reference.safetensors"
     if precision == "fp32":
         print(olmoe("verify", "--model", ours, "--reference", full))
-    logits = without_gradients(peers, full, tmp_path / "logits.safetensors", lambda name: precision == "fp32" or name != "losses")
+    logits = tmp_path / "logits.safetensors"
+    without_gradients(peers, full, logits, lambda name: precision == "fp32" or name != "losses")
     rtol = ["--rtol", "1e-5"] if precision == "fp32" else []
     print(olmoe("verify", "--model", ours, "--reference", logits, *rtol, program=PROGRAMS[precision]))
 
 
 def test_layerwise(peers, tmp_path):
-    """scripts/reference_layerwise.py, which never holds a whole model, computes bit for bit what transformers' whole model does."""
+    """scripts/reference_layerwise.py, which never holds a whole model, computes bit for bit what transformers' whole
+    model does."""
     import reference_layerwise as layerwise
     import torch
     r = random.Random(f"{SEED} layerwise")
     heads, E = r.randint(1, 4), r.randint(2, 12)
-    shape = dict(num_hidden_layers=r.randint(1, 4), hidden_size=heads * r.choice([6, 10, 16]), num_attention_heads=heads, num_key_value_heads=heads, num_experts=E,
-                 num_experts_per_tok=r.randint(1, E), intermediate_size=r.randint(1, 40), vocab_size=r.randint(16, 300), max_position_embeddings=64,
-                 eos_token_id=0, pad_token_id=1, norm_topk_prob=r.random() < 0.5, rope_theta=r.choice([100.0, 10000.0]), rms_norm_eps=r.choice([1e-5, 1e-3]))
+    shape = dict(num_hidden_layers=r.randint(1, 4), hidden_size=heads * r.choice([6, 10, 16]),
+                 num_attention_heads=heads, num_key_value_heads=heads, num_experts=E,
+                 num_experts_per_tok=r.randint(1, E), intermediate_size=r.randint(1, 40),
+                 vocab_size=r.randint(16, 300), max_position_embeddings=64, eos_token_id=0, pad_token_id=1,
+                 norm_topk_prob=r.random() < 0.5, rope_theta=r.choice([100.0, 10000.0]),
+                 rms_norm_eps=r.choice([1e-5, 1e-3]))
     print(f"PEER_SEED={SEED} {json.dumps(shape)}")
     (tmp_path / "shape.json").write_text(json.dumps(shape))
-    subprocess.run([sys.executable, os.path.join(ROOT, "scripts", "make_random_model.py"), "--out", tmp_path / "model", "--config", tmp_path / "shape.json",
-                    "--shard-bytes", "50000"], check=True)
-    layerwise.main(["--model", str(tmp_path / "model"), "--out", str(tmp_path / "reference.safetensors"), "--batch", "2", "--seq", "33"])
-    with peers.safe_open(str(tmp_path / "reference.safetensors"), "pt") as file:
+    subprocess.run([sys.executable, os.path.join(ROOT, "scripts", "make_random_model.py"), "--out", tmp_path / "model",
+                    "--config", tmp_path / "shape.json", "--shard-bytes", "50000"], check=True)
+    path = tmp_path / "reference.safetensors"
+    layerwise.main(["--model", str(tmp_path / "model"), "--out", str(path), "--batch", "2", "--seq", "33"])
+    with peers.safe_open(str(path), "pt") as file:
         got, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
 
     def whole(dtype, attention):
-        model = peers.OlmoeForCausalLM.from_pretrained(tmp_path / "model", dtype=dtype, attn_implementation=attention, experts_implementation="eager", local_files_only=True)
-        assert model.config.rope_parameters["rope_theta"] == shape["rope_theta"] and model.config.rms_norm_eps == shape["rms_norm_eps"]
+        model = peers.OlmoeForCausalLM.from_pretrained(
+            tmp_path / "model", dtype=dtype, attn_implementation=attention, experts_implementation="eager",
+            local_files_only=True)
+        assert model.config.rope_parameters["rope_theta"] == shape["rope_theta"]
+        assert model.config.rms_norm_eps == shape["rms_norm_eps"]
         with torch.no_grad():
             return peers.forward(model, got["inputs"].long())
     reference = logits, routers, choices = whole(torch.float32, "eager")
     assert torch.equal(got["logits"], logits)
     for l in range(shape["num_hidden_layers"]):
-        assert torch.equal(got[f"router.{l}.logits"], routers[l]) and torch.equal(got[f"router.{l}.experts"], choices[l].int())
+        assert torch.equal(got[f"router.{l}.logits"], routers[l])
+        assert torch.equal(got[f"router.{l}.experts"], choices[l].int())
     for attention in ("eager", "sdpa"):
         for what, error in layerwise.errors(whole(torch.bfloat16, attention), reference).items():
             assert metadata[f"bf16_{attention}_{what}"] == f"{error:.3e}"
-    print(olmoe("verify", "--model", tmp_path / "model", "--reference", tmp_path / "reference.safetensors"))
+    print(olmoe("verify", "--model", tmp_path / "model", "--reference", path))
