@@ -3,10 +3,11 @@
 
     build/venv/bin/python scripts/make_unicode_differences.py [--check]
 
-`tokenizers` has three sets of tables: the regular expression that splits words (\\p{L}, \\p{N}, \\s), that of added tokens (\\w), and NFC, which
-is of an older version. They are asked about every code point, by what is done to a few characters around it. A code point is listed
-where any of these says something else: the utf8proc that is installed, Python's unicodedata, the newer one of the package unicodedata2.
-So the list holds for utf8proc's versions between them, too. With --check nothing is written, and the exit code says whether the file is that.
+`tokenizers` has three sets of tables: the regular expression that splits words (\\p{L}, \\p{N}, \\s), that of added
+tokens (\\w), and NFC, which is of an older version. They are asked about every code point, by what is done to a few
+characters around it. A code point is listed where any of these differs: the utf8proc that is installed, Python's
+unicodedata, the newer one of the package unicodedata2. So the list also holds for utf8proc's versions between them.
+With --check nothing is written, and the exit code reports whether the file is what would be written.
 Needs tokenizers and unicodedata2, and libutf8proc.
 """
 import argparse
@@ -26,6 +27,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 FILE = Path(__file__).resolve().parent.parent / "lib" / "unicode_differences.h"
 CODE_POINTS = [c for c in range(0x110000) if not 0xd800 <= c < 0xe000]
+WIDTH = 120                                 # of a line of the file
 KINDS = {"L": 1, "N": 2, "Z": 3}            # as in tokenizer.h; anything else 0
 
 
@@ -51,9 +53,10 @@ class Utf8proc:
     def normalize(self, form, c):
         """NFD of a character or NFC of a string."""
         out, bound = (ctypes.c_int32 * 16)(), ctypes.c_int(0)
+        decompose = self.library.utf8proc_decompose_char
         n = 0
         for x in c:
-            n += self.library.utf8proc_decompose_char(ord(x), ctypes.byref(out, 4 * n), 16 - n, 1 << 4, ctypes.byref(bound))
+            n += decompose(ord(x), ctypes.byref(out, 4 * n), 16 - n, 1 << 4, ctypes.byref(bound))
         if form == "NFC":
             n = self.library.utf8proc_normalize_utf32(out, n, 1 << 1 | 1 << 3)
         return "".join(map(chr, out[:n]))
@@ -85,7 +88,8 @@ def their_kinds():
 
 
 def their_words_and_spaces():
-    """Where an added token X may not stand, where it must be a word; and what one swallows that strips what is behind."""
+    """Whether an added token X that must be a word is refused before a character; whether one that strips what follows
+    strips the character."""
     word, space = {}, {}
     alone, strips = Tokenizer(models.BPE()), Tokenizer(models.BPE())
     alone.add_tokens([AddedToken("X", single_word=True, normalized=False)])
@@ -102,7 +106,7 @@ def their_words_and_spaces():
 
 
 def their_combining(nfd):
-    """Canonical combining classes, from what changes places with what."""
+    """Canonical combining classes, from which characters change places."""
     moves = lambda first, second: nfd("a" + first + second) != "a" + first + second
     low, high = "\u0334", "\u0345"          # of the classes 1 and 240, the lowest and the highest
     example = {}
@@ -130,6 +134,49 @@ def ranges(values):
     return out
 
 
+def filled(entries):
+    """Lines that hold as many of the entries as fit."""
+    lines = []
+    for entry in entries:
+        if lines and len(lines[-1]) + 1 + len(entry) <= WIDTH:
+            lines[-1] += " " + entry
+        else:
+            lines.append("    " + entry)
+    return lines
+
+
+def cpp_text(digest, versions, other_kind, other_class, not_composed):
+    """The file."""
+    kinds = [f"{{0x{a:04x}, 0x{b:04x}, {k}, {str(w).lower()}}}," for a, b, (k, w) in ranges(other_kind)]
+    classes = [f"{{0x{a:04x}, 0x{b:04x}, {k}}}," for a, b, k in ranges(other_class)]
+    lines = [
+        "// Made by scripts/make_unicode_differences.py: where tables of utf8proc are not those of `tokenizers`.",
+        f"// tokenizers {tokenizers.__version__}; utf8proc's Unicode {versions[0]}, and {', '.join(versions[1:])}",
+        f"// digest of the tables as they have to be: {digest}",
+        "",
+        "#pragma once",
+        "",
+        "// Code points whose kind (0 other, 1 letter, 2 number, 3 white space) or place in words is another.",
+        "struct UnicodeKind { char32_t first, last; unsigned char kind; bool in_word; };",
+        "constexpr UnicodeKind unicode_kinds[] = {",
+        *filled(kinds),
+        "};",
+        "",
+        "// Code points whose combining class is another. Those newer than the NFC of `tokenizers` have none there.",
+        "struct UnicodeCombining { char32_t first, last; unsigned char combining; };",
+        "constexpr UnicodeCombining unicode_combining[] = {",
+        *filled(classes),
+        "};",
+        "",
+        "// Characters that the NFC of `tokenizers` neither composes nor decomposes.",
+        "constexpr char32_t unicode_not_composed[] = {",
+        *filled(f"0x{c:04x}," for c in not_composed),
+        "};",
+        "",
+    ]
+    return "\n".join(lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
@@ -143,7 +190,8 @@ def main():
     for c in CODE_POINTS:
         s = chr(c)
         if spaces[c] != (kinds[c] == 3):
-            sys.exit(f"make_unicode_differences.py: U+{c:04X} is white space for words and not for added tokens, or the other way round: tokenizer.h has one class for both")
+            sys.exit(f"make_unicode_differences.py: U+{c:04X} is white space for words and not for added tokens, "
+                     "or the other way round: tokenizer.h has one class for both")
         if any((kind(u, s), in_word(u, s)) != (kinds[c], words[c]) for u in sources):
             other_kind[c] = (kinds[c], words[c])
         if nfd(s) == s and any(u.combining(s) != combining.get(c, 0) for u in sources):
@@ -151,7 +199,8 @@ def main():
         for u in sources:
             if u.normalize("NFD", s) != nfd(s) or u.normalize("NFC", s) != nfc(s):
                 if nfd(s) != s:
-                    sys.exit(f"make_unicode_differences.py: U+{c:04X} decomposes in another way: tokenizer.h has no list for that")
+                    sys.exit(f"make_unicode_differences.py: U+{c:04X} decomposes in another way: "
+                             "tokenizer.h has no list for that")
                 not_composed.append(c)
                 break
 
@@ -160,28 +209,15 @@ def main():
     for c in CODE_POINTS:
         s = chr(c)
         if kinds[c] or words[c] or combining.get(c) or nfd(s) != s:
-            parts = "" if nfd(s) == s else "".join(f" {ord(x):x}" for x in nfd(s)) + (" made" if nfc(s) == s else " not made")
+            parts = ""
+            if nfd(s) != s:
+                parts = "".join(f" {ord(x):x}" for x in nfd(s)) + (" made" if nfc(s) == s else " not made")
             table.append(f"{c:x} {kinds[c] | words[c] << 2} {combining.get(c, 0)}{parts}")
     digest = hashlib.sha256("\n".join(table).encode()).hexdigest()
 
-    lines = ["// Made by scripts/make_unicode_differences.py. Where Unicode tables of utf8proc are not those of `tokenizers`; see there.",
-             f"// tokenizers {tokenizers.__version__}; utf8proc's Unicode {sources[0].unidata_version}, and {', '.join(u.unidata_version for u in sources[1:])}",
-             f"// digest of the tables as they have to be: {digest}", "",
-             "#pragma once", "",
-             "// Code points whose kind (0 other, 1 letter, 2 number, 3 white space) or place in words is another.",
-             "struct UnicodeKind { char32_t first, last; unsigned char kind; bool in_word; };",
-             "constexpr UnicodeKind unicode_kinds[] = {"]
-    entries = [f"{{0x{a:04x}, 0x{b:04x}, {k}, {str(w).lower()}}}," for a, b, (k, w) in ranges(other_kind)]
-    lines += ["    " + " ".join(entries[i:i + 5]) for i in range(0, len(entries), 5)]
-    lines += ["};", "", "// Code points whose canonical combining class is another: those that came after the NFC of `tokenizers` have none there.",
-              "struct UnicodeCombining { char32_t first, last; unsigned char combining; };", "constexpr UnicodeCombining unicode_combining[] = {"]
-    entries = [f"{{0x{a:04x}, 0x{b:04x}, {k}}}," for a, b, k in ranges(other_class)]
-    lines += ["    " + " ".join(entries[i:i + 6]) for i in range(0, len(entries), 6)]
-    lines += ["};", "", "// Characters that NFC neither makes nor takes apart there.", "constexpr char32_t unicode_not_composed[] = {"]
-    entries = [f"0x{c:04x}," for c in not_composed]
-    lines += ["    " + " ".join(entries[i:i + 14]) for i in range(0, len(entries), 14)]
-    text = "\n".join(lines + ["};", ""])
-    print(f"{len(other_kind)} code points of another kind, {len(other_class)} of another combining class, {len(not_composed)} not composed")
+    text = cpp_text(digest, [u.unidata_version for u in sources], other_kind, other_class, not_composed)
+    print(f"{len(other_kind)} code points of another kind, {len(other_class)} of another combining class, "
+          f"{len(not_composed)} not composed")
     if not check:
         FILE.write_text(text)
     elif FILE.read_text() != text:

@@ -17,7 +17,8 @@ try:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 except ImportError:
-    sys.exit("plot.py: matplotlib is missing; install python3-matplotlib (make setup does) and run it with that python3")
+    sys.exit("plot.py: matplotlib is missing; install python3-matplotlib (make setup does) and run it with that "
+             "python3")
 
 
 def read(out):
@@ -28,7 +29,8 @@ def read(out):
         with open(path, encoding="utf-8") as f:
             lines = f.read().split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        sys.exit(f"plot.py: {path}: {getattr(error, 'strerror', None) or 'not a text file'}; name the --out directory of a training run")
+        reason = getattr(error, "strerror", None) or "not a text file"
+        sys.exit(f"plot.py: {path}: {reason}; name the --out directory of a training run")
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line) if line.strip() else {}
@@ -60,13 +62,15 @@ def main():
     options = parser.parse_args()
     runs = [read(out) for out in options.runs]
     first = options.runs[0]
-    picture = options.out or os.path.join(first if os.path.isdir(first) else os.path.dirname(first) or ".", "plot.png")
+    folder = first if os.path.isdir(first) else os.path.dirname(first) or "."
+    picture = options.out or os.path.join(folder, "plot.png")
 
     figure, ((loss, validation), (rate, load)) = plt.subplots(2, 2, figsize=(11, 7), sharex=True)
     for i, (out, run) in enumerate(zip(options.runs, runs)):
         name, colour = os.path.basename(os.path.abspath(out)), f"C{i}"
         draw(loss, run, lambda r: r.get("ce_loss"), color=colour, label=name, linewidth=1)
-        draw(validation, run, lambda r: r.get("val_bpb", r.get("val_loss")), color=colour, marker="o", markersize=3, label=name)
+        draw(validation, run, lambda r: r.get("val_bpb", r.get("val_loss")), color=colour, marker="o", markersize=3,
+             label=name)
         draw(rate, run, lambda r: r.get("lr"), color=colour, label=name)
         layers = max(len(r.get("balance") or []) for r in run)
         for l in range(layers):
@@ -74,7 +78,10 @@ def main():
                 balance = r.get("balance") or []
                 return balance[l].get("max_over_mean") if l < len(balance) else None
             # One run: a colour a layer. Several: a colour a run, and fainter for deeper layers.
-            style = {"color": f"C{l % 10}", "label": f"layer {l}"} if len(runs) == 1 else {"color": colour, "alpha": 1 - 0.7 * l / layers, "label": name if l == 0 else None}
+            if len(runs) == 1:
+                style = {"color": f"C{l % 10}", "label": f"layer {l}"}
+            else:
+                style = {"color": colour, "alpha": 1 - 0.7 * l / layers, "label": name if l == 0 else None}
             draw(load, run, max_over_mean, linewidth=1, **style)
 
     loss.set_title("training loss (cross entropy, nats a token)")

@@ -5,9 +5,9 @@ Writes a Hugging Face directory (config.json, model.safetensors with the hub's p
 reference.safetensors, the file that `olmoe verify --reference` reads: logits, the separate losses, every
 gradient, the routing, and the losses of a few AdamW steps with clipping.
 
-  reference.py --out DIR --shape odd --seed 2                one model
-  reference.py --out DIR --model DIR2                        the reference of an existing model; its weights are not copied
-  reference.py --all tests/fixtures                          the committed fixtures again
+  reference.py --out DIR --shape odd --seed 2     one model
+  reference.py --out DIR --model DIR2             the reference of an existing model; its weights are not copied
+  reference.py --all tests/fixtures               the committed fixtures again
 
 The numbers come from transformers' own modules, run in float64, also where transformers asks for float32
 (norms, softmax, rotary tables). The same modules as they are, in float32, are compared with that, and the run
@@ -40,7 +40,8 @@ try:
     from safetensors import safe_open
     from transformers import OlmoeConfig, OlmoeForCausalLM
 except ImportError as error:
-    die(f"{error}; install what scripts/requirements.txt lists, in a virtual environment: pip install -r scripts/requirements.txt")
+    die(f"{error}; install what scripts/requirements.txt lists, in a virtual environment: "
+        "pip install -r scripts/requirements.txt")
 
 # The committed fixtures. Whatever a shape does not name is as in DEFAULTS.
 DEFAULTS = dict(
@@ -55,12 +56,13 @@ SHAPES = {
                 rope_theta=500.0, rms_norm_eps=1e-3, lb_coef=0.5, z_coef=0.2, lr=1e-2, beta1=0.8, beta2=0.9,
                 eps=1e-6, weight_decay=0.5, grad_clip=0.5, ce_divisor="all", seed=2),
     # No routing to decide; longer than a few hundred rows, so that attention works in more than one block.
-    "all_experts": dict(hidden=24, heads=2, vocab=64, experts=3, topk=3, width=40, batch=1, seq=300, z_coef=0.1, seed=3),
+    "all_experts": dict(hidden=24, heads=2, vocab=64, experts=3, topk=3, width=40, batch=1, seq=300, z_coef=0.1,
+                        seed=3),
     # The chosen experts' weights sum to one; fewer tokens than experts, and some experts get none.
     "normalized": dict(layers=1, hidden=40, heads=2, vocab=96, experts=10, topk=3, width=14, seq=3, norm_topk_prob=True,
                        grad_clip=0.0, seed=4),
-    # bf16 logits are right to two or three digits: a margin that such errors don't cross. With a small eps every weight
-    # would move by lr at once, and bf16 would round whole steps away.
+    # bf16 logits are right to two or three digits: a margin that such errors don't cross. With a small eps every
+    # weight would move by lr at once, and bf16 would round whole steps away.
     "bf16": dict(bf16=True, margin=0.3, lr=1e-2, eps=1e-2, seed=6),
 }
 RECIPE = ("lb_coef", "z_coef", "lr", "beta1", "beta2", "eps", "weight_decay", "grad_clip", "ce_divisor")
@@ -91,7 +93,7 @@ def twin(model, dtype, attention="eager"):
 
 
 def draw_model(o, generator):
-    """Weights that keep activations near one and gradients of all tensors in sight; the router's logits spread by 2."""
+    """Weights that keep activations near one and no tensor's gradient tiny; the router's logits spread by 2."""
     config = OlmoeConfig(
         vocab_size=o.vocab, hidden_size=o.hidden, intermediate_size=o.width, num_hidden_layers=o.layers,
         num_attention_heads=o.heads, num_key_value_heads=o.heads, num_experts=o.experts, num_experts_per_tok=o.topk,
@@ -135,7 +137,7 @@ def margins(routers, K):
 
 def draw_inputs(exact, o, generator):
     """Random tokens whose routing is decisive. Attention is causal: in each row, the first token whose margin is too
-    small is drawn again until it has one, and what stands before it stays good."""
+    small is drawn again until it has one, and what is before it stays good."""
     V = exact.config.vocab_size
     inputs = torch.randint(V, (o.batch, o.seq), generator=generator)
     for attempt in range(50 * o.seq):
@@ -154,7 +156,8 @@ def losses(model, inputs, targets, o):
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     N, K, E, L = inputs.numel(), model.config.num_experts_per_tok, model.config.num_experts, len(routers)
     divisor = N if o.ce_divisor == "all" else int((targets >= 0).sum())
-    ce = F.cross_entropy(logits.to(wide).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum") / divisor
+    ce = F.cross_entropy(logits.to(wide).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    ce = ce / divisor
     lb = z = torch.zeros((), dtype=wide)
     for router, choice in zip(routers, choices):
         router = router.to(wide).flatten(0, 1)
@@ -266,7 +269,8 @@ def reference(out, o, name):
     generator = torch.Generator().manual_seed(o.seed)
     if o.model:
         if not os.path.isfile(os.path.join(o.model, "config.json")):
-            die(f"{o.model} has no config.json; --model takes a Hugging Face directory with config.json and model.safetensors")
+            die(f"{o.model} has no config.json; "
+                "--model takes a Hugging Face directory with config.json and model.safetensors")
         try:
             model = OlmoeForCausalLM.from_pretrained(o.model, dtype=torch.float32, local_files_only=True)
             model.config.pad_token_id = None  # a padding index would zero its token's gradient
@@ -298,14 +302,15 @@ def reference(out, o, name):
     for peer, result in peers.items():
         metadata.update({f"{peer}_{what}": f"{error:.3e}" for what, error in errors(result, truth).items()})
         if o.model and peer != "fp32":
-            continue  # what bf16 does to somebody's weights is as it is; weights drawn here have to be fit for comparing
+            continue  # bf16's errors on given weights are as they are; weights drawn here must be fit for comparing
         if not same_routing(result, truth):
-            die(f"{name}: PyTorch's {peer} run routes otherwise than float64; give a larger --margin or another --seed")
+            die(f"{name}: PyTorch's {peer} run routes otherwise than float64; "
+                "give a larger --margin or another --seed")
         for what in ("logits", "grads", "worst_grad", "losses") if peer == "fp32" else ("losses",):
             bar = 1e-5 if peer == "fp32" else 2**-9
             if not float(metadata[f"{peer}_{what}"]) <= bar:
-                die(f"{name}: PyTorch's {peer} {what} differ from float64 by {metadata[f'{peer}_{what}']}, more than {bar:.1e}; "
-                    "give another --seed, a larger --margin, or another --lr and --eps")
+                die(f"{name}: PyTorch's {peer} {what} differ from float64 by {metadata[f'{peer}_{what}']}, "
+                    f"more than {bar:.1e}; give another --seed, a larger --margin, or another --lr and --eps")
 
     tensors = {"inputs": inputs.int(), "targets": targets.int(), "logits": truth["logits"].float()}
     for key in ("loss", "ce_loss", "lb_loss", "z_loss"):
@@ -336,8 +341,10 @@ def reference(out, o, name):
     print(f"{name}: L {c.num_hidden_layers} C {c.hidden_size} H {c.num_attention_heads} V {c.vocab_size} "
           f"E {c.num_experts} K {c.num_experts_per_tok} F {c.intermediate_size} B {o.batch} T {o.seq}, "
           f"{sum(t.numel() for t in truth['grads'].values())} parameters, seed {o.seed}")
-    print(f"  loss {truth['loss']:.6f} = ce {truth['ce_loss']:.6f} + lb {truth['lb_loss']:.6f} + z {truth['z_loss']:.6f}, "
-          f"after {o.steps} steps {truth['losses'][-1] if o.steps else truth['loss']:.6f}; gradient norm {truth['grad_norm']:.4f}")
+    print(f"  loss {truth['loss']:.6f} = "
+          f"ce {truth['ce_loss']:.6f} + lb {truth['lb_loss']:.6f} + z {truth['z_loss']:.6f}, "
+          f"after {o.steps} steps {truth['losses'][-1] if o.steps else truth['loss']:.6f}; "
+          f"gradient norm {truth['grad_norm']:.4f}")
     print(f"  smallest routing margin {margins(truth['router_logits'], c.num_experts_per_tok).min():.3f}, "
           f"while training {truth['margin_while_training']:.2g}; "
           f"tokens of an expert {min(int(n.min()) for n in loads)} to {max(int(n.max()) for n in loads)}")
@@ -352,8 +359,10 @@ def main(words=None):
     where = parser.add_argument_group("what to write").add_mutually_exclusive_group()
     where.add_argument("--out", metavar="DIR", help="the directory to make; must not exist")
     where.add_argument("--all", metavar="DIR", help=f"make DIR/{{{','.join(SHAPES)}}}, replacing what is there")
-    parser.add_argument("--shape", choices=SHAPES, default="regular", help="the shape whose values the options below replace")
-    parser.add_argument("--model", metavar="DIR", help="take weights and config.json from there; only reference.safetensors is written")
+    parser.add_argument("--shape", choices=SHAPES, default="regular",
+                        help="the shape whose values the options below replace")
+    parser.add_argument("--model", metavar="DIR",
+                        help="take weights and config.json from there; only reference.safetensors is written")
     for key, default in DEFAULTS.items():
         option = "--" + key.replace("_", "-")
         if isinstance(default, bool):

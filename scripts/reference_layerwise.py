@@ -2,12 +2,12 @@
 """What PyTorch and transformers compute from a model that does not fit in memory at their precision, a layer at a time.
 
 Reads a Hugging Face directory, such as OLMoE-1B-7B-0924 or one of make_random_model.py, and writes a file for
-`olmoe verify --reference`: the logits, the router's logits and the chosen experts of a few short sequences in float32. The
-file's metadata hold how far PyTorch's own bf16 runs, with eager and with sdpa attention, are from that:
+`olmoe verify --reference`: the logits, the router's logits and the chosen experts of a few short sequences in float32.
+The file's metadata hold how far PyTorch's own bf16 runs, with eager and with sdpa attention, are from that:
   bf16_eager_logits, bf16_sdpa_logits      relative L2 of the logits
   bf16_eager_router, bf16_sdpa_router      relative L2 of the router's logits, of the worst layer
-  bf16_eager_experts, bf16_sdpa_experts    share of all tokens and layers that choose other experts, whatever their order
-A BF16 build of olmoe is held to 1.25 times the worse of each two.
+  bf16_eager_experts, bf16_sdpa_experts    share of all tokens and layers that choose other experts, in any order
+A BF16 build of olmoe must be within 1.25 times the worse of each two.
 
 The arithmetic is transformers': its whole model runs, on weights that exist only while a module of it works. That takes
 the memory of one layer in float32 and in the file, 2.5 GB at full size.
@@ -27,7 +27,9 @@ class Weights:
     """The tensors of a directory's safetensors files, by name. Open files map what was read of them, until drop()."""
 
     def __init__(self, directory):
-        paths = sorted(os.path.join(directory, name) for name in os.listdir(directory) if name.startswith("model") and name.endswith(".safetensors"))
+        names = sorted(name for name in os.listdir(directory)
+                       if name.startswith("model") and name.endswith(".safetensors"))
+        paths = [os.path.join(directory, name) for name in names]
         if not paths:
             die(f"{directory} holds no model*.safetensors")
         self.open = {}
@@ -47,7 +49,7 @@ class Weights:
         return self.file(self.paths[name]).get_tensor(name)
 
     def stacked(self, names, dtype):
-        """One tensor of those named, in dtype, without a second copy of them all."""
+        """One tensor of all these names' tensors, in dtype, without a second copy of them all."""
         out = torch.empty(len(names), *self.get(names[0]).shape, dtype=dtype)
         for row, name in zip(out, names):
             row.copy_(self.get(name))
@@ -57,7 +59,8 @@ class Weights:
 def layerwise(config, weights, dtype, attention):
     """transformers' model whose modules fetch their weights when they are called, and drop them when they return."""
     with torch.device("meta"):
-        model = OlmoeForCausalLM._from_config(config, dtype=dtype, attn_implementation=attention, experts_implementation="eager")
+        model = OlmoeForCausalLM._from_config(config, dtype=dtype, attn_implementation=attention,
+                                              experts_implementation="eager")
     model.eval()
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)     # has buffers, but no weights
 
@@ -66,10 +69,12 @@ def layerwise(config, weights, dtype, attention):
         for name, parameter in module.named_parameters():
             full = f"{path}.{name}"
             if full.endswith("experts.gate_up_proj"):
-                experts = [full.replace("gate_up_proj", f"{e}.{which}_proj.weight") for e in range(config.num_experts) for which in ("gate", "up")]
+                experts = [full.replace("gate_up_proj", f"{e}.{which}_proj.weight")
+                           for e in range(config.num_experts) for which in ("gate", "up")]
                 state[name] = weights.stacked(experts, dtype).view(parameter.shape)
             elif full.endswith("experts.down_proj"):
-                state[name] = weights.stacked([full.replace("down_proj", f"{e}.down_proj.weight") for e in range(config.num_experts)], dtype)
+                experts = [full.replace("down_proj", f"{e}.down_proj.weight") for e in range(config.num_experts)]
+                state[name] = weights.stacked(experts, dtype)
             else:
                 state[name] = weights.get(full).to(dtype, copy=True)
         module.load_state_dict(state, assign=True)
@@ -95,8 +100,11 @@ def run(config, weights, dtype, attention, inputs):
 def errors(ours, reference):
     def relative(a, b):
         return ((a.double() - b.double()).norm() / b.double().norm()).item()
-    other = [(a.sort(dim=-1).values != b.sort(dim=-1).values).any(dim=-1).double().mean().item() for a, b in zip(ours[2], reference[2])]
-    return {"logits": relative(ours[0], reference[0]), "router": max(map(relative, ours[1], reference[1])), "experts": sum(other) / len(other)}
+    def share(a, b):
+        return (a.sort(dim=-1).values != b.sort(dim=-1).values).any(dim=-1).double().mean().item()
+    other = list(map(share, ours[2], reference[2]))
+    return {"logits": relative(ours[0], reference[0]), "router": max(map(relative, ours[1], reference[1])),
+            "experts": sum(other) / len(other)}
 
 
 def main(words=None):

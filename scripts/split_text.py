@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Cuts a text in two for training and validation: split_text.py TEXT DIR
 
-Writes DIR/train.txt and DIR/val.txt: every twentieth stretch of about 18 kB, cut at line ends where there are any, is for
-validation, so that both parts see all of a text that changes on its way. Standard library only.
+Writes DIR/train.txt and DIR/val.txt: every twentieth stretch of about 18 kB, cut at line ends where there are any, is
+for validation, so that both parts see all of a text that changes from beginning to end. Standard library only.
 """
 import os
 import sys
@@ -15,13 +15,15 @@ def main():
         sys.exit(__doc__.strip())
     path, folder = sys.argv[1:]
     if path.endswith((".jsonl", ".json", ".gz", ".npy")):
-        sys.exit(f"split_text.py: {path} is not plain text; tokenize it with: olmoe tokenize --tokenizer bytes --out FILE.npy {path}")
+        sys.exit(f"split_text.py: {path} is not plain text; "
+                 f"tokenize it with: olmoe tokenize --tokenizer bytes --out FILE.npy {path}")
     try:
         size = os.path.getsize(path)
         if size < 400000:
             sys.exit(f"split_text.py: {path} has {size} bytes; to train and validate on it takes 400000 or more")
         os.makedirs(folder, exist_ok=True)
-        with open(path, "rb") as text, open(f"{folder}/train.txt", "wb") as train, open(f"{folder}/val.txt", "wb") as val:
+        train_path, val_path = f"{folder}/train.txt", f"{folder}/val.txt"
+        with open(path, "rb") as text, open(train_path, "wb") as train, open(val_path, "wb") as val:
             stretch = 0
             while piece := text.read(STRETCH):
                 piece += text.readline(2000)
