@@ -4,6 +4,7 @@ The program is ./olmoe, or what the variable OLMOE names.
 """
 import hashlib
 import json
+import math
 import os
 import pty
 import re
@@ -717,6 +718,67 @@ def test_info():
 
 def test_info_model(straight):
     assert "all there" in ok("info", "--model", straight / "step-00000020")
+
+
+def info_json(*args):
+    return json.loads(ok("info", "--json", *args))
+
+
+def test_info_json():
+    """Counts by closed formulas, and tensors that tile the flat order."""
+    path = ROOT / "configs" / "tiny.json"
+    config, T = json.loads(path.read_text()), 100
+    L, C, V = config["num_hidden_layers"], config["hidden_size"], config["vocab_size"]
+    E, K, F = config["num_experts"], config["num_experts_per_tok"], config["intermediate_size"]
+    info = info_json("--config", path, "--seq", T)
+    assert all(info["config"][name] == config[name] for name in ("hidden_size", "num_experts", "rope_theta", "vocab_size"))
+    assert info["precision"] in ("FP32", "BF16") and info["seq"] == T
+    groups = {"embedding": V * C, "norms": C + 4 * L * C, "attention": 4 * L * C * C, "router": L * E * C,
+              "experts": 3 * L * E * F * C, "head": V * C}
+    active = sum(groups.values()) - groups["experts"] * (E - K) // E
+    assert info["groups"] == groups
+    assert info["parameters"] == sum(groups.values()) and info["active_parameters"] == active
+    assert info["flops_per_token"] == 6 * (active - V * C) + 6 * L * C * T
+
+    at, by_group = 0, dict.fromkeys(groups, 0)
+    kinds = {"embedding": "lookup", "norms": "norm", "experts": "experts"}
+    for tensor in info["tensors"]:
+        assert tensor["offset"] == at and tensor["count"] == math.prod(tensor["shape"])
+        assert tensor["kind"] == kinds.get(tensor["group"], "matrix")
+        layer = re.match(r"model\.layers\.(\d+)\.", tensor["name"])
+        assert tensor["layer"] == (int(layer[1]) if layer else None)
+        at += tensor["count"]
+        by_group[tensor["group"]] += tensor["count"]
+    assert at == info["parameters"] and by_group == groups
+
+    memory = info["memory"]
+    bytes = info["parameters"] * (4 if info["precision"] == "FP32" else 2)
+    assert bytes <= memory["parameters"] == memory["gradients"] < 1.1 * bytes
+    assert memory["sum"] == sum(size for part, size in memory.items() if part != "sum")
+
+
+def test_info_json_of_ranks():
+    """Shares of memory are a rank's; the tensors are the model's."""
+    args = ["--config", ROOT / "configs" / "tiny.json", "--batch", 1]
+    alone, share = info_json(*args), info_json(*args, "--gpus", 4, "--ep", 2, "--zero", 1)
+    assert share["tensors"] == alone["tensors"] and share["groups"] == alone["groups"]
+    assert share["memory"]["parameters"] < 0.9 * alone["memory"]["parameters"]
+    assert share["memory"]["optimizer"] < 0.3 * alone["memory"]["optimizer"] and "arriving rows" in share["memory"]
+
+
+def test_info_json_of_a_model(straight):
+    """Names and shapes are those of the files, in whatever order these have them."""
+    checkpoint = straight / "step-00000020"
+    index = json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
+    names = [tensor["name"] for tensor in info_json("--model", checkpoint)["tensors"]]
+    assert len(set(names)) == len(names) and set(names) == set(index)
+    for model in [checkpoint, FIXTURES / "odd", FIXTURES / "bf16"]:
+        raw = (model / "model.safetensors").read_bytes()
+        header = json.loads(raw[8:8 + struct.unpack("<Q", raw[:8])[0]])
+        header.pop("__metadata__", None)
+        info = info_json("--model", model)
+        assert {tensor["name"]: tensor["shape"] for tensor in info["tensors"]} == {n: t["shape"] for n, t in header.items()}
+        assert info["dtypes"] == {header["lm_head.weight"]["dtype"]: info["parameters"]}
 
 
 def test_tokenize(tmp_path):
