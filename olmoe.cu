@@ -2121,22 +2121,19 @@ struct TrainOptions {
     bool no_filter = false, profile = false;
 };
 
-// Is this step's loss or gradient norm an outlier of the last 128? The window is part of the checkpoint, so that
-// resuming decides alike.
+// The last losses and gradient norms. They are part of a checkpoint, so that resuming decides alike.
 constexpr size_t SPIKE_WINDOW = 128;
 struct SpikeWindow { std::vector<double> losses, norms; };
 
-bool is_outlier(const std::vector<double>& window, double x, double deviations) {
-    if (window.size() < SPIKE_WINDOW / 2) return false;
+// Is x an outlier of the window? Adds it.
+bool is_spike(std::vector<double>* window, double x, double deviations) {
     double mean = 0, square = 0;
-    for (double v : window) mean += v / window.size();
-    for (double v : window) square += (v - mean) * (v - mean) / window.size();
-    return x > mean + deviations * sqrt(square);
-}
-
-void spike_window_push(std::vector<double>* window, double x) {
+    for (double v : *window) mean += v / window->size();
+    for (double v : *window) square += (v - mean) * (v - mean) / window->size();
+    bool spike = window->size() >= SPIKE_WINDOW / 2 && x > mean + deviations * sqrt(square);
     window->push_back(x);
     if (window->size() > SPIKE_WINDOW) window->erase(window->begin());
+    return spike;
 }
 
 struct TrainingRun;
@@ -2357,10 +2354,8 @@ StepResult run_step(TrainingRun* run) {
             bad ? ("the tensor that begins with " + file_name_of(*bad, run->config)).c_str() : "all of them together",
             o.out.c_str());
     if (o.skip_spikes > 0) {
-        r.skipped = is_outlier(run->spikes.losses, r.losses.loss, o.skip_spikes)
-                 || is_outlier(run->spikes.norms, r.norm, o.skip_spikes);
-        spike_window_push(&run->spikes.losses, r.losses.loss);
-        spike_window_push(&run->spikes.norms, r.norm);
+        bool loss = is_spike(&run->spikes.losses, r.losses.loss, o.skip_spikes);
+        r.skipped = is_spike(&run->spikes.norms, r.norm, o.skip_spikes) || loss;
     }
     AdamWOptions adamw = o.adamw;
     adamw.lr = r.lr = learning_rate(run->schedule, (double)run->step);

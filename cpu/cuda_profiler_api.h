@@ -1,5 +1,5 @@
-// Between start and stop the fast machine counts and times kernels and GEMMs (see fast.cpp). Without CUDA_PROFILE=FILE.json
-// in the environment, and in the strict machine, both do nothing.
+// CUDA's names for the fast machine's profiler (fast.cpp): between start and stop it counts and times kernels and
+// matrix products, and stop prints the profile on standard error, one line of JSON. In the strict machine they do nothing.
 #pragma once
 #include "cuda_runtime.h"
 

@@ -1,6 +1,6 @@
-// The fast machine's runtime: device memory is memory, a copy is done when it returns, streams and events have nothing to
-// order. Only matrix products wait: those that a program puts on several streams may run beside each other on the GPU, so
-// they are collected until anything else happens and then share the cores, one product a core.
+// The fast machine's runtime: device memory is ordinary memory, a copy is done when it returns, streams and events have
+// nothing to order. Only matrix products wait: those that a program puts on several streams may run at the same time on
+// a GPU, so they are collected until anything else happens and then share the cores, one product a core.
 #include "collective.h"
 #include "cuda_profiler_api.h"
 #include "gemm.h"
@@ -15,9 +15,10 @@
 #include <unistd.h>
 #include <vector>
 
-// OpenMP's threads would wait awake for milliseconds at the end of each kernel. Where another program wants the cores, too, a
-// thread that spins keeps the one it waits for from running, and a step takes up to ten times as long; waiting for microseconds
-// is as fast on an idle machine. libgomp reads its environment before any code of ours runs, so the program starts itself again.
+// By default OpenMP's threads spin for milliseconds at the end of each kernel. Where another program also wants the
+// cores, a spinning thread keeps the one that it waits for from running, and a step takes up to ten times as long.
+// Spinning for microseconds is as fast on an idle machine. libgomp reads its environment before any code of the program
+// runs, so the program starts itself again.
 __attribute__((constructor)) static void sleep_soon(int, char** argv, char**) {
     if (getenv("GOMP_SPINCOUNT") || getenv("OMP_WAIT_POLICY")) return;
     char path[4096];
@@ -25,7 +26,7 @@ __attribute__((constructor)) static void sleep_soon(int, char** argv, char**) {
     if (length < 0) return;
     path[length] = 0;
     setenv("GOMP_SPINCOUNT", "1000", 1);
-    execv(path, argv);                      // returns only where it fails, and then nothing is lost
+    execv(path, argv);                      // returns only if it fails: then all is as it was
 }
 
 struct CUstream_st { std::vector<Gemm> products; };
@@ -41,23 +42,24 @@ static double now_ms() {
 // ------------------------------------------------------------------------------------------------
 // Matrix products
 
-typedef std::vector<std::vector<Gemm>> Group;      // products that may run beside each other, by stream
+typedef std::vector<std::vector<Gemm>> Group;      // products that may run at the same time, by stream
 static std::vector<CUstream_st*> waiting;          // streams with products, in the order of their first one
 
 static bool depends(const Gemm& later, const Gemm& earlier) {
     size_t C = extent_C(earlier), C2 = extent_C(later);
     return overlap(later.A, extent_A(later), earlier.C, C) || overlap(later.B, extent_B(later), earlier.C, C)
-        || overlap(later.C, C2, earlier.C, C) || overlap(later.C, C2, earlier.A, extent_A(earlier)) || overlap(later.C, C2, earlier.B, extent_B(earlier));
+        || overlap(later.C, C2, earlier.C, C) || overlap(later.C, C2, earlier.A, extent_A(earlier))
+        || overlap(later.C, C2, earlier.B, extent_B(earlier));
 }
 
-// The result's bits depend on which thread count a product runs with, so every decision here is by shapes alone.
+// A product's bits depend on the number of threads that it runs with, so every decision here depends on shapes alone.
 static void run_group(const Group& group) {
     int threads = omp_get_max_threads();
     if (group.size() == 1 || threads == 1) {
         for (auto& stream : group) for (auto& g : stream) run_gemm(g);
         return;
     }
-    // A stream's products are one chain, or a chain each where none touches another's output.
+    // The products of a stream are one chain, or one chain each where none touches another one's output.
     std::vector<std::pair<double, std::vector<const Gemm*>>> chains;
     double total = 0;
     for (auto& stream : group) {
@@ -72,7 +74,8 @@ static void run_group(const Group& group) {
         }
     }
     std::stable_sort(chains.begin(), chains.end(), [](auto& a, auto& b) { return a.first > b.first; });
-    size_t first = 0;      // a chain that alone is longer than a fair share: all threads on each of its products
+    // The chains that are longer than a fair share of the work come first: all threads run each of their products.
+    size_t first = 0;
     while (first < chains.size() && chains[first].first > total / threads * 1.5) {
         for (const Gemm* g : chains[first].second) run_gemm(*g);
         total -= chains[first++].first;
@@ -83,7 +86,7 @@ static void run_group(const Group& group) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// Profile: calls and time of each kernel, and the list of matrix products, which is run again by itself at the end.
+// Profile: calls and time of each kernel, and the list of matrix products, which run again at the end by themselves.
 
 struct Count { long calls; double ms; };
 static struct Profile {
@@ -121,7 +124,6 @@ void enqueue_gemm(const Gemm& g, cudaStream_t stream) {
 }
 
 cudaError_t cudaProfilerStart() {
-    if (!getenv("CUDA_PROFILE")) return cudaSuccess;
     flush();
     profile = Profile();
     profile.on = true;
@@ -129,7 +131,62 @@ cudaError_t cudaProfilerStart() {
     return cudaSuccess;
 }
 
-// The products run again on the same buffers, so what these hold afterwards has no meaning.
+// All calls of products with one shape
+struct GemmSum { Gemm shape; long calls; double ms, gflop; };
+
+// The time of a group of several streams is divided over its products by their share of the work.
+static std::map<std::string, GemmSum> sum_gemms() {
+    std::map<std::string, GemmSum> sums;
+    for (size_t i = 0; i < profile.groups.size(); i++) {
+        double total = 0;
+        for (auto& stream : profile.groups[i]) for (auto& g : stream) total += flops(g);
+        for (auto& stream : profile.groups[i])
+            for (auto& g : stream) {
+                char key[160];
+                snprintf(key, sizeof key, "%d %d %d %d %d %d %g %d %d",
+                         g.m, g.n, g.k, g.batch, g.transa, g.transb, g.beta, g.typeAB, g.typeC);
+                GemmSum& sum = sums.emplace(key, GemmSum{g, 0, 0, 0}).first->second;
+                sum.calls++;
+                sum.ms += total > 0 ? profile.group_ms[i] * flops(g) / total : 0;
+                sum.gflop += flops(g) / 1e9;
+            }
+    }
+    return sums;
+}
+
+// One line of JSON on standard error
+static void write_profile(double wall_ms, double alone_ms) {
+    std::string json, comma;
+    auto add = [&](const char* format, auto... values) {
+        char piece[256];
+        snprintf(piece, sizeof piece, format, values...);
+        json += piece;
+    };
+    add("{\"threads\": %d, \"wall_ms\": %.6g, ", omp_get_max_threads(), wall_ms);
+    add("\"gemm_ms_in_step\": %.6g, \"gemm_ms_alone\": %.6g, ", profile.gemm_ms, alone_ms);
+    add("\"memcpy_memset_ms\": %.6g, \"kernels\": {", profile.memory_ms);
+    for (auto& [name, count] : profile.kernels) {
+        json += comma + "\"" + name;
+        add("\": {\"calls\": %ld, \"ms\": %.6g}", count.calls, count.ms);
+        comma = ", ";
+    }
+    json += "}, \"gemms\": [";
+    comma = "";
+    for (auto& [key, sum] : sum_gemms()) {
+        const Gemm& g = sum.shape;
+        auto boolean = [](bool value) { return value ? "true" : "false"; };
+        auto type = [](cudaDataType t) { return t == CUDA_R_32F ? "f32" : "bf16"; };
+        json += comma;
+        add("{\"m\": %d, \"n\": %d, \"k\": %d, \"batch\": %d, ", g.m, g.n, g.k, g.batch);
+        add("\"transa\": %s, \"transb\": %s, \"beta\": %g, ", boolean(g.transa), boolean(g.transb), g.beta);
+        add("\"type\": \"%s\", \"type_c\": \"%s\", ", type(g.typeAB), type(g.typeC));
+        add("\"calls\": %ld, \"ms\": %.6g, \"gflop\": %.6g}", sum.calls, sum.ms, sum.gflop);
+        comma = ", ";
+    }
+    fprintf(stderr, "%s]}\n", json.c_str());
+}
+
+// The products run again on the same buffers, whose contents have no meaning afterwards.
 cudaError_t cudaProfilerStop() {
     if (!profile.on) return cudaSuccess;
     flush();
@@ -142,45 +199,7 @@ cudaError_t cudaProfilerStop() {
         double ms = now_ms() - start;
         if (repeat == 0 || ms < alone_ms) alone_ms = ms;
     }
-
-    // Time inside a group of several streams goes to its products by their share of the work.
-    struct Sum { Gemm shape; long calls; double ms, gflop; };
-    std::map<std::string, Sum> gemms;
-    for (size_t i = 0; i < profile.groups.size(); i++) {
-        double total = 0;
-        for (auto& stream : profile.groups[i]) for (auto& g : stream) total += flops(g);
-        for (auto& stream : profile.groups[i])
-            for (auto& g : stream) {
-                char key[160];
-                snprintf(key, sizeof key, "%d %d %d %d %d %d %g %d %d", g.m, g.n, g.k, g.batch, g.transa, g.transb, g.beta, g.typeAB, g.typeC);
-                Sum& sum = gemms.emplace(key, Sum{g, 0, 0, 0}).first->second;
-                sum.calls++;
-                sum.ms += total > 0 ? profile.group_ms[i] * flops(g) / total : 0;
-                sum.gflop += flops(g) / 1e9;
-            }
-    }
-
-    const char* path = getenv("CUDA_PROFILE");
-    FILE* f = fopen(path, "w");
-    if (!f) { fprintf(stderr, "%s: cannot write the profile; set CUDA_PROFILE to a file in a folder that exists\n", path); exit(1); }
-    fprintf(f, "{\n  \"threads\": %d,\n  \"wall_ms\": %.6g,\n  \"gemm_ms_in_step\": %.6g,\n  \"gemm_ms_alone\": %.6g,\n  \"memcpy_memset_ms\": %.6g,\n  \"kernels\": {",
-            omp_get_max_threads(), wall_ms, profile.gemm_ms, alone_ms, profile.memory_ms);
-    const char* comma = "";
-    for (auto& [name, count] : profile.kernels) {
-        fprintf(f, "%s\n    \"%s\": {\"calls\": %ld, \"ms\": %.6g}", comma, name.c_str(), count.calls, count.ms);
-        comma = ",";
-    }
-    fprintf(f, "\n  },\n  \"gemms\": [");
-    comma = "";
-    for (auto& [key, sum] : gemms) {
-        const Gemm& g = sum.shape;
-        auto type = [](cudaDataType t) { return t == CUDA_R_32F ? "f32" : "bf16"; };
-        fprintf(f, "%s\n    {\"m\": %d, \"n\": %d, \"k\": %d, \"batch\": %d, \"transa\": %s, \"transb\": %s, \"beta\": %g, \"type\": \"%s\", \"type_c\": \"%s\", \"calls\": %ld, \"ms\": %.6g, \"gflop\": %.6g}",
-                comma, g.m, g.n, g.k, g.batch, g.transa ? "true" : "false", g.transb ? "true" : "false", g.beta, type(g.typeAB), type(g.typeC), sum.calls, sum.ms, sum.gflop);
-        comma = ",";
-    }
-    fprintf(f, "\n  ]\n}\n");
-    if (fclose(f) != 0) { fprintf(stderr, "%s: writing the profile failed; is the disk full?\n", path); exit(1); }
+    write_profile(wall_ms, alone_ms);
     profile = Profile();
     return cudaSuccess;
 }
@@ -212,7 +231,8 @@ void finish_collectives() {}
 // ------------------------------------------------------------------------------------------------
 // Memory
 
-// Large allocations are their own mapping, in huge pages where the system has them: matrix products then miss the TLB less.
+// A large allocation is a mapping of its own, in huge pages where the system has them: matrix products then have fewer
+// misses in the TLB.
 constexpr size_t HUGE_PAGE = 2 << 20;
 static std::map<void*, size_t> mappings;
 static std::mutex memory_mutex;
@@ -252,7 +272,7 @@ cudaError_t cudaFree(void* pointer) {
 cudaError_t cudaMallocHost(void** pointer, size_t bytes) { return cudaMalloc(pointer, bytes); }
 cudaError_t cudaFreeHost(void* pointer) { return cudaFree(pointer); }
 
-// A core reaches only part of the memory's bandwidth, so long ranges are shared.
+// One core reaches only part of the memory's bandwidth, so several cores share a long range.
 template <class Function> static void over_range(size_t bytes, Function function) {
     flush();
     double start = profile.on ? now_ms() : 0;
@@ -273,7 +293,9 @@ cudaError_t cudaMemset(void* to, int byte, size_t bytes) {
     over_range(bytes, [=](size_t i, size_t n) { memset((char*)to + i, byte, n); });
     return cudaSuccess;
 }
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) { return cudaMemcpy(to, from, bytes, kind); }
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
+    return cudaMemcpy(to, from, bytes, kind);
+}
 cudaError_t cudaMemsetAsync(void* to, int byte, size_t bytes, cudaStream_t) { return cudaMemset(to, byte, bytes); }
 
 // ------------------------------------------------------------------------------------------------
@@ -284,7 +306,10 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) { flush(); delete stream; ret
 cudaError_t cudaStreamSynchronize(cudaStream_t) { flush(); return cudaSuccess; }
 cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { flush(); return cudaSuccess; }
 cudaError_t cudaDeviceSynchronize() { flush(); return cudaSuccess; }
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) { *event = new CUevent_st{flags != cudaEventDisableTiming, false, 0}; return cudaSuccess; }
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
+    *event = new CUevent_st{flags != cudaEventDisableTiming, false, 0};
+    return cudaSuccess;
+}
 cudaError_t cudaEventDestroy(cudaEvent_t event) { delete event; return cudaSuccess; }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) {
     flush();

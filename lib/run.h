@@ -71,7 +71,8 @@ std::vector<Option> train_options(TrainOptions* o) {
         {"timeout", &o->timeout, "S", "seconds after which a rank that does not answer ends the run", 1, 1e6},
         {"trace", &o->trace, "FILE", "when kernels and collectives of the first three steps were issued and ran, for "
          "Perfetto; ranks above 0 add their number to the name"},
-        {"profile", &o->profile, "", "profilers see the last step only (nsys profile -c cudaProfilerApi)"},
+        {"profile", &o->profile, "", "profilers see the last step only (nsys profile -c cudaProfilerApi); "
+         "a CPU build reports its kernels' times, in JSON on standard error"},
         {"peak-tflops", &o->peak_tflops, "X",
          "the machine's peak, for the share of it that is used; 0: that of a large matmul, measured", 0, 1e9},
     };

@@ -15,7 +15,6 @@ Prints tables and writes build/bench.json. Run it on an idle machine. Standard l
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -52,26 +51,28 @@ BYTES = {
 }
 
 
-def run(args, env=None):
-    result = subprocess.run([str(a) for a in args], cwd=ROOT, env={**os.environ, **(env or {})}, capture_output=True, text=True)
+def run(args, output="stdout"):
+    result = subprocess.run([str(a) for a in args], cwd=ROOT, capture_output=True, text=True)
     if result.returncode != 0:
         sys.exit(f"bench.py: {' '.join(map(str, args))} failed: {(result.stderr or result.stdout).strip().splitlines()[-1:]}")
-    return result.stdout
+    return getattr(result, output)
 
 
-def dimensions(shape, precision, batch, seq):
-    c = json.loads((ROOT / f"configs/{shape}.json").read_text())
-    d = {"L": c["num_hidden_layers"], "C": c["hidden_size"], "H": c["num_attention_heads"], "E": c["num_experts"], "K": c["num_experts_per_tok"],
-         "F": c["intermediate_size"], "V": c["vocab_size"], "N": batch * seq, "T": seq, "x": 2 if precision == "BF16" else 4, "min": min}
+def dimensions(plan, batch, seq):
+    """The letters of BYTES, from what `olmoe info` reports of the shape."""
+    c = plan["config"]
+    d = {"L": c["num_hidden_layers"], "C": c["hidden_size"], "H": c["num_attention_heads"], "E": c["num_experts"],
+         "K": c["num_experts_per_tok"], "F": c["intermediate_size"], "V": c["vocab_size"], "P": plan["parameters"],
+         "N": batch * seq, "T": seq, "x": 2 if plan["precision"] == "BF16" else 4, "min": min}
     d["R"] = d["N"] * d["K"]
     d["S"] = min(256, -(-d["N"] // 16))
-    d["P"] = 2 * d["V"] * d["C"] + d["L"] * (4 * d["C"] ** 2 + 4 * d["C"] + d["E"] * d["C"] + 3 * d["E"] * d["C"] * d["F"]) + d["C"]
     d["A"] = batch * d["H"] * sum(min(128, seq - t) * min(t + 128, seq) for t in range(0, seq, 128))
     return d
 
 
 def train(shape, precision):
-    """Runs the steps. Returns the milliseconds of each but the first three and the profiled last, the profile, peak memory, its plan."""
+    """Runs the steps. Returns the milliseconds of each but the first three and the profiled last, the profile, peak
+    memory, and what `olmoe info` plans."""
     batch, seq, steps = SHAPES[shape]
     run(["make", "DEVICE=cpu", f"PRECISION={precision}", "olmoe"])
     program = ROOT / f"build/cpu-{precision.lower()}/olmoe"
@@ -81,25 +82,25 @@ def train(shape, precision):
         run([sys.executable, "scripts/make_corpus.py", "--out", folder])
         run([program, "tokenize", "--tokenizer", "bytes", "--out", folder / "train.npy", folder / "train.jsonl"])
     name = f"{shape}_{precision.lower()}"
-    profile_path, run_dir = folder / f"{name}.json", folder / name
+    run_dir = folder / name
     run(["rm", "-rf", run_dir])
-    info = run([program, "info", "--config", f"configs/{shape}.json", "--batch", batch, "--seq", seq])
-    number, unit = re.search(r"memory: sum *\| ([0-9.]+) (.)B", info).groups()
-    planned = float(number) * {"k": 1e3, "M": 1e6, "G": 1e9}[unit]
+    info = [program, "info", "--json", "--config", f"configs/{shape}.json", "--batch", batch, "--seq", seq]
+    plan = json.loads(run(info))
     time_path = folder / "rss"
-    # a process of its own, so that its peak memory is known
+    # a process of its own, so that its peak memory is known; the profile is the last line on its standard error
     code = ("import resource, subprocess, sys; r = subprocess.run(sys.argv[2:], stdout=subprocess.DEVNULL).returncode; "
             "open(sys.argv[1], 'w').write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)); sys.exit(r)")
-    run([sys.executable, "-c", code, time_path, program, "train", "--config", f"configs/{shape}.json", "--data", folder / "train.npy", "--out", run_dir, "--steps", steps,
-         "--batch", batch, "--seq", seq, "--warmup", 1], {"CUDA_PROFILE": str(profile_path)})
+    words = ["--config", f"configs/{shape}.json", "--data", folder / "train.npy", "--out", run_dir, "--steps", steps,
+             "--batch", batch, "--seq", seq, "--warmup", 1, "--profile"]
+    profile = run([sys.executable, "-c", code, time_path, program, "train", *words], output="stderr")
     lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
     ms = [line["ms"] for line in lines[1:] if 3 < line["step"] < steps]
-    return ms, json.loads(profile_path.read_text()), float(time_path.read_text()), planned
+    return ms, json.loads(profile.splitlines()[-1]), float(time_path.read_text()), plan
 
 
 def report(shape, precision, runs, out):
     batch, seq, _ = SHAPES[shape]
-    name, profile, d = f"{shape}_{precision.lower()}", runs[0][1], dimensions(shape, precision, *SHAPES[shape][:2])
+    name, profile, d = f"{shape}_{precision.lower()}", runs[0][1], dimensions(runs[0][3], batch, seq)
     ms = statistics.median(x for r in runs for x in r[0])
     alone = statistics.median(r[1]["gemm_ms_alone"] for r in runs)
     gflop = sum(g["gflop"] for g in profile["gemms"])
@@ -115,7 +116,7 @@ def report(shape, precision, runs, out):
     out[f"{name}_tokens_per_s"] = batch * seq / ms * 1000
     out[f"{name}_gemm_ms"] = alone
     out[f"{name}_step_over_gemms"] = ms / alone
-    out[f"{name}_rss_over_plan"] = runs[0][2] / runs[0][3]
+    out[f"{name}_rss_over_plan"] = runs[0][2] / runs[0][3]["memory"]["sum"]
     for kernel, k in profile["kernels"].items():
         out[f"{name}_{kernel}_ms"] = k["ms"]
 

@@ -12,7 +12,7 @@ template <typename T> __global__ void scale(T* y, T factor, size_t n) {
     if (i < n) y[i] *= factor;
 }
 
-int main() {
+int main(int argc, char**) {                // any argument: without the profiler
     const size_t n = 1 << 16;
     float *y, one = 1, zero = 0;
     cudaStream_t streams[2];
@@ -20,7 +20,7 @@ int main() {
     cudaMalloc(&y, n * sizeof(float));
     cublasCreate(&handle);
     fill<<<n / 256, 256>>>(y, n);
-    cudaProfilerStart();
+    if (argc == 1) cudaProfilerStart();
     for (int i = 0; i < 3; i++) fill<<<n / 256, 256>>>(y, n);
     scale<float><<<n / 256, 256>>>(y, 2, n);
     cudaMemset(y, 0, n * sizeof(float));
