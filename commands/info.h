@@ -1,6 +1,6 @@
 // olmoe info: parameters, FLOPs and memory of a shape, and what its training on many GPUs sends and how long it takes.
 //
-// Included once, by olmoe.cu.
+// Included once, by olmoe.cu, after the model.
 #pragma once
 #include "../lib/checkpoint.h"
 #include "../lib/options.h"

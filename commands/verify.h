@@ -1,6 +1,6 @@
 // olmoe verify: compares what this program computes with a reference file, whose format is in README.md.
 //
-// Included once, by olmoe.cu.
+// Included once, by olmoe.cu, after the model.
 #pragma once
 #include "../lib/checkpoint.h"
 #include "../lib/options.h"
