@@ -3,9 +3,9 @@
 #
 #   scripts/download.sh [DIR [REPOSITORY]]      default: OLMoE-1B-7B-0924 allenai/OLMoE-1B-7B-0924, 13.8 GB
 #
-# Interrupted, it goes on when it is called again; complete, it checks what is there. The repository holds the size and the SHA-256
-# of a large file as its "pointer"; the file gets its name when both are right.
-# REVISION is a branch or commit (main); HF_ENDPOINT another server than https://huggingface.co.
+# After an interruption, call it again: it goes on where it was. When all is there, it checks the files. For a large
+# file the repository holds a "pointer" with its size and SHA-256; the file gets its name when both are right.
+# REVISION is a branch or commit (default: main); HF_ENDPOINT is a server other than https://huggingface.co.
 set -eu
 
 dir=${1:-OLMoE-1B-7B-0924}
@@ -31,7 +31,7 @@ get() {
 size() { if [ -f "$1" ]; then wc -c < "$1" | tr -d ' '; else echo 0; fi; }
 megabytes() { echo "$(($1 / 1000000)) MB"; }
 
-# A file as the repository has it: itself, or of a large one the pointer, three lines
+# A file as the repository has it: a small one itself, of a large one the pointer, three lines
 raw() { get "$hub/raw/$revision/$1" "$pointers/$1" --silent --show-error --retry 5; }
 is_pointer() { head -c 40 "$pointers/$1" | grep -q '^version https://git-lfs'; }
 field() { sed -n "s/^$2 \(sha256:\)\{0,1\}//p" "$pointers/$1"; }
@@ -58,7 +58,7 @@ for file in $files; do
     fi
 done
 free=$(df -Pk "$dir" | awk 'NR == 2 { print $4 }')
-[ $((missing / 1024)) -lt "$free" ] || die "$dir: $(megabytes $missing) are to be fetched, $(megabytes $((free * 1024))) are free; make room, or name a directory elsewhere"
+[ $((missing / 1024)) -lt "$free" ] || die "$dir: $(megabytes $missing) are missing, $(megabytes $((free * 1024))) are free; make room, or name another directory"
 
 for file in $files; do
     to=$dir/$file
@@ -72,7 +72,8 @@ for file in $files; do
     if [ "$(size "$to")" = "$bytes" ]; then mv "$to" "$to.part"; fi
     if [ "$(size "$to.part")" -gt "$bytes" ]; then rm "$to.part"; fi
     here=-1
-    while [ "$(size "$to.part")" -lt "$bytes" ]; do      # a transfer that breaks off goes on, as long as each one brings something
+    # an interrupted transfer is continued, as long as each one adds to the file
+    while [ "$(size "$to.part")" -lt "$bytes" ]; do
         [ "$(size "$to.part")" -gt "$here" ] || die "$file: interrupted at $(megabytes "$here") of $(megabytes "$bytes"); call this again to go on"
         here=$(size "$to.part")
         echo "$file: $(megabytes "$here") of $(megabytes "$bytes") are here, fetching the rest"
@@ -82,7 +83,7 @@ for file in $files; do
     done
     if [ "$(sha256sum < "$to.part" | cut -d ' ' -f 1)" != "$sha256" ]; then
         rm "$to.part"
-        die "$file: damaged, its SHA-256 is not $sha256; it was removed, call this again to fetch it anew"
+        die "$file: damaged, its SHA-256 is not $sha256; it was removed, call this again to fetch it"
     fi
     mv "$to.part" "$to"
     echo "$file: $bytes bytes, SHA-256 $sha256"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on several machines by mpirun:   scripts/launch_hosts.sh HOSTFILE --config FILE --data FILES --out DIR [options of olmoe train]
-# HOSTFILE has a line for each machine: its name and "slots=" its GPUs. All see this folder, the data and --out under the same paths.
-# Ctrl-C and SIGTERM save, as in launch_node.sh.
+# HOSTFILE has a line for each machine: its name and "slots=" its number of GPUs. On all machines, this folder, the data
+# and --out have the same paths. Ctrl-C and SIGTERM save, as in launch_node.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ $# -gt 1 ] && [ -r "$1" ] || { echo "launch_hosts.sh HOSTFILE --config FILE --data FILES --out DIR ...: a readable HOSTFILE comes first" >&2; exit 1; }

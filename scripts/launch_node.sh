@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Trains on all GPUs of this machine, one rank each:   scripts/launch_node.sh --config FILE --data FILES --out DIR [options of olmoe train]
 # RANKS=N takes N ranks (without a GPU: processes that share the cores).
-# mpirun answers Ctrl-C and SIGTERM by killing its ranks. Here it gets SIGUSR1 instead, which it hands to them: they finish the step, save,
-# and all end with 0.
+# On Ctrl-C and SIGTERM mpirun would kill its ranks. Here it gets SIGUSR1 instead, which it passes on to them: they
+# finish the step, save, and all end with 0.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ranks=${RANKS:-$(nvidia-smi -L 2>/dev/null | wc -l)}

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on several nodes under Slurm:   sbatch -N 32 scripts/launch_slurm.sh --config FILE --data FILES --out DIR [options of olmoe train]
-# One task a GPU. Before the time limit, or when it preempts, Slurm sends SIGTERM; the ranks finish the step, save and end with 0, and
-# the same sbatch line goes on, because --resume is given here.
+# One task a GPU. Before the time limit, or when it preempts, Slurm sends SIGTERM; the ranks finish the step, save and
+# end with 0. The same sbatch line then continues the run, because --resume is given here.
 #SBATCH --job-name=olmoe
 #SBATCH --gpus-per-node=8
 #SBATCH --ntasks-per-node=8

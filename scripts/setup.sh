@@ -3,11 +3,12 @@
 # apt-get it prints the list and stops. Installs nothing when nothing is missing.
 set -eu
 
-packages="g++ perl-base libdnnl-dev nlohmann-json3-dev libutf8proc-dev zlib1g-dev libopenmpi-dev openmpi-bin python3 python3-pytest python3-matplotlib python3-venv xz-utils libzstd-dev"
+packages="g++ perl-base libdnnl-dev nlohmann-json3-dev libutf8proc-dev zlib1g-dev libopenmpi-dev openmpi-bin \
+python3 python3-pytest python3-matplotlib python3-venv xz-utils libzstd-dev"
 
 if ! command -v apt-get >/dev/null || ! command -v dpkg-query >/dev/null; then
     cat >&2 <<END
-setup: no apt-get here. Install these by your system's means, then run make:
+setup: no apt-get here. Install these with your system's package manager, then run make:
     g++ (12 or newer, C++17, OpenMP), perl, GNU make
     oneDNN 2.x with headers (Debian: libdnnl-dev)
     nlohmann-json, utf8proc and zlib with headers (nlohmann-json3-dev, libutf8proc-dev, zlib1g-dev)
