@@ -1,4 +1,4 @@
-// Collectives as both machines keep them: recorded from NCCL calls, run over MPI.
+// Collectives in both machines: recorded when NCCL is called, run over MPI.
 #pragma once
 #include "nccl.h"
 #include <vector>
@@ -7,7 +7,7 @@ struct NcclCall {
     enum Kind { ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER, BROADCAST, SEND, RECEIVE } kind;
     const void* send;
     void* receive;
-    size_t count;                       // elements, as the call counts them: of its shorter buffer
+    size_t count;                       // elements of the shorter buffer, as in the call
     ncclDataType_t type;
     ncclRedOp_t op;
     int peer;                           // root, destination or source; else 0
@@ -23,10 +23,10 @@ size_t received_bytes(const NcclCall& c);
 // Where `receive` begins, in bytes after `send`, when the call works in place
 ptrdiff_t in_place_offset(const NcclCall& c);
 
-// The collectives of a group in their order, then its sends and receives, all at once. Returns when they are done.
+// Runs a group's collectives in their order, then its sends and receives, all at once. Returns when they are done.
 void run_collectives(const std::vector<NcclCall>& group);
 
-// Given to the machine by the NCCL functions: fast.cpp and strict.cpp each have their own.
+// How the NCCL functions give a group to the machine: fast.cpp and strict.cpp each define them.
 void enqueue_collectives(const std::vector<NcclCall>& group);
-// Returns when all that were enqueued have run.
+// Returns when all groups that were given have run.
 void finish_collectives();

@@ -1,5 +1,5 @@
-// bfloat16: the upper half of a float. Arithmetic goes through float. The conversions are branch-free on the bits, so that
-// loops with them vectorise and NaN survives whatever the compiler may assume about floating point.
+// bfloat16: the upper half of a float. Arithmetic is done in float. The conversions work on the bits and without
+// branches: loops with them vectorise, and NaN stays NaN whatever the compiler may assume about floating point.
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -35,8 +35,8 @@ static inline float __bfloat162float(__nv_bfloat16 x) { return (float)x; }
 static inline __nv_bfloat16 __float2bfloat16(float x) { return (__nv_bfloat16)x; }
 static inline __nv_bfloat16 __float2bfloat16_rn(float x) { return (__nv_bfloat16)x; }
 
-// Each operation is done in float and rounded, as the GPU does it. Without these, x * y would be a float here and a
-// __nv_bfloat16 under nvcc.
+// Each operation is done in float and rounded, as on the GPU. Without these operators x * y would be a float here and a
+// __nv_bfloat16 with nvcc.
 static inline __nv_bfloat16 operator+(__nv_bfloat16 a, __nv_bfloat16 b) { return (__nv_bfloat16)((float)a + (float)b); }
 static inline __nv_bfloat16 operator-(__nv_bfloat16 a, __nv_bfloat16 b) { return (__nv_bfloat16)((float)a - (float)b); }
 static inline __nv_bfloat16 operator*(__nv_bfloat16 a, __nv_bfloat16 b) { return (__nv_bfloat16)((float)a * (float)b); }

@@ -1,11 +1,12 @@
-// CUDA on the CPU. This directory's headers carry the names of NVIDIA's and stand first in the include path, so that g++
-// builds the same olmoe.cu that nvcc builds. What is declared here is what olmoe.cu uses and nothing else: any other CUDA
-// function is a compile error, never a call that does nothing.
+// CUDA on the CPU. The headers in this directory have the names of NVIDIA's and come first in the include path, so that
+// g++ builds the same olmoe.cu as nvcc. They declare what olmoe.cu uses and nothing else: any other CUDA function is a
+// compile error, never a call that does nothing.
 //
-// Two machines, chosen by -DCUDA_STRICT (see fast.h and strict.h):
-//   fast    a thread of a block is an iteration of a loop, blocks run in parallel, streams run at once.
+// There are two machines. -DCUDA_STRICT chooses the strict one (see fast.h and strict.h):
+//   fast    a thread of a block is an iteration of a loop, blocks run in parallel, work on a stream runs at once.
 //           Meant for -DWARP=1: a kernel that gives a row to a warp is then a plain loop, which vectorises.
-//   strict  threads are fibers in an order drawn from a seed, memory is guarded and poisoned, streams run as late as they may.
+//   strict  threads are fibers in an order drawn from a seed, memory is guarded and poisoned, work on a stream runs as
+//           late as it may.
 #pragma once
 #include <math.h>
 #include <stddef.h>
@@ -32,8 +33,8 @@ struct alignas(16) int4 { int x, y, z, w; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 
 // ------------------------------------------------------------------------------------------------
-// Device mathematics. The attribute tells g++ of the vector versions in libmvec, which <math.h> itself offers only under
-// -ffast-math; that flag would delete tests for NaN.
+// Mathematical functions. The attribute declares their vector versions in libmvec. <math.h> itself does so only under
+// -ffast-math, a flag that would delete tests for NaN.
 
 extern "C" {
 #if defined(__x86_64__) && !defined(CUDA_STRICT)
@@ -96,10 +97,13 @@ cudaError_t cudaFree(void* pointer);
 cudaError_t cudaMallocHost(void** pointer, size_t bytes);
 cudaError_t cudaFreeHost(void* pointer);
 template <class T> cudaError_t cudaMalloc(T** pointer, size_t bytes) { return cudaMalloc((void**)pointer, bytes); }
-template <class T> cudaError_t cudaMallocHost(T** pointer, size_t bytes) { return cudaMallocHost((void**)pointer, bytes); }
+template <class T> cudaError_t cudaMallocHost(T** pointer, size_t bytes) {
+    return cudaMallocHost((void**)pointer, bytes);
+}
 
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind);
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream = nullptr);
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t stream = nullptr);
 cudaError_t cudaMemset(void* to, int byte, size_t bytes);
 cudaError_t cudaMemsetAsync(void* to, int byte, size_t bytes, cudaStream_t stream = nullptr);
 

@@ -1,4 +1,4 @@
-// What both machines say about the device: the processor and its memory.
+// What both machines report about the device: the processor and its memory.
 #include "cuda_runtime.h"
 #include <omp.h>
 #include <stdio.h>
@@ -47,9 +47,12 @@ const char* cudaGetErrorString(cudaError_t error) {
         case cudaSuccess: return "no error";
         case cudaErrorInvalidValue: return "invalid argument";
         case cudaErrorMemoryAllocation: return "out of memory";
-        case cudaErrorInvalidConfiguration: return "invalid configuration of a launch: grid and block need 1 or more of each and at most 1024 threads a block";
+        case cudaErrorInvalidConfiguration:
+            return "invalid configuration of a launch: grid and block need 1 or more of each and at most 1024 threads "
+                   "a block";
         case cudaErrorInvalidDevice: return "invalid device";
-        case cudaErrorInvalidResourceHandle: return "invalid handle: an event without timing, or one that was never recorded";
+        case cudaErrorInvalidResourceHandle:
+            return "invalid handle: an event without timing, or one that was never recorded";
         case cudaErrorNotReady: return "not ready: what comes before the event has not run";
     }
     return "unknown error";

@@ -1,6 +1,6 @@
-// The fast machine: a launch is done when it returns. Threads of a block are a loop that g++ may vectorise (no thread can
-// see another one: there is no shared memory and no barrier, and a warp has one lane), so that any split of the threads
-// over cores is right; blocks are spread over OpenMP's threads.
+// The fast machine: a launch is done when it returns. The threads of a block are a loop that g++ may vectorise, and
+// blocks are spread over OpenMP's threads. No thread can see another one: there is no shared memory and no barrier, and
+// a warp has one lane. So any split of the threads over cores is right.
 #pragma once
 #include <omp.h>
 
@@ -8,7 +8,7 @@
 static __thread uint3 threadIdx __attribute__((unused)), blockIdx __attribute__((unused));
 static __thread dim3 blockDim __attribute__((unused)), gridDim __attribute__((unused));
 
-// A warp of one lane: nobody to exchange with.
+// A warp has one lane, which has no other one to exchange with.
 template <class T> static inline T __shfl_xor_sync(unsigned, T value, int) { return value; }
 template <class T> static inline T __shfl_sync(unsigned, T value, int) { return value; }
 static inline void __syncwarp(unsigned = 0xffffffff) {}
@@ -24,13 +24,14 @@ inline bool valid(dim3 grid, dim3 block) {
         && grid.y > 0 && grid.y <= 65535 && grid.z > 0 && grid.z <= 65535;
 }
 
-// The launch's threads are dealt to cores in units of so many, whole vectors.
+// Cores get a launch's threads in units of this many, which are whole vectors.
 constexpr unsigned UNIT = 16;
 
-// Units first .. last - 1 of a launch. Everything comes by value: what a region of OpenMP captures by reference would be
-// loaded again in each iteration of the thread loop. Threads of a launch are independent, which is what ivdep says.
+// Units first .. last - 1 of a launch. Everything is passed by value: what a region of OpenMP captures by reference
+// would be loaded again in each iteration of the thread loop. ivdep: the threads of a launch are independent.
 template <class Kernel, class... Args>
-__attribute__((noinline)) void run_units(Kernel kernel, dim3 grid, dim3 block, size_t first, size_t last, Args... args) {
+__attribute__((noinline))
+void run_units(Kernel kernel, dim3 grid, dim3 block, size_t first, size_t last, Args... args) {
     size_t units = (block.x + UNIT - 1) / UNIT, rows = (size_t)block.y * block.z;
     gridDim = grid;
     blockDim = block;
@@ -61,12 +62,13 @@ template <class Kernel> struct Launch {
         if (!valid(grid, block)) { bad_launch(); return; }
         size_t units = (size_t)grid.x * grid.y * grid.z * ((block.x + UNIT - 1) / UNIT) * block.y * block.z;
         int threads = omp_get_max_threads();
-        // A parallel region costs microseconds. Whether this kernel is worth one shows from its last launch.
+        // A parallel region costs microseconds. The time of this kernel's last launch decides whether it is worth one.
         static double ns_per_unit = 100;
         double start = begin_launch();
         bool parallel = threads > 1 && units > 1 && ns_per_unit * (double)units > 10000;
-        // Dealt out in turns: with one piece a core, a triangle's rows would leave the first core idle. The same pieces on one core:
-        // g++'s loop may take another way for few threads than for many, and time must not decide about bits.
+        // Each core gets several pieces, in turns: with one piece a core, the rows of a triangle would leave the first
+        // core idle. One core alone takes the same pieces: g++'s loop may compute few threads in another way than many,
+        // and the time that a launch took must not change a bit of a result.
         size_t pieces = units < 8 * (size_t)threads ? units : 8 * (size_t)threads;
 #pragma omp parallel for schedule(static, 1) if(parallel)
         for (size_t p = 0; p < pieces; p++)
@@ -76,7 +78,8 @@ template <class Kernel> struct Launch {
 };
 
 template <class Kernel>
-Launch<Kernel> launch(const char* name, Kernel kernel, dim3 grid, dim3 block, size_t /* shared */ = 0, cudaStream_t = nullptr) {
+Launch<Kernel> launch(const char* name, Kernel kernel, dim3 grid, dim3 block, size_t /* shared */ = 0,
+                      cudaStream_t = nullptr) {
     return {name, kernel, grid, block};
 }
 

@@ -1,4 +1,5 @@
-// cuBLAS's functions, and the products themselves: fp32 by oneDNN's sgemm, bf16 by its matmul primitive, thin ones of either by loops here.
+// cuBLAS's functions, and the matrix products themselves: fp32 by oneDNN's sgemm, bf16 by its matmul primitive, and
+// thin products of both types by loops in this file.
 #include "gemm.h"
 #include <algorithm>
 #include <cuda_bf16.h>
@@ -21,22 +22,33 @@ const char* cublasGetStatusString(cublasStatus_t status) {
     }
     return "unknown status";
 }
-cublasStatus_t cublasCreate(cublasHandle_t* handle) { *handle = new cublasContext{nullptr}; return CUBLAS_STATUS_SUCCESS; }
-cublasStatus_t cublasDestroy(cublasHandle_t handle) { delete handle; return CUBLAS_STATUS_SUCCESS; }
-cublasStatus_t cublasSetStream(cublasHandle_t handle, cudaStream_t stream) { handle->stream = stream; return CUBLAS_STATUS_SUCCESS; }
-// Kept for the GPU's sake: oneDNN has its own memory and always computes in full precision.
+cublasStatus_t cublasCreate(cublasHandle_t* handle) {
+    *handle = new cublasContext{nullptr};
+    return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasDestroy(cublasHandle_t handle) {
+    delete handle;
+    return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasSetStream(cublasHandle_t handle, cudaStream_t stream) {
+    handle->stream = stream;
+    return CUBLAS_STATUS_SUCCESS;
+}
+// These two change nothing: oneDNN has its own memory and always computes in full precision.
 cublasStatus_t cublasSetWorkspace(cublasHandle_t, void*, size_t) { return CUBLAS_STATUS_SUCCESS; }
 cublasStatus_t cublasSetMathMode(cublasHandle_t, cublasMath_t) { return CUBLAS_STATUS_SUCCESS; }
 
-cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation_t transa, cublasOperation_t transb, int m, int n, int k,
-                                          const void* alpha, const void* A, cudaDataType_t Atype, int lda, long long strideA,
+cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation_t transa, cublasOperation_t transb,
+                                          int m, int n, int k, const void* alpha,
+                                          const void* A, cudaDataType_t Atype, int lda, long long strideA,
                                           const void* B, cudaDataType_t Btype, int ldb, long long strideB,
                                           const void* beta, void* C, cudaDataType_t Ctype, int ldc, long long strideC,
                                           int batch, cublasComputeType_t, cublasGemmAlgo_t) {
     bool ta = transa == CUBLAS_OP_T, tb = transb == CUBLAS_OP_T;
     auto at_least = [](int ld, int rows) { return ld >= rows && ld >= 1; };
     if (!handle || !alpha || !beta || m < 0 || n < 0 || k < 0 || batch < 0
-        || !at_least(lda, ta ? k : m) || !at_least(ldb, tb ? n : k) || !at_least(ldc, m)) return CUBLAS_STATUS_INVALID_VALUE;
+        || !at_least(lda, ta ? k : m) || !at_least(ldb, tb ? n : k) || !at_least(ldc, m))
+        return CUBLAS_STATUS_INVALID_VALUE;
     if (Atype != Btype || (Atype == CUDA_R_32F && Ctype != CUDA_R_32F)) return CUBLAS_STATUS_NOT_SUPPORTED;
     if (m == 0 || n == 0 || batch == 0) return CUBLAS_STATUS_SUCCESS;
     if (!C || (k > 0 && (!A || !B))) return CUBLAS_STATUS_INVALID_VALUE;
@@ -44,7 +56,8 @@ cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation
                   strideA, strideB, strideC, Atype, Ctype}, handle->stream);
     return CUBLAS_STATUS_SUCCESS;
 }
-cublasStatus_t cublasGemmEx(cublasHandle_t handle, cublasOperation_t transa, cublasOperation_t transb, int m, int n, int k,
+cublasStatus_t cublasGemmEx(cublasHandle_t handle, cublasOperation_t transa, cublasOperation_t transb,
+                            int m, int n, int k,
                             const void* alpha, const void* A, cudaDataType_t Atype, int lda,
                             const void* B, cudaDataType_t Btype, int ldb,
                             const void* beta, void* C, cudaDataType_t Ctype, int ldc,
@@ -54,25 +67,29 @@ cublasStatus_t cublasGemmEx(cublasHandle_t handle, cublasOperation_t transa, cub
 }
 
 // ------------------------------------------------------------------------------------------------
-// A column-major matrix is its transpose in row-major: C' (n, m) = op(B)' (n, k) op(A)' (k, m). So B goes first.
+// A column-major matrix is its transpose in row-major: C' (n, m) = op(B)' (n, k) op(A)' (k, m). So B comes first.
 
 static void run_fp32(const Gemm& g, const float* A, const float* B, float* C) {
     auto run = [&](int from, int rows) {                // of op(A)
-        dnnl_status_t status = dnnl_sgemm(g.transb ? 'T' : 'N', g.transa ? 'T' : 'N', g.n, rows, g.k, g.alpha, B, g.ldb,
-                                          A + (size_t)from * (g.transa ? g.lda : 1), g.lda, g.beta, C + from, g.ldc);
-        if (status != dnnl_success) { fprintf(stderr, "oneDNN: sgemm %d x %d x %d failed with status %d\n", rows, g.n, g.k, (int)status); abort(); }
+        const float* first = A + (size_t)from * (g.transa ? g.lda : 1);
+        dnnl_status_t status = dnnl_sgemm(g.transb ? 'T' : 'N', g.transa ? 'T' : 'N', g.n, rows, g.k,
+                                          g.alpha, B, g.ldb, first, g.lda, g.beta, C + from, g.ldc);
+        if (status == dnnl_success) return;
+        fprintf(stderr, "oneDNN: sgemm %d x %d x %d failed with status %d\n", rows, g.n, g.k, (int)status);
+        abort();
     };
-    // An A that is to be transposed, W in y = W x, oneDNN copies first, and where C has few columns each of its threads copies all
-    // of it: two threads were hardly faster than one. So each thread gets rows of its own, a multiple of what a vector holds, if there are enough.
+    // oneDNN first copies an A that it has to transpose (W in y = W x). Where C has few columns, each of its threads
+    // copies all of A, and two threads were hardly faster than one. So each thread gets rows of its own, in multiples
+    // of a vector's length, if there are enough rows.
     const int threads = omp_get_max_threads(), rows = (g.m + 16 * threads - 1) / (16 * threads) * 16;
     if (!g.transa || threads == 1 || omp_in_parallel() || rows * (threads - 1) >= g.m) return run(0, g.m);
 #pragma omp parallel for schedule(static)
     for (int from = 0; from < g.m; from += rows) run(from, std::min(rows, g.m - from));
 }
 
-// A primitive is code generated for one shape, a tenth to several megabytes of it, and making one takes as long as running
-// it. So they are kept, and the dimension that changes from step to step, the rows that an expert received, comes in
-// multiples of ROWS and in rests smaller than that.
+// A primitive is code that is generated for one shape: 0.1 to several megabytes, and making it takes as long as running
+// it. So primitives are kept. The dimension that changes from step to step, the rows that an expert received, is split
+// into a multiple of ROWS and a rest smaller than ROWS, or padded to a multiple.
 constexpr int ROWS = 32;
 
 struct Product {
@@ -106,12 +123,13 @@ static Product make_product(const Gemm& g) {
 }
 
 static void run_product(const Gemm& g, const void* A, const void* B, void* C) {
-    // oneDNN divides a primitive's work over threads when it is made.
+    // oneDNN divides a primitive's work over threads when the primitive is made, so the key has their number.
     typedef std::tuple<int, bool, bool, int, int, int, int, int, int, float, float, int> Key;
     static std::map<Key, Product> cache;
     static std::mutex mutex;
     static thread_local dnnl::stream stream(engine());
-    Key key(omp_in_parallel() ? 1 : omp_get_max_threads(), g.transa, g.transb, g.m, g.n, g.k, g.lda, g.ldb, g.ldc, g.alpha, g.beta, g.typeC);
+    Key key(omp_in_parallel() ? 1 : omp_get_max_threads(), g.transa, g.transb, g.m, g.n, g.k, g.lda, g.ldb, g.ldc,
+            g.alpha, g.beta, g.typeC);
     Product p;
     {
         std::lock_guard<std::mutex> lock(mutex);
@@ -125,11 +143,12 @@ static void run_product(const Gemm& g, const void* A, const void* B, void* C) {
         cache.emplace(key, p);
     }
     dnnl::memory src(p.src, engine(), (void*)B), weights(p.weights, engine(), (void*)A), dst(p.dst, engine(), C);
-    // Left to itself, oneDNN keeps the scratchpad with the thread that made the primitive, and another thread runs out of its own.
+    // By default the scratchpad belongs to the thread that made the primitive, and another thread's may be too small.
     static thread_local std::vector<char> scratch;
     if (scratch.size() < p.scratchpad.get_size() + 64) scratch.resize(p.scratchpad.get_size() + 64);
     dnnl::memory scratchpad(p.scratchpad, engine(), (void*)(((uintptr_t)scratch.data() + 63) / 64 * 64));
-    p.primitive.execute(stream, {{DNNL_ARG_SRC, src}, {DNNL_ARG_WEIGHTS, weights}, {DNNL_ARG_DST, dst}, {DNNL_ARG_SCRATCHPAD, scratchpad}});
+    p.primitive.execute(stream, {{DNNL_ARG_SRC, src}, {DNNL_ARG_WEIGHTS, weights}, {DNNL_ARG_DST, dst},
+                                 {DNNL_ARG_SCRATCHPAD, scratchpad}});
     stream.wait();
 }
 
@@ -139,12 +158,14 @@ static bool has_bf16() {
     return has;
 }
 
-// Where it has none: operands widened to fp32, which is exact, a block of C at a time, so that what is widened stays in the cache.
+// Where it has none: operands are widened to fp32, which is exact, for one block of C at a time, so that the widened
+// numbers stay in the cache.
 static void run_widened(const Gemm& g, const __nv_bfloat16* A, const __nv_bfloat16* B, void* C) {
-    constexpr int ELEMENTS = 1 << 18;                   // of an operand's block
+    constexpr int ELEMENTS = 1 << 18;                   // in the block of an operand
     static thread_local std::vector<float> wide_A, wide_B, wide_C;
     const int most = std::max(16, ELEMENTS / g.k), rows = std::min(g.m, most), columns = std::min(g.n, most);
-    auto widen = [&](std::vector<float>* wide, const __nv_bfloat16* from, int ld, int outer, int inner) {      // `outer` runs of `inner`
+    // `outer` runs of `inner` elements
+    auto widen = [&](std::vector<float>* wide, const __nv_bfloat16* from, int ld, int outer, int inner) {
         wide->resize((size_t)outer * inner);
         float* to = wide->data();
 #pragma omp parallel for schedule(static) if(!omp_in_parallel() && (size_t)outer * inner > 100000)
@@ -170,7 +191,8 @@ static void run_widened(const Gemm& g, const __nv_bfloat16* A, const __nv_bfloat
             else wide_C.resize((size_t)block.n * block.m);
             run_fp32(block, wide_A.data(), wide_B.data(), wide_C.data());
             for (int column = 0; column < block.n; column++)
-                for (int row = 0; row < block.m; row++) narrow[(size_t)column * g.ldc + row] = (__nv_bfloat16)wide_C[(size_t)column * block.m + row];
+                for (int row = 0; row < block.m; row++)
+                    narrow[(size_t)column * g.ldc + row] = (__nv_bfloat16)wide_C[(size_t)column * block.m + row];
         }
     }
 }
@@ -178,8 +200,8 @@ static void run_widened(const Gemm& g, const __nv_bfloat16* A, const __nv_bfloat
 static void run_bf16(const Gemm& g, const uint16_t* A, const uint16_t* B, void* C) {
     if (!has_bf16()) return run_widened(g, (const __nv_bfloat16*)A, (const __nv_bfloat16*)B, C);
     if (!g.transa && g.transb && g.k % ROWS != 0) {
-        // A sum over rows (a weight's gradient): copied, and filled up with rows of zeros. Two products, one after the
-        // other, would round C twice.
+        // A sum over rows (a weight's gradient): the operands are copied and padded with rows of zeros. Two products,
+        // one after the other, would round C twice.
         static thread_local std::vector<uint16_t> copy;
         Gemm padded = g;
         padded.k = (g.k + ROWS - 1) / ROWS * ROWS;
@@ -203,24 +225,27 @@ static void run_bf16(const Gemm& g, const uint16_t* A, const uint16_t* B, void* 
         rest.n = g.n % ROWS;
         whole.n = g.n - rest.n;
         run_product(whole, A, B, C);
-        run_product(rest, A, B + (size_t)whole.n * g.ldb, (char*)C + (size_t)whole.n * (size_t)g.ldc * bytes_of(g.typeC));
+        char* rest_of_C = (char*)C + (size_t)whole.n * (size_t)g.ldc * bytes_of(g.typeC);
+        run_product(rest, A, B + (size_t)whole.n * g.ldb, rest_of_C);
     } else {
         run_product(g, A, B, C);
     }
 }
 
 // ------------------------------------------------------------------------------------------------
-// Thin products: y = W x of a token, or of a few, as in generation. They take as long as reading W from memory does, so W is read
-// once, from its first number to its last, and bf16 is widened in registers. One thread sums up an element, in an order that follows
-// from the shape alone.
+// Thin products: y = W x of one token or a few, as in generation. They take as long as reading W from memory, so W is
+// read once, from its first number to its last, and bf16 is widened in registers. One thread sums an element, in an
+// order that depends on the shape alone.
 
 constexpr int THIN = 8;                 // columns at most
 constexpr int LANES = 8;                // numbers of a vector
-constexpr int AHEAD = 8192;             // bytes of W asked of memory in advance: processors' own prefetching ends with a page
+// Bytes by which W is prefetched: a processor's own prefetching ends with a page
+constexpr int AHEAD = 8192;
 typedef float Lanes __attribute__((vector_size(LANES * 4)));
 typedef uint32_t Bits __attribute__((vector_size(LANES * 4)));
 
-// 2 LANES numbers of a row. Those of bf16 at even places, and those at odd ones: each is the upper half of its fp32.
+// 2 LANES numbers of a row. For bf16, a has those at even places and b those at odd ones. Each is the upper half of its
+// fp32.
 struct Numbers { Lanes a, b; };
 static inline Numbers load(const float* p) {
     Numbers x;
@@ -233,7 +258,7 @@ static inline Numbers load(const uint16_t* p) {
     memcpy(&pairs, p, sizeof pairs);
     return {(Lanes)(pairs << 16), (Lanes)(pairs & 0xffff0000)};
 }
-template <class T> static inline Numbers load(const T* p, int count) {      // the last ones, filled up with zeros
+template <class T> static inline Numbers load(const T* p, int count) {      // the last ones, padded with zeros
     T filled[2 * LANES] = {};
     memcpy(filled, p, count * sizeof(T));
     return load(filled);
@@ -291,14 +316,16 @@ void run_gemm(const Gemm& g) {
         if (g.typeC == CUDA_R_32F) scale<float>(g); else scale<__nv_bfloat16>(g);
         return;
     }
-    // Below some 10 microseconds of work, waking the other threads takes longer than doing without them. Thin ones move W, at 20 GB/s.
+    // For less than about 10 microseconds of work, waking the other threads takes longer than working without them.
+    // Thin products read W, at 20 GB/s.
     int threads = omp_get_max_threads();
     bool little = is_thin(g) ? (double)g.m * g.k * g.batch * (double)bytes_of(g.typeAB) < 2e5 : flops(g) < 4e6;
     bool alone = little && threads > 1 && !omp_in_parallel();
     if (alone) omp_set_num_threads(1);
-    // One product at a time: oneDNN's own batches have no fast code for heads that lie side by side in a row.
+    // One product at a time: oneDNN has no fast code for batches of heads that are side by side in a row.
     auto run = [&](int b) {
-        char *A = (char*)g.A + b * g.strideA * (long long)bytes_of(g.typeAB), *B = (char*)g.B + b * g.strideB * (long long)bytes_of(g.typeAB);
+        char* A = (char*)g.A + b * g.strideA * (long long)bytes_of(g.typeAB);
+        char* B = (char*)g.B + b * g.strideB * (long long)bytes_of(g.typeAB);
         char* C = (char*)g.C + b * g.strideC * (long long)bytes_of(g.typeC);
         if (is_thin(g) && g.typeAB == CUDA_R_32F) run_thin(g, (float*)A, (float*)B, C);
         else if (is_thin(g)) run_thin(g, (uint16_t*)A, (uint16_t*)B, C);

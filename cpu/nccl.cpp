@@ -1,9 +1,9 @@
-// NCCL's functions over MPI, for ranks that are processes of CPUs. Messages between two ranks carry everything.
-//   - A sum's terms are added in the order of the ranks, by one rank, which sends the result to the others: the same bits on
-//     all of them and in every run. bfloat16 is summed in float and rounded once.
-//   - Ranks share cores, so that one which waits must not keep a core busy; MPI's own waiting does.
-//   - Calls of MPI come from the thread that calls NCCL or waits for a stream: MPI_THREAD_FUNNELED will do.
-// Where ranks do not make the same calls, a GPU waits forever or computes with others' numbers; here the process reports it
+// NCCL's functions over MPI, for ranks that are processes on CPUs. Everything is sent in messages between two ranks.
+//   - A sum's terms are added in the order of the ranks, by one rank, which sends the result to the others: the same
+//     bits on all of them and in every run. bfloat16 is summed in float and rounded once.
+//   - Ranks share cores, so a rank that waits must not keep a core busy, as MPI's own waiting does.
+//   - MPI is called from the thread that calls NCCL or waits for a stream: MPI_THREAD_FUNNELED is enough.
+// If ranks do not make the same calls, a GPU waits forever or computes with wrong numbers. Here the process reports it
 // and ends with exit code 99.
 #include "collective.h"
 #include <algorithm>
@@ -21,7 +21,7 @@
 struct ncclComm {
     MPI_Comm mpi;                       // unused where there is one rank, which needs no MPI
     int rank, size;
-    bool closed = false;                // kept all the same: work that is still queued may name it
+    bool closed = false;                // never deleted: work that is still queued may name it
 };
 
 [[noreturn]] static void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
@@ -39,7 +39,8 @@ static void fail(const char* format, ...) {
 // What a call reads and writes
 
 const char* name_of(const NcclCall& c) {
-    static const char* names[] = {"ncclAllReduce", "ncclReduceScatter", "ncclAllGather", "ncclBroadcast", "ncclSend", "ncclRecv"};
+    static const char* names[] = {"ncclAllReduce", "ncclReduceScatter", "ncclAllGather", "ncclBroadcast",
+                                  "ncclSend", "ncclRecv"};
     return names[c.kind];
 }
 size_t bytes_of(ncclDataType_t type) {
@@ -74,11 +75,12 @@ struct Message {
     int peer;
     ncclComm_t comm;
 };
-enum Tag { OF_COLLECTIVES, OF_PAIRS, OF_CALLS };        // what is sent for one purpose never meets a receive for another
+enum Tag { OF_COLLECTIVES, OF_PAIRS, OF_CALLS };        // a message sent for one purpose is never received for another
 constexpr size_t LARGEST = 1 << 30;                     // MPI counts in int
 
-// Gives the core away between two looks: while the messages may be on their way only to threads that want it, then for a time
-// that grows to 100 microseconds. MPI moves long messages while somebody looks, unless the system lets it read another process.
+// Gives the core away between two tests of the requests: while the messages may be on their way, only to threads that
+// are ready to run, and then for a time that grows to 100 microseconds. MPI moves long messages only while it is
+// called, unless the system lets it read the memory of another process.
 static void wait_for(std::vector<MPI_Request>& requests, std::vector<MPI_Status>& statuses, size_t bytes) {
     double start = omp_get_wtime(), waited = 0, on_their_way = 200e-6 + 1e-9 * (double)bytes;
     for (int done = 0;;) {
@@ -94,7 +96,7 @@ static void wait_for(std::vector<MPI_Request>& requests, std::vector<MPI_Status>
     }
 }
 
-// What a rank sends to itself: the n-th send in a communicator meets the n-th receive.
+// What a rank sends to itself: the n-th send in a communicator belongs to the n-th receive.
 static void deliver(std::vector<Message> sends, const std::vector<Message>& receives) {
     for (const Message& r : receives) {
         auto s = std::find_if(sends.begin(), sends.end(), [&](const Message& m) { return m.comm == r.comm; });
@@ -106,7 +108,8 @@ static void deliver(std::vector<Message> sends, const std::vector<Message>& rece
     if (!sends.empty()) fail("ncclSend to the own rank, %d, without an ncclRecv in the same group", sends[0].peer);
 }
 
-// All messages at once, so that no two ranks can wait for each other. Between two ranks they arrive in the order of the lists.
+// All messages at once, so that no two ranks can wait for each other. Between two ranks they arrive in the order of
+// the lists.
 static void exchange(const std::vector<Message>& sends, const std::vector<Message>& receives, Tag tag) {
     std::vector<MPI_Request> requests;
     std::vector<const Message*> received;               // of the first requests
@@ -115,7 +118,10 @@ static void exchange(const std::vector<Message>& sends, const std::vector<Messag
     std::vector<Message> own_sends, own_receives;
     for (const std::vector<Message>* list : {&receives, &sends})
         for (const Message& m : *list) {
-            if (m.peer == m.comm->rank) { (list == &sends ? own_sends : own_receives).push_back(m); continue; }
+            if (m.peer == m.comm->rank) {
+                (list == &sends ? own_sends : own_receives).push_back(m);
+                continue;
+            }
             size_t at = 0;
             do {
                 int size = (int)std::min(m.bytes - at, LARGEST);
@@ -135,10 +141,12 @@ static void exchange(const std::vector<Message>& sends, const std::vector<Messag
     if (requests.empty()) return;
     std::vector<MPI_Status> statuses(requests.size());
     wait_for(requests, statuses, bytes);
-    for (size_t i = 0; i < received.size(); i++) {      // longer ones than expected end the program inside of MPI
+    for (size_t i = 0; i < received.size(); i++) {      // MPI itself ends the program if a message is too long
+        const Message& m = *received[i];
         int size;
         MPI_Get_count(&statuses[i], MPI_BYTE, &size);
-        if (size != sizes[i]) fail("rank %d receives %zu bytes from rank %d, which sent fewer", received[i]->comm->rank, received[i]->bytes, received[i]->peer);
+        if (size == sizes[i]) continue;
+        fail("rank %d receives %zu bytes from rank %d, which sent fewer", m.comm->rank, m.bytes, m.peer);
     }
 }
 
@@ -155,7 +163,8 @@ template <class T> static T combine(ncclRedOp_t op, T a, T b) {
 }
 
 // y = x[0] + x[1] + ..., from left to right. y may be one of the x.
-template <class T, class Sum> static void reduce(T* y, const std::vector<const char*>& x, size_t count, ncclRedOp_t op) {
+template <class T, class Sum>
+static void reduce(T* y, const std::vector<const char*>& x, size_t count, ncclRedOp_t op) {
     constexpr size_t BLOCK = 2048;
 #pragma omp parallel for schedule(static) if(count > 1 << 17)
     for (size_t first = 0; first < count; first += BLOCK) {
@@ -218,14 +227,17 @@ static void share_slices(const NcclCall& c, const std::vector<Slice>& slices) {
     exchange(sends, receives, OF_COLLECTIVES);
 }
 
-// Each rank looks at its neighbour's call: if all of these are the same, all are. Costs a message, so only the strict machine does.
+// Each rank compares its call with its neighbour's: if all neighbours agree, all ranks do. This takes a message, so
+// only the strict machine does it.
 static void compare_calls(const NcclCall& c) {
 #ifdef CUDA_STRICT
     char own[128] = "", before[128];
     int rank = c.comm->rank, size = c.comm->size, neighbour = (rank + size - 1) % size;
-    snprintf(own, sizeof own, "%s of %zu elements of type %d, operation %d, root %d", name_of(c), c.count, c.type, c.op, c.peer);
+    snprintf(own, sizeof own, "%s of %zu elements of type %d, operation %d, root %d",
+             name_of(c), c.count, c.type, c.op, c.peer);
     exchange({{own, sizeof own, (rank + 1) % size, c.comm}}, {{before, sizeof before, neighbour, c.comm}}, OF_CALLS);
-    if (strcmp(own, before) != 0) fail("the ranks' calls differ: rank %d calls %s; rank %d calls %s", rank, own, neighbour, before);
+    if (strcmp(own, before) != 0)
+        fail("the ranks' calls differ: rank %d calls %s; rank %d calls %s", rank, own, neighbour, before);
 #else
     (void)c;
 #endif
@@ -243,7 +255,10 @@ static void run_collective(const NcclCall& c) {
         case NcclCall::ALL_REDUCE:
             for (size_t first = 0; first < c.count; first += PIECE) {
                 size_t n = std::min(PIECE, c.count - first);
-                for (size_t r = 0; r < ranks; r++) slices[r] = {first + n * r / ranks, n * (r + 1) / ranks - n * r / ranks};
+                for (size_t r = 0; r < ranks; r++) {
+                    size_t begin = n * r / ranks, end = n * (r + 1) / ranks;
+                    slices[r] = {first + begin, end - begin};
+                }
                 reduce_slices(c, slices, (char*)c.receive + slices[rank].first * bytes_of(c.type));
                 share_slices(c, slices);
             }
@@ -268,7 +283,8 @@ static void run_collective(const NcclCall& c) {
                 receives.push_back({(char*)c.receive, bytes(c), c.peer, c.comm});
             } else {
                 if (c.send != c.receive && c.count > 0) memmove(c.receive, c.send, bytes(c));
-                for (int r = 0; r < c.comm->size; r++) if (r != c.peer) sends.push_back({(char*)c.send, bytes(c), r, c.comm});
+                for (int r = 0; r < c.comm->size; r++)
+                    if (r != c.peer) sends.push_back({(char*)c.send, bytes(c), r, c.comm});
             }
             exchange(sends, receives, OF_COLLECTIVES);
         }
@@ -293,7 +309,8 @@ static int group_depth = 0;
 static std::vector<NcclCall> group;
 
 static ncclResult_t issue(const NcclCall& c) {
-    if (!c.comm || c.comm->closed || bytes_of(c.type) == 0 || (c.op != ncclSum && c.op != ncclMax && c.op != ncclMin)) return ncclInvalidArgument;
+    if (!c.comm || c.comm->closed || bytes_of(c.type) == 0) return ncclInvalidArgument;
+    if (c.op != ncclSum && c.op != ncclMax && c.op != ncclMin) return ncclInvalidArgument;
     if (c.peer < 0 || c.peer >= c.comm->size) return ncclInvalidArgument;
     if ((!c.send && sent_bytes(c) > 0) || (!c.receive && received_bytes(c) > 0)) return ncclInvalidArgument;
     group.push_back(c);
@@ -314,22 +331,28 @@ ncclResult_t ncclGroupEnd() {
     return ncclSuccess;
 }
 
-ncclResult_t ncclAllReduce(const void* sendbuff, void* recvbuff, size_t count, ncclDataType_t datatype, ncclRedOp_t op, ncclComm_t comm, cudaStream_t stream) {
+ncclResult_t ncclAllReduce(const void* sendbuff, void* recvbuff, size_t count, ncclDataType_t datatype,
+                           ncclRedOp_t op, ncclComm_t comm, cudaStream_t stream) {
     return issue({NcclCall::ALL_REDUCE, sendbuff, recvbuff, count, datatype, op, 0, comm, stream});
 }
-ncclResult_t ncclReduceScatter(const void* sendbuff, void* recvbuff, size_t recvcount, ncclDataType_t datatype, ncclRedOp_t op, ncclComm_t comm, cudaStream_t stream) {
+ncclResult_t ncclReduceScatter(const void* sendbuff, void* recvbuff, size_t recvcount, ncclDataType_t datatype,
+                               ncclRedOp_t op, ncclComm_t comm, cudaStream_t stream) {
     return issue({NcclCall::REDUCE_SCATTER, sendbuff, recvbuff, recvcount, datatype, op, 0, comm, stream});
 }
-ncclResult_t ncclAllGather(const void* sendbuff, void* recvbuff, size_t sendcount, ncclDataType_t datatype, ncclComm_t comm, cudaStream_t stream) {
+ncclResult_t ncclAllGather(const void* sendbuff, void* recvbuff, size_t sendcount, ncclDataType_t datatype,
+                           ncclComm_t comm, cudaStream_t stream) {
     return issue({NcclCall::ALL_GATHER, sendbuff, recvbuff, sendcount, datatype, ncclSum, 0, comm, stream});
 }
-ncclResult_t ncclBroadcast(const void* sendbuff, void* recvbuff, size_t count, ncclDataType_t datatype, int root, ncclComm_t comm, cudaStream_t stream) {
+ncclResult_t ncclBroadcast(const void* sendbuff, void* recvbuff, size_t count, ncclDataType_t datatype, int root,
+                           ncclComm_t comm, cudaStream_t stream) {
     return issue({NcclCall::BROADCAST, sendbuff, recvbuff, count, datatype, ncclSum, root, comm, stream});
 }
-ncclResult_t ncclSend(const void* sendbuff, size_t count, ncclDataType_t datatype, int peer, ncclComm_t comm, cudaStream_t stream) {
+ncclResult_t ncclSend(const void* sendbuff, size_t count, ncclDataType_t datatype, int peer,
+                      ncclComm_t comm, cudaStream_t stream) {
     return issue({NcclCall::SEND, sendbuff, nullptr, count, datatype, ncclSum, peer, comm, stream});
 }
-ncclResult_t ncclRecv(void* recvbuff, size_t count, ncclDataType_t datatype, int peer, ncclComm_t comm, cudaStream_t stream) {
+ncclResult_t ncclRecv(void* recvbuff, size_t count, ncclDataType_t datatype, int peer,
+                      ncclComm_t comm, cudaStream_t stream) {
     return issue({NcclCall::RECEIVE, nullptr, recvbuff, count, datatype, ncclSum, peer, comm, stream});
 }
 
@@ -338,7 +361,8 @@ ncclResult_t ncclGetUniqueId(ncclUniqueId* uniqueId) {
     for (char& c : uniqueId->internal) c = (char)random();
     return ncclSuccess;
 }
-// The ranks are those that MPI started. The id connects none, but all have to have the same one, as on GPUs.
+// The ranks are the processes that MPI started. The id does not connect them, but they must all have the same one, as
+// on GPUs.
 ncclResult_t ncclCommInitRank(ncclComm_t* comm, int nranks, ncclUniqueId commId, int rank) {
     if (nranks < 1 || rank < 0 || rank >= nranks) return ncclInvalidArgument;
     MPI_Comm mpi = MPI_COMM_NULL;
@@ -373,7 +397,7 @@ ncclResult_t ncclCommSplit(ncclComm_t comm, int color, int key, ncclComm_t* newc
     MPI_Comm mpi = MPI_COMM_NULL;
     int rank = 0, size = 1;
     if (comm->size > 1) {
-        finish_collectives();           // the others may need this rank for these before they come here
+        finish_collectives();           // the other ranks may wait for this one in them
         MPI_Comm_split(comm->mpi, color == NCCL_SPLIT_NOCOLOR ? MPI_UNDEFINED : color, key, &mpi);
         if (mpi != MPI_COMM_NULL) {
             MPI_Comm_rank(mpi, &rank);
@@ -409,8 +433,10 @@ const char* ncclGetErrorString(ncclResult_t result) {
         case ncclUnhandledCudaError: return "unhandled CUDA error";
         case ncclSystemError: return "unhandled system error";
         case ncclInternalError: return "internal error";
-        case ncclInvalidArgument: return "invalid argument: a null pointer, a rank or type that does not exist, or not what MPI says of the ranks";
-        case ncclInvalidUsage: return "invalid usage: several ranks need MPI to be initialised, and groups need both ends";
+        case ncclInvalidArgument:
+            return "invalid argument: a null pointer, a rank or type that does not exist, or other ranks than MPI's";
+        case ncclInvalidUsage:
+            return "invalid usage: several ranks need MPI to be initialised, and groups need both ends";
         case ncclRemoteError: return "remote error";
         case ncclInProgress: return "in progress";
     }

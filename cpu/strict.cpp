@@ -1,19 +1,21 @@
-// The strict machine's runtime. It runs the same kernels as the fast one, with 32-lane warps, and looks for mistakes that a
-// GPU forgives most of the time. What it finds is reported in a block of text on standard error, and the process ends with
-// exit code 99. It finds:
-//   - races and missing warp barriers: threads are fibers; which one goes on is drawn by CUDA_SEED wherever one waits, and
-//     blocks come in drawn order. What depends on the order changes with the seed.
-//   - overruns: an allocation ends at a page that nobody may touch; the bytes before it are checked after each kernel.
+// The strict machine's runtime. It runs the same kernels as the fast one, with warps of 32 lanes, and looks for
+// mistakes that a GPU forgives most of the time. It reports what it finds in a block of text on standard error, and the
+// process ends with exit code 99. It finds:
+//   - races and missing warp barriers: threads are fibers. Wherever one waits, the next one is drawn with the seed
+//     CUDA_SEED, and so is the order of the blocks. Results that depend on the order change with the seed.
+//   - overruns: an allocation ends at a page that may not be touched, and the bytes before it are checked after each
+//     kernel.
 //   - use of freed memory (addresses are never used twice) and of uninitialised memory (all bytes 0xff: NaN, -1).
-//   - host code that touches device memory (locked but while device work runs), kernels and copies that get a pointer
-//     of the wrong side.
+//   - host code that touches device memory, which is locked except while device work runs; kernels and copies that get
+//     a pointer to the wrong kind of memory.
 //   - missing synchronisation: work on streams waits until the program waits for it, and the order between streams is
-//     drawn too, within what events allow. cudaMemset and cudaMemcpy are no more synchronous than CUDA promises.
+//     also drawn, within what events allow. cudaMemset and cudaMemcpy are no more synchronous than CUDA promises.
 //   - collectives whose buffers overlap where NCCL forbids it, or for which the ranks' calls differ.
-//   - launches beyond CUDA's limits, warp functions whose masks do not fit the lanes that come, lanes that wait forever.
-// It does not find: overflow of index products, a kernel's pointers inside of structs, accesses that miss their allocation
-// and fall into another one, races in which every order gives the same result, a missing event between two collectives
-// (they run in the order of their calls). Only one thread of the host may call CUDA and touch its memory.
+//   - launches beyond CUDA's limits, warp functions whose masks do not match the lanes that call them, lanes that wait
+//     forever.
+// It does not find: overflow of index products, a kernel's pointers inside of structs, accesses outside of their
+// allocation but inside of another one, races in which every order gives the same result, a missing event between two
+// collectives (they run in the order of their calls). Only one thread of the host may call CUDA and touch its memory.
 #include "collective.h"
 #include "cuda_profiler_api.h"
 #include "gemm.h"
@@ -35,7 +37,7 @@
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
-#if defined(CUDA_TSAN)                       // this file itself is compiled without TSan, which must not see the scheduler
+#if defined(CUDA_TSAN)                       // this file itself is compiled without TSan: it must not see the scheduler
 #include <sanitizer/tsan_interface.h>
 #endif
 
@@ -56,7 +58,7 @@ static uint32_t random_below(uint32_t n) {
 // Reports
 
 static const char* running_kernel = nullptr;      // its name, while device code runs
-static bool a_thread_runs = false;                // and is at fault
+static bool a_thread_runs = false;                // a report then names it
 static const char* running_call = nullptr;        // a copy or a product, while one runs
 
 [[noreturn]] static void report(const char* format, ...) __attribute__((format(printf, 1, 2)));
@@ -68,9 +70,11 @@ static void report(const char* format, ...) {
     n += vsnprintf(text + n, sizeof text - n, format, args);
     va_end(args);
     if (running_kernel && n < (int)sizeof text)
-        n += snprintf(text + n, sizeof text - n, "\n  in kernel %s, grid (%u, %u, %u), block (%u, %u, %u)", running_kernel, gridDim.x, gridDim.y, gridDim.z, blockDim.x, blockDim.y, blockDim.z);
+        n += snprintf(text + n, sizeof text - n, "\n  in kernel %s, grid (%u, %u, %u), block (%u, %u, %u)",
+                      running_kernel, gridDim.x, gridDim.y, gridDim.z, blockDim.x, blockDim.y, blockDim.z);
     if (a_thread_runs && n < (int)sizeof text)
-        n += snprintf(text + n, sizeof text - n, ": block (%u, %u, %u), thread (%u, %u, %u)", blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, threadIdx.y, threadIdx.z);
+        n += snprintf(text + n, sizeof text - n, ": block (%u, %u, %u), thread (%u, %u, %u)",
+                      blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, threadIdx.y, threadIdx.z);
     if (!running_kernel && running_call && n < (int)sizeof text)
         n += snprintf(text + n, sizeof text - n, "\n  in %s", running_call);
     fflush(stdout);
@@ -81,7 +85,7 @@ static void report(const char* format, ...) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// Memory. Device and pinned memory each have a range of addresses of their own, used once from the bottom up:
+// Memory. Device and pinned memory each have a range of addresses of their own, which is used once, from its start:
 //     | inaccessible | front slack, allocation, at most 15 bytes | inaccessible | ...
 
 constexpr size_t PAGE = 4096, GUARD = 16 * PAGE, CHECKED = 64;
@@ -105,7 +109,7 @@ static std::vector<uint32_t> opened;
 static void protect(const Allocation& a, int protection) {
     if (mprotect(a.pages, (size_t)(a.end_pages - a.pages), protection) != 0) { perror("mprotect"); abort(); }
 }
-// While device work runs, an allocation is opened when it is first touched (in on_fault): most are not.
+// While device work runs, an allocation is opened when it is first touched (in on_fault): most allocations are not.
 static void lock_device() {
     locked = true;
     if (opened.empty()) return;
@@ -117,12 +121,13 @@ static void lock_device() {
 // The last allocation that begins at or before p, or the first one.
 static const Allocation* nearest(const Arena& arena, const void* p) {
     if (arena.all.empty()) return nullptr;
-    auto after = std::upper_bound(arena.all.begin(), arena.all.end(), (const char*)p, [](const char* address, const Allocation& a) { return address < a.pages; });
+    auto before = [](const char* address, const Allocation& a) { return address < a.pages; };
+    auto after = std::upper_bound(arena.all.begin(), arena.all.end(), (const char*)p, before);
     return after == arena.all.begin() ? &*after : &*(after - 1);
 }
 
 static bool open_allocation(const void* p) {
-    static std::mutex mutex;            // the threads of a matrix product touch an operand at the same time: the second one finds it open
+    static std::mutex mutex;            // several threads of a matrix product may touch an operand at the same time
     std::lock_guard<std::mutex> lock(mutex);
     Allocation* a = locked || !device.holds(p) ? nullptr : (Allocation*)nearest(device, p);
     if (!a || a->freed || (char*)p < a->pages || (char*)p >= a->end_pages) return false;
@@ -138,20 +143,26 @@ static const char* describe(const void* address) {
     const char* p = (const char*)address;
     const Arena* arena = device.holds(p) ? &device : pinned.holds(p) ? &pinned : nullptr;
     if (!arena) {
-        snprintf(text, sizeof text, p < (char*)65536 ? "%p is a null pointer or a small offset from one" : "%p is ordinary host memory", address);
+        const char* format = p < (char*)65536 ? "%p is a null pointer or a small offset from one"
+                                              : "%p is ordinary host memory";
+        snprintf(text, sizeof text, format, address);
         return text;
     }
     const Allocation* a = nearest(*arena, p);
-    if (!a) { snprintf(text, sizeof text, "%p is %s memory that was never allocated", address, arena->kind); return text; }
+    if (!a) {
+        snprintf(text, sizeof text, "%p is %s memory that was never allocated", address, arena->kind);
+        return text;
+    }
     const Allocation* next = a + 1 < arena->all.data() + arena->all.size() ? a + 1 : nullptr;
     if (p >= a->begin + a->bytes && next && next->begin - p < p - (a->begin + a->bytes)) a = next;
+    const char* end = a->begin + a->bytes;
+    char place[64];
+    if (p < a->begin) snprintf(place, sizeof place, "%zu bytes before", (size_t)(a->begin - p));
+    else if (p >= end) snprintf(place, sizeof place, "%zu bytes after the end of", (size_t)(p - end));
+    else snprintf(place, sizeof place, "byte %zu of", (size_t)(p - a->begin));
     size_t number = (size_t)(a - arena->all.data()) + 1;
-    if (p < a->begin)
-        snprintf(text, sizeof text, "%p is %zu bytes before %s%s allocation %zu of %zu bytes", address, (size_t)(a->begin - p), a->freed ? "freed " : "", arena->kind, number, a->bytes);
-    else if (p >= a->begin + a->bytes)
-        snprintf(text, sizeof text, "%p is %zu bytes after the end of %s%s allocation %zu of %zu bytes", address, (size_t)(p - (a->begin + a->bytes)), a->freed ? "freed " : "", arena->kind, number, a->bytes);
-    else
-        snprintf(text, sizeof text, "%p is byte %zu of %s%s allocation %zu of %zu bytes", address, (size_t)(p - a->begin), a->freed ? "freed " : "", arena->kind, number, a->bytes);
+    snprintf(text, sizeof text, "%p is %s %s%s allocation %zu of %zu bytes", address, place, a->freed ? "freed " : "",
+             arena->kind, number, a->bytes);
     return text;
 }
 
@@ -159,7 +170,8 @@ static cudaError_t allocate(Arena& arena, void** pointer, size_t bytes) {
     *pointer = nullptr;
     if (bytes == 0) return cudaSuccess;
     size_t rounded = (bytes + 15) / 16 * 16, size = (rounded + PAGE - 1) / PAGE * PAGE;
-    if (bytes > (size_t)(arena.end - arena.next) || size + GUARD > (size_t)(arena.end - arena.next)) return cudaErrorMemoryAllocation;
+    size_t left = (size_t)(arena.end - arena.next);
+    if (bytes > left || size + GUARD > left) return cudaErrorMemoryAllocation;
     Allocation a{arena.next + size - rounded, arena.next, arena.next + size, bytes, false, &arena == &pinned};
     protect(a, PROT_READ | PROT_WRITE);
     memset(a.pages, POISON, size);
@@ -200,14 +212,15 @@ static void check_slack() {
 #endif
 }
 
-// `bytes` at p must lie in one living allocation of device memory, or of pinned memory where that will do.
+// `bytes` at p must be inside one allocation of device memory, or of pinned memory where that is allowed.
 static void check_range(const char* call, const char* what, const void* p, size_t bytes, bool pinned_too) {
     const Arena* arena = device.holds(p) ? &device : pinned_too && pinned.holds(p) ? &pinned : nullptr;
     if (bytes == 0 && !arena) return;
     if (!arena) report("%s: %s must be device memory: %s", call, what, describe(p));
     const Allocation* a = nearest(*arena, p);
     if (a->freed || (char*)p < a->begin || (char*)p + bytes > a->begin + a->bytes)
-        report("%s: %s of %zu bytes is not inside of an allocation: its first byte, %s", call, what, bytes, describe(p));
+        report("%s: %s of %zu bytes is not inside of an allocation: its first byte, %s",
+               call, what, bytes, describe(p));
 }
 static void check_host_range(const char* call, const char* what, const void* p, size_t bytes) {
     if (bytes == 0) return;
@@ -216,7 +229,8 @@ static void check_host_range(const char* call, const char* what, const void* p, 
 }
 
 void check_kernel_pointer(const char* kernel, int argument, const void* p) {
-    if (p && !device.holds(p) && !pinned.holds(p)) report("launch of %s: argument %d must be device memory: %s", kernel, argument, describe(p));
+    if (p && !device.holds(p) && !pinned.holds(p))
+        report("launch of %s: argument %d must be device memory: %s", kernel, argument, describe(p));
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -234,7 +248,7 @@ static Fiber host_fiber;                 // the stack that launches
 static Fiber* current_fiber = &host_fiber;
 
 #if defined(__x86_64__)
-// Saves what the ABI asks a function to keep, changes the stack, and returns there.
+// Saves what a function has to keep by the ABI, changes the stack, and returns there.
 extern "C" void cuda_on_cpu_switch(void** save, void* load);
 asm(R"(
     .text
@@ -319,27 +333,27 @@ static void on_fault(int signal_number, siginfo_t* info, void* context) {
         report("invalid %s by host code: %s", access, describe(p));
     }
     if (pinned.holds(p)) report("invalid %s by host code: %s", access, describe(p));
-    signal(signal_number, SIG_DFL);      // an ordinary crash: happens again, and ends as it would have
+    signal(signal_number, SIG_DFL);      // an ordinary crash: it happens again, and ends the process as usual
 }
 
 // ------------------------------------------------------------------------------------------------
-// A block. Its threads are ready, wait for their warp, or are done. Which of the ready ones goes on is drawn uniformly. A
-// thread that has not begun needs no stack of its own yet: the fiber whose thread has ended runs it, so that kernels
-// without warp functions never switch.
+// A block. Its threads are ready, wait for their warp, or are done. The next one is drawn uniformly from those that are
+// ready. A thread that has not begun needs no stack of its own yet: the fiber whose thread has ended runs it, so that
+// kernels without warp functions never switch.
 
 struct Thread {
     Fiber* fiber;                        // where it waits; null: has not begun
     bool waiting;
     Collective kind;
     unsigned mask;
-    int lane_asked;                      // or xored
+    int lane_asked;                      // or the number to xor the lane with
     uint64_t value, result;
     void* tsan;
 };
 constexpr int WARP_LANES = 32;
 struct Warp {
     unsigned lanes, done, waiting;       // bits of those that exist, have returned, wait
-    bool uniform;                        // all that wait do so for `kind` and `mask`: nearly always
+    bool uniform;                        // all lanes that wait do so for `kind` and `mask`: nearly always
     Collective kind;
     unsigned mask;
 };
@@ -368,7 +382,8 @@ static int draw() {
 
 static void set_current(int thread) {
     current = thread;
-    threadIdx = {(unsigned)thread % blockDim.x, (unsigned)thread / blockDim.x % blockDim.y, (unsigned)thread / blockDim.x / blockDim.y};
+    unsigned x = (unsigned)thread % blockDim.x, row = (unsigned)thread / blockDim.x;
+    threadIdx = {x, row % blockDim.y, row / blockDim.y};
 }
 
 static void describe_warp(int warp, char* text, size_t size) {
@@ -379,13 +394,18 @@ static void describe_warp(int warp, char* text, size_t size) {
     for (int kind = 0; kind < 3; kind++) {
         unsigned lanes = 0, mask = 0;
         for (int i = first; i < last; i++)
-            if (threads[i].waiting && threads[i].kind == kind) { lanes |= 1u << (i - first); mask = threads[i].mask; }
-        if (lanes && n < size) n += (size_t)snprintf(text + n, size - n, "; lanes %08x wait in %s with mask %08x", lanes, names[kind], mask);
+            if (threads[i].waiting && threads[i].kind == kind) {
+                lanes |= 1u << (i - first);
+                mask = threads[i].mask;
+            }
+        if (lanes && n < size)
+            n += (size_t)snprintf(text + n, size - n, "; lanes %08x wait in %s with mask %08x",
+                                  lanes, names[kind], mask);
     }
     if (warps[warp].done && n < size) snprintf(text + n, size - n, "; lanes %08x have returned", warps[warp].done);
 }
 
-// Lets the lanes go on that wait for each other under `mask`, if all of them have come. Those that returned are not waited for.
+// If all lanes that wait for each other with `mask` have come, they are ready. Lanes that have returned do not count.
 static void try_complete(int warp, unsigned mask) {
     int first = warp * WARP_LANES;
     Warp& w = warps[warp];
@@ -419,7 +439,8 @@ static void try_complete(int warp, unsigned mask) {
 #endif
 }
 
-// The life of a fiber: runs threads from their beginning, one after another, and gives way to those that wait elsewhere.
+// What a fiber does: it runs threads from their beginning, one after another, and switches to threads that wait in
+// other fibers.
 static void work() {
 #ifdef __SANITIZE_ADDRESS__
     __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
@@ -446,8 +467,9 @@ static void work() {
             continue;
         }
 #if defined(CUDA_TSAN)
-        // Each thread is one to TSan: ordered after the launch, before what follows it, and by its warp's barriers. TSan's threads
-        // are used again by other blocks, in another order, lest those of different blocks should seem ordered.
+        // Each thread is a thread of TSan: it comes after the launch and before what follows the launch, and the warp's
+        // barriers order it. Other blocks use TSan's threads again, in another order: otherwise TSan would take the
+        // blocks for ordered.
         void* its = tsan_threads[((size_t)thread + tsan_shift) % tsan_threads.size()];
         threads[thread].tsan = its;
         __tsan_switch_to_fiber(its, 1);
@@ -473,11 +495,14 @@ static Fiber* fresh_fiber() {
         return fiber;
     }
     char* memory = (char*)mmap(nullptr, STACK + PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED || mprotect(memory + PAGE, STACK, PROT_READ | PROT_WRITE) != 0) { perror("cuda-on-cpu: stacks of fibers"); abort(); }
+    if (memory == MAP_FAILED || mprotect(memory + PAGE, STACK, PROT_READ | PROT_WRITE) != 0) {
+        perror("cuda-on-cpu: stacks of fibers");
+        abort();
+    }
     Fiber* fiber = new Fiber;
     fibers.emplace_back(fiber);
     fiber->stack = memory + PAGE;
-    fiber->top = memory + PAGE + STACK - 192 * (fibers.size() % 64);      // the same lines of cache for all would be slow
+    fiber->top = memory + PAGE + STACK - 192 * (fibers.size() % 64);      // the same cache lines for all would be slow
 #if defined(CUDA_TSAN)
     fiber->tsan = __tsan_create_fiber(0);
 #endif
@@ -521,7 +546,7 @@ uint64_t exchange(Collective kind, unsigned mask, uint64_t value, int lane_asked
     __tsan_release(tag);
 #endif
     try_complete(warp, mask);
-    int next = draw();                      // there is one: lanes that wait for each other in different places were reported
+    int next = draw();          // there is one: lanes that wait for each other in different places have been reported
     if (next != me) {
         set_current(next);
         Fiber* to = threads[next].fiber;
@@ -588,7 +613,7 @@ static void run_kernel(const char* name, dim3 grid, dim3 block, const std::funct
 }
 
 // ------------------------------------------------------------------------------------------------
-// Streams. Work is queued, and runs when the program waits for it or for what needs it.
+// Streams. Work is queued, and runs when the program waits for it or for work that needs it.
 
 }  // namespace cuda_on_cpu
 using namespace cuda_on_cpu;
@@ -609,7 +634,8 @@ struct CUevent_st {
     bool timing = false, destroyed = false;
     double ms = 0;                       // when the record ran
 };
-static std::vector<std::unique_ptr<CUstream_st>> streams;      // the first is the null stream; kept, so that events may name them
+// The first one is the null stream. None is ever deleted, because events name them.
+static std::vector<std::unique_ptr<CUstream_st>> streams;
 static std::vector<std::unique_ptr<CUevent_st>> events;
 
 static struct Start { Start(); } start;                         // after the vectors above
@@ -641,7 +667,7 @@ Start::Start() {
     sigaction(SIGBUS, &action, nullptr);
     omp_set_num_threads(1);                 // for oneDNN: the products of tests are too small for more
     streams.emplace_back(new CUstream_st);
-    fibers.reserve(1025);                   // not to be moved by a fiber: TSan sees memmove
+    fibers.reserve(1025);                   // a fiber must not move them: TSan sees memmove
     idle.reserve(1025);
 }
 
@@ -668,10 +694,13 @@ static void enqueue(CUstream_st* stream, std::function<void()> run) {
     stream->queued++;
 }
 
-static bool blocked(const CUstream_st* s) { return s->queue.front().after && s->queue.front().after->completed < s->queue.front().until; }
+static bool blocked(const CUstream_st* s) {
+    const Work& first = s->queue.front();
+    return first.after && first.after->completed < first.until;
+}
 
-// Runs work until `stream` has completed `position` pieces: either nothing that is not needed for that (other streams are
-// slow), or whatever else may run first (other streams are fast), or any order between.
+// Runs work until `stream` has completed `position` pieces, in one of three drawn ways: only what is needed for that
+// (other streams are slow), first everything else that may run (other streams are fast), or in any order.
 static void run_until(CUstream_st* stream, uint64_t position) {
     if (stream->completed >= position) return;
     locked = false;
@@ -697,12 +726,15 @@ static void run_all() {
     }
 }
 
-void cuda_on_cpu::enqueue_launch(const char* name, dim3 grid, dim3 block, size_t shared, cudaStream_t stream, std::function<void()> thread) {
+void cuda_on_cpu::enqueue_launch(const char* name, dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+                                 std::function<void()> thread) {
     unsigned long long threads_of_block = (unsigned long long)block.x * block.y * block.z;
     if (threads_of_block == 0 || threads_of_block > 1024 || block.z > 64)
-        report("launch of %s: a block of (%u, %u, %u) threads; CUDA allows 1 to 1024, and 64 in z", name, block.x, block.y, block.z);
+        report("launch of %s: a block of (%u, %u, %u) threads; CUDA allows 1 to 1024, and 64 in z",
+               name, block.x, block.y, block.z);
     if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
-        report("launch of %s: a grid of (%u, %u, %u) blocks; CUDA allows 1 to 2147483647 in x, 65535 in y and z", name, grid.x, grid.y, grid.z);
+        report("launch of %s: a grid of (%u, %u, %u) blocks; CUDA allows 1 to 2147483647 in x, 65535 in y and z",
+               name, grid.x, grid.y, grid.z);
     if (shared > 48 << 10) report("launch of %s: %zu bytes of shared memory; CUDA allows 49152", name, shared);
     enqueue(check_stream(stream, "launch"), [=] { run_kernel(name, grid, block, thread); });
 }
@@ -715,7 +747,8 @@ void enqueue_gemm(const Gemm& g, cudaStream_t stream) {
     check_range(call, "C", g.C, extent_C(g), false);
     enqueue(check_stream(stream, "cublasGemm"), [g] {
         running_call = "a matrix product";
-        for (const void* p : {g.A, g.B, (const void*)g.C}) open_allocation(p);        // lest a thread of oneDNN's, whose stack pointer is in the heap, should fault
+        // A thread of oneDNN, whose stack pointer is in the heap, must not fault.
+        for (const void* p : {g.A, g.B, (const void*)g.C}) open_allocation(p);
         run_gemm(g);
         running_call = nullptr;
     });
@@ -731,22 +764,27 @@ static void check_collectives(const std::vector<NcclCall>& group) {
         size_t sent = sent_bytes(c), received = received_bytes(c);
         check_range(name_of(c), "sendbuff", c.send, sent, false);
         check_range(name_of(c), "recvbuff", c.receive, received, false);
-        if (overlap(c.send, sent, c.receive, received) && (char*)c.receive - (char*)c.send != in_place_offset(c))
-            report("%s: sendbuff and recvbuff overlap, but not as they do in place: recvbuff, %s, is %td bytes after sendbuff; in place it would be %td",
-                   name_of(c), describe(c.receive), (char*)c.receive - (char*)c.send, in_place_offset(c));
-        for (const NcclCall& other : group)
-            if (&other != &c && (overlap(c.receive, received, other.receive, received_bytes(other)) || overlap(c.receive, received, other.send, sent_bytes(other))))
-                report("%s writes what %s of the same group reads or writes: %s", name_of(c), name_of(other), describe(c.receive));
+        ptrdiff_t offset = (char*)c.receive - (char*)c.send;
+        if (overlap(c.send, sent, c.receive, received) && offset != in_place_offset(c))
+            report("%s: sendbuff and recvbuff overlap, but not as they do in place: recvbuff, %s, is %td bytes after "
+                   "sendbuff; in place it would be %td", name_of(c), describe(c.receive), offset, in_place_offset(c));
+        for (const NcclCall& other : group) {
+            if (&other == &c) continue;
+            if (overlap(c.receive, received, other.receive, received_bytes(other))
+                || overlap(c.receive, received, other.send, sent_bytes(other)))
+                report("%s writes what %s of the same group reads or writes: %s",
+                       name_of(c), name_of(other), describe(c.receive));
+        }
     }
 }
 
-// Two ranks that ran their collectives in different orders would wait for each other, so all run in the order of the calls.
+// Two ranks that run their collectives in different orders wait for each other, so all run in the order of the calls.
 static CUstream_st* last_collective = nullptr;
 static uint64_t last_position = 0;
 
 void enqueue_collectives(const std::vector<NcclCall>& group) {
     check_collectives(group);
-    std::vector<CUstream_st*> used;         // by the group, which waits for all of them and holds all of them up
+    std::vector<CUstream_st*> used;         // by the group, which waits for all of them and for which all of them wait
     for (const NcclCall& c : group) {
         CUstream_st* s = check_stream(c.stream, name_of(c));
         if (std::find(used.begin(), used.end(), s) == used.end()) used.push_back(s);
@@ -756,7 +794,7 @@ void enqueue_collectives(const std::vector<NcclCall>& group) {
     if (last_collective && last_collective != stream) wait_for(stream, last_collective, last_position);
     enqueue(stream, [group] {
         running_call = "a group of NCCL calls";
-        // MPI has the system copy between processes, which opens no allocation by a fault.
+        // With MPI the system copies between processes, which does not open an allocation by a fault.
         for (const NcclCall& c : group) for (const void* p : {c.send, (const void*)c.receive}) open_allocation(p);
         run_collectives(group);
         running_call = nullptr;
@@ -794,11 +832,11 @@ static void check_copy(const char* call, void* to, const void* from, size_t byte
 static void enqueue_copy(CUstream_st* stream, void* to, const void* from, size_t bytes) {
     enqueue(stream, [=] {
         running_call = "a copy";
-        if (bytes > 0) memmove(to, from, bytes);        // C forbids null pointers even then
+        if (bytes > 0) memmove(to, from, bytes);        // C forbids null pointers even for 0 bytes
         running_call = nullptr;
     });
 }
-// Ordinary host memory is copied aside before the call returns; the copy to the device takes place later.
+// Ordinary host memory is copied to a buffer before the call returns; the copy to the device comes later.
 static void enqueue_copy_of_pageable(CUstream_st* stream, void* to, const void* from, size_t bytes) {
     auto staged = std::make_shared<std::vector<char>>((const char*)from, (const char*)from + bytes);
     enqueue(stream, [=] {
@@ -866,7 +904,8 @@ cudaError_t cudaDeviceSynchronize() {
 }
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
-    if (flags != cudaEventDisableTiming && flags != cudaEventDefault) report("cudaEventCreateWithFlags: only cudaEventDefault and cudaEventDisableTiming are supported");
+    if (flags != cudaEventDisableTiming && flags != cudaEventDefault)
+        report("cudaEventCreateWithFlags: only cudaEventDefault and cudaEventDisableTiming are supported");
     events.emplace_back(new CUevent_st);
     events.back()->timing = flags == cudaEventDefault;
     *event = events.back().get();
@@ -876,10 +915,13 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
     check_event(event, "cudaEventDestroy")->destroyed = true;
     return cudaSuccess;
 }
+static double now_ms() {
+    return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     CUevent_st* e = check_event(event, "cudaEventRecord");
     e->stream = check_stream(stream, "cudaEventRecord");
-    if (e->timing) enqueue(e->stream, [e] { e->ms = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now().time_since_epoch()).count(); });
+    if (e->timing) enqueue(e->stream, [e] { e->ms = now_ms(); });
     e->position = e->stream->queued;
     return cudaSuccess;
 }

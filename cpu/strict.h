@@ -1,19 +1,20 @@
-// The strict machine: finds what a GPU would let pass most of the time. See strict.cpp for what it checks.
+// The strict machine: finds mistakes that a GPU forgives most of the time. See strict.cpp for what it checks.
 #pragma once
 #include <functional>
 #include <type_traits>
 
-// One fiber runs at a time, so these are plain variables, set whenever another one goes on.
+// One fiber runs at a time, so these are plain variables. They are set whenever another fiber continues.
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 
 namespace cuda_on_cpu {
 
-// An argument of a kernel that is a pointer must not lead to the host's ordinary memory.
+// A pointer among the arguments of a kernel must not point to ordinary host memory.
 void check_kernel_pointer(const char* kernel, int argument, const void* pointer);
-void enqueue_launch(const char* name, dim3 grid, dim3 block, size_t shared, cudaStream_t stream, std::function<void()> thread);
+void enqueue_launch(const char* name, dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+                    std::function<void()> thread);
 
-// Waits until all lanes of mask are here, then returns the value that lane `source` brought.
+// Waits until all lanes of mask have called it, then returns the value that lane `source` gave.
 enum Collective { SHFL_XOR, SHFL, SYNCWARP };
 uint64_t exchange(Collective kind, unsigned mask, uint64_t value, int source_or_xor);
 
@@ -38,7 +39,8 @@ template <class Kernel> struct Launch {
         int position = 0;
         auto check = [&](auto argument) {
             position++;
-            if constexpr (std::is_pointer<decltype(argument)>::value) check_kernel_pointer(name, position, (const void*)argument);
+            if constexpr (std::is_pointer<decltype(argument)>::value)
+                check_kernel_pointer(name, position, (const void*)argument);
         };
         (check(args), ...);
         Kernel body = kernel;
@@ -47,12 +49,17 @@ template <class Kernel> struct Launch {
 };
 
 template <class Kernel>
-Launch<Kernel> launch(const char* name, Kernel kernel, dim3 grid, dim3 block, size_t shared = 0, cudaStream_t stream = nullptr) {
+Launch<Kernel> launch(const char* name, Kernel kernel, dim3 grid, dim3 block, size_t shared = 0,
+                      cudaStream_t stream = nullptr) {
     return {name, kernel, grid, block, shared, stream};
 }
 
 }  // namespace cuda_on_cpu
 
-template <class T> static inline T __shfl_xor_sync(unsigned mask, T value, int lanes) { return cuda_on_cpu::exchange_as(cuda_on_cpu::SHFL_XOR, mask, value, lanes); }
-template <class T> static inline T __shfl_sync(unsigned mask, T value, int lane) { return cuda_on_cpu::exchange_as(cuda_on_cpu::SHFL, mask, value, lane); }
+template <class T> static inline T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+    return cuda_on_cpu::exchange_as(cuda_on_cpu::SHFL_XOR, mask, value, lanes);
+}
+template <class T> static inline T __shfl_sync(unsigned mask, T value, int lane) {
+    return cuda_on_cpu::exchange_as(cuda_on_cpu::SHFL, mask, value, lane);
+}
 static inline void __syncwarp(unsigned mask = 0xffffffff) { cuda_on_cpu::exchange(cuda_on_cpu::SYNCWARP, mask, 0, 0); }
