@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
-"""Times a training step, the tokenizer and generation: bench.py [--shapes tiny,small] [--precisions FP32,BF16] [--no-transformers]
+"""Times a training step, the tokenizer and generation.
+
+    bench.py [--shapes tiny,small] [--precisions FP32,BF16] [--no-transformers]
 
 For each shape of configs/ and each precision, on this machine's CPU:
-  - tokens/s and ms of a step: the median over the steps behind the third of two runs, before and after all of transformers', because
-    a machine that is shared has slow minutes;
+  - tokens/s and ms of a step: the median over the steps after the third of two runs, before and after all of
+    transformers', because a machine that is shared has slow minutes;
   - that step's matmuls alone: its recorded list of shapes, transposes and accumulations, in order, on the same buffers;
   - time, calls and GB/s of each kernel (bytes by the formulas below: what has to be moved, not what is);
   - peak resident memory over what `olmoe info` planned;
   - tokens/s of transformers on PyTorch, in the same run (scripts/bench_transformers.py, in build/venv).
-Then, where OLMOE_DATA has texts and OLMoE's tokenizer, MB/s of encoding them, and of other tokenizers (scripts/bench_tokenizers.py), and
-tokens/s of `olmoe generate` and of llama.cpp (scripts/bench_generate.py).
+Then, where OLMOE_DATA has texts and OLMoE's tokenizer, MB/s of encoding them, and of other tokenizers
+(scripts/bench_tokenizers.py), and tokens/s of `olmoe generate` and of llama.cpp (scripts/bench_generate.py).
 Prints tables and writes build/bench.json. Run it on an idle machine. Standard library only.
 """
 import argparse
@@ -23,8 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {"tiny": (8, 256, 100), "small": (4, 512, 12)}     # sequences, tokens of each, steps of a run
 
-# Bytes that a step has to move, by kernel. x = sizeof(floatX); one dimension a letter as in olmoe.cu; P parameters; A = entries of
-# attention's score blocks, N/T sequences x H heads x sum over blocks of n S; S = slabs of rows
+# Bytes that a step has to move, by kernel. x = sizeof(floatX); one dimension a letter as in olmoe.cu; P parameters;
+# A = entries of attention's score blocks, N/T sequences x H heads x sum over blocks of n S; S = slabs of rows
 BYTES = {
     "embedding_forward_kernel": "2*N*C*x",
     "embedding_backward_kernel": "N*C*x + 2*min(N,V)*C*x",
@@ -54,7 +56,8 @@ BYTES = {
 def run(args, output="stdout"):
     result = subprocess.run([str(a) for a in args], cwd=ROOT, capture_output=True, text=True)
     if result.returncode != 0:
-        sys.exit(f"bench.py: {' '.join(map(str, args))} failed: {(result.stderr or result.stdout).strip().splitlines()[-1:]}")
+        last_line = (result.stderr or result.stdout).strip().splitlines()[-1:]
+        sys.exit(f"bench.py: {' '.join(map(str, args))} failed: {last_line}")
     return getattr(result, output)
 
 
@@ -89,7 +92,8 @@ def train(shape, precision):
     time_path = folder / "rss"
     # a process of its own, so that its peak memory is known; the profile is the last line on its standard error
     code = ("import resource, subprocess, sys; r = subprocess.run(sys.argv[2:], stdout=subprocess.DEVNULL).returncode; "
-            "open(sys.argv[1], 'w').write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)); sys.exit(r)")
+            "open(sys.argv[1], 'w').write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)); "
+            "sys.exit(r)")
     words = ["--config", f"configs/{shape}.json", "--data", folder / "train.npy", "--out", run_dir, "--steps", steps,
              "--batch", batch, "--seq", seq, "--warmup", 1, "--profile"]
     profile = run([sys.executable, "-c", code, time_path, program, "train", *words], output="stderr")
@@ -105,8 +109,10 @@ def report(shape, precision, runs, out):
     alone = statistics.median(r[1]["gemm_ms_alone"] for r in runs)
     gflop = sum(g["gflop"] for g in profile["gemms"])
 
-    print(f"\n{shape} {precision}: {batch} x {seq} tokens, {profile['threads']} threads: {ms:.1f} ms a step, {batch * seq / ms * 1000:.0f} tokens/s")
-    print(f"  {'matmuls in the step':36} {sum(g['calls'] for g in profile['gemms']):6} calls {profile['gemm_ms_in_step']:8.1f} ms {gflop / profile['gemm_ms_in_step'] * 1000:7.0f} GFLOP/s")
+    calls, in_step = sum(g["calls"] for g in profile["gemms"]), profile["gemm_ms_in_step"]
+    print(f"\n{shape} {precision}: {batch} x {seq} tokens, {profile['threads']} threads: "
+          f"{ms:.1f} ms a step, {batch * seq / ms * 1000:.0f} tokens/s")
+    print(f"  {'matmuls in the step':36} {calls:6} calls {in_step:8.1f} ms {gflop / in_step * 1000:7.0f} GFLOP/s")
     print(f"  {'the same matmuls alone':36} {'':12} {alone:8.1f} ms {gflop / alone * 1000:7.0f} GFLOP/s")
     for kernel, k in sorted(profile["kernels"].items(), key=lambda item: -item[1]["ms"]):
         rate = f"{eval(BYTES[kernel], d) / k['ms'] / 1e6:7.1f} GB/s" if kernel in BYTES else ""
@@ -137,8 +143,10 @@ def main():
             print(f"(transformers is not compared: no {python.relative_to(ROOT)}; make venv)")
         elif not o.no_transformers:
             path = ROOT / f"build/bench/transformers_{shape}.json"
-            print("\n" + run([python, "scripts/bench_transformers.py", "--config", f"configs/{shape}.json", "--batch", SHAPES[shape][0], "--seq", SHAPES[shape][1],
-                               "--steps", 10 if shape == "tiny" else 3, "--json", path]).rstrip())
+            batch, seq, _ = SHAPES[shape]
+            print("\n" + run([python, "scripts/bench_transformers.py", "--config", f"configs/{shape}.json",
+                              "--batch", batch, "--seq", seq, "--steps", 10 if shape == "tiny" else 3,
+                              "--json", path]).rstrip())
             theirs = json.loads(path.read_text())["best"]
         for precision in precisions:
             runs[precision].append(train(shape, precision))
@@ -150,7 +158,8 @@ def main():
 
     data, python = os.environ.get("OLMOE_DATA"), ROOT / "build/venv/bin/python"
     if not data or not python.exists():
-        print(f"(the tokenizer and generation are not timed: {'no OLMOE_DATA=FOLDER' if python.exists() else 'no build/venv; make venv'})")
+        missing = "no OLMOE_DATA=FOLDER" if python.exists() else "no build/venv; make venv"
+        print(f"(the tokenizer and generation are not timed: {missing})")
     else:
         for script in ("tokenizers", "generate"):
             path = ROOT / f"build/bench/{script}.json"
