@@ -22,9 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 OLMOE = os.path.abspath(os.environ.get("OLMOE", ROOT / "olmoe"))
 FIXTURES = ROOT / "tests" / "fixtures"
 
-CONFIG = {"architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 3,
-          "num_key_value_heads": 3, "num_experts": 5, "num_experts_per_tok": 2, "vocab_size": 320, "max_position_embeddings": 48, "eos_token_id": 256,
-          "pad_token_id": None, "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False, "norm_topk_prob": False}
+CONFIG = {"architectures": ["OlmoeForCausalLM"], "model_type": "olmoe", "hidden_size": 24, "intermediate_size": 20,
+          "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 3, "num_experts": 5,
+          "num_experts_per_tok": 2, "vocab_size": 320, "max_position_embeddings": 48, "eos_token_id": 256,
+          "pad_token_id": None, "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+          "tie_word_embeddings": False, "norm_topk_prob": False}
 
 
 def run(*args, **kwargs):
@@ -39,7 +41,7 @@ def ok(*args, **kwargs):
 
 
 def refused(*args, words=(), **kwargs):
-    """Exit code 1 and one line on standard error that says these words."""
+    """Exit code 1 and one line on standard error that contains these words."""
     result = run(*args, **kwargs)
     assert result.returncode == 1, (result.returncode, result.stdout, result.stderr)
     lines = result.stderr.splitlines()
@@ -57,18 +59,20 @@ def data(tmp_path_factory):
     with open(d / "text.jsonl", "w") as f:
         for i in range(60):
             f.write(json.dumps({"id": f"count-{i}", "text": " ".join(str(i + j) for j in range(30))}) + "\n")
-            f.write(json.dumps({"id": f"word-{i}", "text": "the cat sat on the mat and the dog ran after it " * (1 + i % 3)}) + "\n")
+            words = "the cat sat on the mat and the dog ran after it " * (1 + i % 3)
+            f.write(json.dumps({"id": f"word-{i}", "text": words}) + "\n")
     ok("tokenize", "--tokenizer", "bytes", "--out", d / "train.npy", d / "text.jsonl")
     ok("tokenize", "--tokenizer", "bytes", "--out", d / "val.npy", d / "text.jsonl")
     return d
 
 
 def train_args(data, out, *more):
-    return ["train", "--config", data / "config.json", "--data", data / "train.npy", "--out", out, "--batch", 2, "--warmup", 2, "--lr", "1e-3", "--peak-tflops", 1, *more]
+    return ["train", "--config", data / "config.json", "--data", data / "train.npy", "--out", out, "--batch", 2,
+            "--warmup", 2, "--lr", "1e-3", "--peak-tflops", 1, *more]
 
 
 def files(directory):
-    """Name -> digest: of bytes that differ pytest would print the difference, which takes minutes."""
+    """Name -> digest. Where bytes differ, pytest would print the difference, which takes minutes."""
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in Path(directory).iterdir()}
 
 
@@ -93,10 +97,12 @@ def straight(data, tmp_path_factory):
 # Training
 
 def test_log(data, tmp_path):
-    out = ok(*train_args(data, tmp_path, "--steps", 4, "--val", data / "val.npy", "--val-every", 2, "--tokenizer", "bytes", "--sample-every", 2, "--sample-tokens", 20))
+    out = ok(*train_args(data, tmp_path, "--steps", 4, "--val", data / "val.npy", "--val-every", 2,
+                         "--tokenizer", "bytes", "--sample-every", 2, "--sample-tokens", 20))
     assert "\x1b" not in out
     lines = log(tmp_path)
-    assert list(lines[0]) == ["config"] and lines[0]["config"]["num_experts"] == 5 and lines[0]["config"]["adamw"]["beta2"] == 0.95
+    assert list(lines[0]) == ["config"] and lines[0]["config"]["num_experts"] == 5
+    assert lines[0]["config"]["adamw"]["beta2"] == 0.95
     assert [line["step"] for line in lines[1:]] == [1, 2, 3, 4]
     for line in lines[1:]:
         assert {"step", "loss", "ce_loss", "lb_loss", "z_loss", "grad_norm", "lr", "ms", "tokens_per_s"} <= set(line)
@@ -138,7 +144,7 @@ def test_recompute_same_bits(data, straight, tmp_path, level):
 
 
 def test_micro_batches(data, tmp_path):
-    """Two micro-batches of 2 are one of 4, but for the load-balancing loss, which each computes on its own."""
+    """Two micro-batches of 2 are one of 4, except for the load-balancing loss, which each computes on its own."""
     args = ["--steps", 5, "--lb-coef", 0, "--eps", "1e-5"]
     ok(*train_args(data, tmp_path / "a", *args, "--global-batch", 4))
     ok(*train_args(data, tmp_path / "b", *args, "--global-batch", 4, "--batch", 4))
@@ -149,8 +155,10 @@ def test_micro_batches(data, tmp_path):
 
 def test_schedules(data, tmp_path):
     """Spec: warm-up from a tenth; cosine and linear to a tenth; anneal to nothing, without warm-up."""
-    expected = {"cosine": lambda s: 1e-4 + 9e-4 * (1 + __import__("math").cos(__import__("math").pi * (s - 2) / 6)) / 2, "linear": lambda s: 1e-3 - 9e-4 * (s - 2) / 6,
-                "constant": lambda s: 1e-3, "anneal": lambda s: 1e-3 * (1 - s / 8)}
+    expected = {"cosine": lambda s: 1e-4 + 9e-4 * (1 + math.cos(math.pi * (s - 2) / 6)) / 2,
+                "linear": lambda s: 1e-3 - 9e-4 * (s - 2) / 6,
+                "constant": lambda s: 1e-3,
+                "anneal": lambda s: 1e-3 * (1 - s / 8)}
     for kind, lr in expected.items():
         ok(*train_args(data, tmp_path / kind, "--steps", 8, "--schedule", kind))
         for line in steps(tmp_path / kind):
@@ -181,7 +189,7 @@ def test_resume_with_every_checkpoint_damaged(data, straight, tmp_path):
 
 
 def test_no_target_at_all(data, tmp_path):
-    """A batch whose sequences are all repetitive has no cross entropy, and no gradient but of the router's losses."""
+    """A batch whose sequences are all repetitive has no cross entropy, and no gradient except the router's losses'."""
     (tmp_path / "same.npy").write_bytes(b"\x41\x00" * 480)
     args = train_args(data, tmp_path / "out", "--steps", 1, "--ce-divisor", "valid", "--lb-coef", 0, "--z-coef", 0)
     args[args.index("--data") + 1] = tmp_path / "same.npy"
@@ -202,8 +210,9 @@ def test_resume_of_another_run(data, straight):
 def test_resume_from_a_directory(data, straight, tmp_path):
     """An earlier checkpoint goes on in another --out; in its own, later ones would be taken for its successors."""
     ok(*train_args(data, tmp_path / "a", "--steps", 4, "--save-every", 2, "--schedule", "constant"))
-    refused(*train_args(data, tmp_path / "a", "--steps", 4, "--schedule", "constant", "--resume", tmp_path / "a" / "step-00000002"), words=["later steps"])
-    ok(*train_args(data, tmp_path / "b", "--steps", 4, "--schedule", "constant", "--resume", tmp_path / "a" / "step-00000002"))
+    resume = ["--steps", 4, "--schedule", "constant", "--resume", tmp_path / "a" / "step-00000002"]
+    refused(*train_args(data, tmp_path / "a", *resume), words=["later steps"])
+    ok(*train_args(data, tmp_path / "b", *resume))
     assert files(tmp_path / "a" / "step-00000004") == files(tmp_path / "b" / "step-00000004")
     refused(*train_args(data, tmp_path / "c", "--resume", tmp_path / "nothing"), words=["nothing"])
 
@@ -220,7 +229,8 @@ def test_fine_tune_from_directory(data, straight, tmp_path):
     args = train_args(data, tmp_path, "--steps", 2)
     args[1:3] = ["--model", straight / "step-00000020"]
     ok(*args)
-    assert steps(tmp_path)[0]["ce_loss"] < steps(straight)[0]["ce_loss"] - 0.2      # it goes on where training was, not at ln 320
+    # it goes on where training was, not at ln 320
+    assert steps(tmp_path)[0]["ce_loss"] < steps(straight)[0]["ce_loss"] - 0.2
 
 
 # ------------------------------------------------------------------------------------------------
@@ -253,27 +263,32 @@ def test_interrupt(data, tmp_path, which):
     # what it saved is what a run that ends there saves
     ok(*train_args(data, tmp_path / "b", "--steps", stopped, "--schedule", "constant"))
     a, b = files(tmp_path / "a" / f"step-{stopped:08}"), files(tmp_path / "b" / f"step-{stopped:08}")
-    assert a["model.safetensors"] == b["model.safetensors"] and a["optimizer.safetensors"] == b["optimizer.safetensors"]
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert a[name] == b[name]
 
 
 def test_no_signal_is_handled_where_matmuls_run(data, tmp_path):
-    """A handler's frame on oneDNN's stack, which is in the heap, would overwrite what lies below: every thread blocks what stops a run."""
+    """A handler's frame on oneDNN's stack, which is in the heap, would overwrite what lies below it: so every thread
+    blocks the signals that stop a run."""
     process = start(*train_args(data, tmp_path, "--steps", 4000, "--schedule", "constant"))
     wait_for_step(tmp_path, 3)
     stops = sum(1 << (s - 1) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1))
-    threads = [dict(line.split(":", 1) for line in (task / "status").read_text().splitlines()) for task in Path(f"/proc/{process.pid}/task").iterdir()]
+    threads = [dict(line.split(":", 1) for line in (task / "status").read_text().splitlines())
+               for task in Path(f"/proc/{process.pid}/task").iterdir()]
     process.kill()
     process.communicate()
     assert len(threads) >= 2
     for thread in threads:
         assert int(thread["SigCgt"], 16) & stops == 0
-    assert sum(int(thread["SigBlk"], 16) & stops == stops for thread in threads) >= len(threads) - 1      # one waits for them
+    # one thread waits for them
+    assert sum(int(thread["SigBlk"], 16) & stops == stops for thread in threads) >= len(threads) - 1
 
 
 def test_second_interrupt(data, tmp_path):
     """Ctrl-C twice ends the program at once, in the middle of a step that takes long."""
     (tmp_path / "long.npy").write_bytes((data / "train.npy").read_bytes() * 200)
-    process = start("train", "--config", data / "config.json", "--data", tmp_path / "long.npy", "--out", tmp_path / "out", "--batch", 1, "--global-batch", 30000, "--steps", 1, "--peak-tflops", 1)
+    process = start("train", "--config", data / "config.json", "--data", tmp_path / "long.npy",
+                    "--out", tmp_path / "out", "--batch", 1, "--global-batch", 30000, "--steps", 1, "--peak-tflops", 1)
     until = time.time() + 60
     while time.time() < until and not (tmp_path / "out" / "log.jsonl").exists():
         time.sleep(0.01)
@@ -287,7 +302,8 @@ def test_second_interrupt(data, tmp_path):
 
 
 def test_kill(data, tmp_path):
-    """SIGKILL while it trains and saves: the newest complete checkpoint resumes, and ends where an undisturbed run ends."""
+    """SIGKILL while it trains and saves: the newest complete checkpoint resumes, and ends where an undisturbed run
+    ends."""
     more = ["--schedule", "constant", "--save-every", 1]
     process = start(*train_args(data, tmp_path / "a", "--steps", 100000, *more))
     wait_for_step(tmp_path / "a", 5)
@@ -297,7 +313,8 @@ def test_kill(data, tmp_path):
     end = newest + 3
     ok(*train_args(data, tmp_path / "a", "--steps", end, *more, "--resume"))
     ok(*train_args(data, tmp_path / "b", "--steps", end, "--schedule", "constant"))
-    assert files(tmp_path / "a" / f"step-{end:08}")["model.safetensors"] == files(tmp_path / "b" / f"step-{end:08}")["model.safetensors"]
+    last = f"step-{end:08}"
+    assert files(tmp_path / "a" / last)["model.safetensors"] == files(tmp_path / "b" / last)["model.safetensors"]
     assert not [p for p in (tmp_path / "a").iterdir() if p.name.startswith(".")]
     assert [line["step"] for line in steps(tmp_path / "a")] == list(range(1, end + 1))
 
@@ -321,7 +338,8 @@ def test_damaged_checkpoints(data, straight, tmp_path):
     good = tmp_path / "good"
     shutil.copytree(run_dir / "step-00000021", good)
     damages = {
-        "model.safetensors": [lambda b: b[:-1], lambda b: b[:100], lambda b: b"", lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:]],
+        "model.safetensors": [lambda b: b[:-1], lambda b: b[:100], lambda b: b"",
+                              lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:]],
         "optimizer.safetensors": [lambda b: b[: len(b) // 2], None],
         "trainer_state.json": [lambda b: b[:-20], None],
         "config.json": [lambda b: b[:10]],
@@ -371,11 +389,13 @@ def test_overflow_names_the_layer(data, straight, tmp_path):
 
 
 def test_diverging_run_stops(data, tmp_path):
-    refused(*train_args(data, tmp_path, "--steps", 200, "--lr", "1e3", "--grad-clip", 0, "--warmup", 0, "--schedule", "constant"), words=["step", "not finite"])
+    refused(*train_args(data, tmp_path, "--steps", 200, "--lr", "1e3", "--grad-clip", 0, "--warmup", 0,
+                        "--schedule", "constant"), words=["step", "not finite"])
 
 
 def test_skip_spikes(data, tmp_path):
-    """With a limit of no deviation about half of the steps behind the first 64 are skipped, and a resumed run skips the same ones."""
+    """With a limit of no deviation about half of the steps after the first 64 are skipped, and a resumed run skips the
+    same ones."""
     more = ["--skip-spikes", "1e-9", "--schedule", "constant", "--lr", "1e-5"]
     ok(*train_args(data, tmp_path / "a", "--steps", 80, *more))
     skipped = [line["step"] for line in steps(tmp_path / "a") if line.get("skipped")]
@@ -388,17 +408,21 @@ def test_skip_spikes(data, tmp_path):
 
 
 def test_recipe_changed_between_runs(data, tmp_path):
-    """A resumed run may have another recipe; the table says what it was. A warm-up that outlasts the run is named, too."""
+    """A resumed run may have another recipe; the table shows what it was. A warm-up longer than the run is also
+    reported."""
     out = ok(*train_args(data, tmp_path, "--steps", 2))
     assert "warm-up 2: longer than the run" in out
     out = ok(*train_args(data, tmp_path, "--steps", 4, "--weight-decay", 0.2, "--resume"))
-    assert "longer than the run" not in out and "adamw until step 2" in out and '"weight_decay":0.1' in out and "schedule until step 2" in out and "losses until" not in out
+    assert "longer than the run" not in out
+    assert "adamw until step 2" in out and '"weight_decay":0.1' in out
+    assert "schedule until step 2" in out and "losses until" not in out
     out = ok(*train_args(data, tmp_path, "--steps", 4, "--weight-decay", 0.2, "--resume"))
     assert "until step" not in out
 
 
 def test_screen_that_goes_away(data, tmp_path):
-    """Ctrl-C at `olmoe train | tee` ends tee at once: the step's line has no reader, and yet all is saved. So it is when nobody reads from the start."""
+    """Ctrl-C at `olmoe train | tee` ends tee at once: the step's line has no reader, and yet all is saved. The same
+    holds when there is no reader from the start."""
     for stop in (True, False):
         out = tmp_path / str(stop)
         process = start(*train_args(data, out, "--steps", 4000 if stop else 5, "--schedule", "constant"))
@@ -415,7 +439,8 @@ def test_closed_streams(data, tmp_path):
     """No file takes the number of a standard stream that is closed, and with it the messages."""
     (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"text": \n')
     for closed in (1, 2):
-        result = run("tokenize", "--tokenizer", "bytes", "--out", tmp_path / "t.npy", tmp_path / "bad.jsonl", preexec_fn=lambda: os.close(closed))
+        result = run("tokenize", "--tokenizer", "bytes", "--out", tmp_path / "t.npy", tmp_path / "bad.jsonl",
+                     preexec_fn=lambda: os.close(closed))
         assert result.returncode == 0 and (tmp_path / "t.npy").read_bytes() == struct.pack("<5H", *b"good", 256)
         result = run(*train_args(data, tmp_path / f"out{closed}", "--steps", 2), preexec_fn=lambda: os.close(closed))
         assert result.returncode == 0 and [line["step"] for line in steps(tmp_path / f"out{closed}")] == [1, 2]
@@ -433,7 +458,7 @@ def test_two_runs_in_one_directory(data, tmp_path):
 
 
 def test_validation_is_checked_before_training(data, tmp_path):
-    """What is wrong with it is not first found behind the last step, before its checkpoint."""
+    """An error in it is found before training, not after the last step and before its checkpoint."""
     tokens = (data / "val.npy").read_bytes()
     (tmp_path / "ids.npy").write_bytes(tokens[:1000] + struct.pack("<H", 9999) + tokens[1002:])
     args = train_args(data, tmp_path / "out", "--steps", 2)
@@ -449,7 +474,8 @@ def test_tokenizer_that_goes_away(data, tmp_path):
     """It is part of the checkpoints as it was when the run began."""
     shutil.copy(ROOT / "tests" / "fixtures" / "tokenizer" / "tokenizer.json", tmp_path / "t.json")
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": 50304, "hidden_size": 6}))
-    args = train_args(data, tmp_path / "out", "--steps", 4000, "--schedule", "constant", "--tokenizer", tmp_path / "t.json")
+    args = train_args(data, tmp_path / "out", "--steps", 4000, "--schedule", "constant",
+                      "--tokenizer", tmp_path / "t.json")
     args[2] = tmp_path / "config.json"
     process = start(*args)
     wait_for_step(tmp_path / "out", 1)
@@ -462,17 +488,19 @@ def test_tokenizer_that_goes_away(data, tmp_path):
 
 
 def test_weights_that_overflow_are_not_saved(data, straight, tmp_path):
-    """By an update, which no step has computed with yet: of an id that is nowhere in the data, a weight that a decay of 1 - 10 x 10 overflows at the second step."""
+    """By an update, which no step has computed with yet: a weight of an id that is nowhere in the data, and a decay of
+    1 - 10 x 10 overflows it at the second step."""
     shutil.copytree(straight / "step-00000020", tmp_path / "model")
     set_value(tmp_path / "model" / "model.safetensors", "model.embed_tokens.weight", 300 * 24, 1e35)
-    args = train_args(data, tmp_path / "out", "--steps", 5, "--lr", 10, "--min-lr", 10, "--weight-decay", 10, "--warmup", 0, "--schedule", "constant", "--save-every", 1, "--keep-last", 1)
+    args = train_args(data, tmp_path / "out", "--steps", 5, "--lr", 10, "--min-lr", 10, "--weight-decay", 10,
+                      "--warmup", 0, "--schedule", "constant", "--save-every", 1, "--keep-last", 1)
     args[1:3] = ["--model", tmp_path / "model"]
     refused(*args, words=["step 2 is not saved", "model.embed_tokens.weight", "not finite"])
     assert [p.name for p in (tmp_path / "out").iterdir() if p.name != "log.jsonl"] == ["step-00000001"]
 
 
 def test_many_domains(data, tmp_path):
-    """Documents whose ids name a domain each make no table."""
+    """Where each document's id names a domain of its own, there is no table."""
     with open(tmp_path / "val.jsonl", "w") as f:
         for i in range(3000):
             f.write(json.dumps({"id": hashlib.md5(str(i).encode()).hexdigest(), "text": "the cat"}) + "\n")
@@ -489,7 +517,8 @@ def test_deeply_nested_json(data, tmp_path):
     tokenizer["model"]["dropout"] = "deep"
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer).replace('"deep"', deep))
     (tmp_path / "text.txt").write_text("text")
-    refused("tokenize", "--tokenizer", tmp_path / "tokenizer.json", "--out", tmp_path / "x.npy", tmp_path / "text.txt", words=["dropout"])
+    refused("tokenize", "--tokenizer", tmp_path / "tokenizer.json", "--out", tmp_path / "x.npy", tmp_path / "text.txt",
+            words=["dropout"])
 
 
 def test_deeply_nested_header(data, straight, tmp_path):
@@ -507,12 +536,14 @@ def test_file_that_shrinks(data, tmp_path):
     wait_for_step(tmp_path / "out", 3)
     os.truncate(tmp_path / "t.npy", 0)
     stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1 and stderr == "olmoe: a file became shorter while it was read, or shared memory is full\n"
+    assert process.returncode == 1
+    assert stderr == "olmoe: a file became shorter while it was read, or shared memory is full\n"
 
 
 def test_output_that_cannot_be_written(data):
     with open("/dev/full", "w") as full:
-        result = subprocess.run([OLMOE, "info", "--config", data / "config.json"], stdout=full, stderr=subprocess.PIPE, text=True)
+        result = subprocess.run([OLMOE, "info", "--config", data / "config.json"], stdout=full, stderr=subprocess.PIPE,
+                                text=True)
     assert result.returncode == 1 and "standard output" in result.stderr
 
 
@@ -573,16 +604,18 @@ def test_bad_data(data, tmp_path):
     refused(*with_data(b"\x01" * 101), words=["bad.npy"])                       # half a token
     refused(*with_data(b"\x01\x00" * 20), words=["bad.npy"])                    # shorter than a sequence
     refused(*with_data(b"\xff\xff" * 480), words=["bad.npy", "65535", "320"])   # no such id
-    refused(*with_data(struct.pack("<256i", 20240520, 1, 1000, *[0] * 253) + b"\0\0" * 10, "bad.bin"), words=["bad.bin"])
+    shard = struct.pack("<256i", 20240520, 1, 1000, *[0] * 253) + b"\0\0" * 10
+    refused(*with_data(shard, "bad.bin"), words=["bad.bin"])
 
 
 def test_bad_configs(data, tmp_path):
-    for key, value, word in [("clip_qkv", 8.0, "clip_qkv"), ("num_key_value_heads", 1, "num_key_value_heads"), ("tie_word_embeddings", True, "tie_word_embeddings"),
-                             ("attention_bias", True, "attention_bias"), ("rope_scaling", {"type": "linear", "factor": 2.0}, "rope_scaling"), ("hidden_act", "gelu", "hidden_act"),
-                             ("model_type", "llama", "model_type"), ("num_experts_per_tok", 6, "num_experts_per_tok"), ("hidden_size", 25, "hidden_size"),
-                             ("hidden_size", "24", "hidden_size"), ("num_hidden_layers", 0, "num_hidden_layers"), ("rms_norm_eps", -1, "rms_norm_eps")]:
+    changes = [("clip_qkv", 8.0), ("num_key_value_heads", 1), ("tie_word_embeddings", True), ("attention_bias", True),
+               ("rope_scaling", {"type": "linear", "factor": 2.0}), ("hidden_act", "gelu"), ("model_type", "llama"),
+               ("num_experts_per_tok", 6), ("hidden_size", 25), ("hidden_size", "24"), ("num_hidden_layers", 0),
+               ("rms_norm_eps", -1)]
+    for key, value in changes:
         (tmp_path / "config.json").write_text(json.dumps({**CONFIG, key: value}))
-        refused("info", "--config", tmp_path / "config.json", words=[word])
+        refused("info", "--config", tmp_path / "config.json", words=[key])
     (tmp_path / "config.json").write_text("{not json")
     refused("info", "--config", tmp_path / "config.json", words=["config.json"])
 
@@ -592,13 +625,16 @@ def test_tokenizer_json(data, tmp_path):
     tokenizer = FIXTURES / "tokenizer"
     ok("tokenize", "--tokenizer", tokenizer, "--out", tmp_path / "text.npy", data / "text.jsonl")
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": 1024, "eos_token_id": 982}))
-    words = ["--data", tmp_path / "text.npy", "--out", tmp_path / "run", "--batch", 2, "--warmup", 0, "--peak-tflops", 1]
-    ok("train", "--config", tmp_path / "config.json", "--tokenizer", tokenizer, "--steps", 2, "--sample-prompt", "naïve", "--sample-tokens", 20, *words)
+    words = ["--data", tmp_path / "text.npy", "--out", tmp_path / "run", "--batch", 2, "--warmup", 0,
+             "--peak-tflops", 1]
+    ok("train", "--config", tmp_path / "config.json", "--tokenizer", tokenizer, "--steps", 2,
+       "--sample-prompt", "naïve", "--sample-tokens", 20, *words)
     saved = tmp_path / "run" / "step-00000002"
     assert (saved / "tokenizer.json").read_bytes() == (tokenizer / "tokenizer.json").read_bytes()
     ok("tokenize", "--tokenizer", saved, "--out", tmp_path / "again.npy", data / "text.jsonl")
     assert (tmp_path / "again.npy").read_bytes() == (tmp_path / "text.npy").read_bytes()
-    refused("train", "--config", data / "config.json", "--tokenizer", tokenizer, "--steps", 1, *words, words=["vocabulary"])
+    refused("train", "--config", data / "config.json", "--tokenizer", tokenizer, "--steps", 1, *words,
+            words=["vocabulary"])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -631,15 +667,17 @@ def test_verify_agrees(tmp_path):
     assert out.splitlines()[-1].endswith("they agree")
 
 
-@pytest.mark.parametrize("name, index, value", [("logits", 5, 9.0), ("logits", 5, float("nan")), ("loss", 0, 4.0), ("losses", 3, 4.0), ("grad.lm_head.weight", 11, 1.0),
-                                                ("grad.model.norm.weight", 1, float("nan")), ("router.0.logits", 2, 40.0)])
+@pytest.mark.parametrize("name, index, value", [
+    ("logits", 5, 9.0), ("logits", 5, float("nan")), ("loss", 0, 4.0), ("losses", 3, 4.0),
+    ("grad.lm_head.weight", 11, 1.0), ("grad.model.norm.weight", 1, float("nan")), ("router.0.logits", 2, 40.0)])
 def test_verify_sees_a_difference(tmp_path, name, index, value):
     def edit(header, tensors):
         b = bytearray(tensors[name])
         struct.pack_into("<f", b, 4 * index, value)
         tensors[name] = bytes(b)
     result = run("verify", "--model", FIXTURE, "--reference", edited_reference(tmp_path, edit))
-    assert result.returncode == 1 and "FAILED" in result.stdout and result.stdout.splitlines()[-1].endswith("they DIFFER")
+    assert result.returncode == 1 and "FAILED" in result.stdout
+    assert result.stdout.splitlines()[-1].endswith("they DIFFER")
 
 
 def test_verify_sees_other_experts(tmp_path):
@@ -651,14 +689,18 @@ def test_verify_sees_other_experts(tmp_path):
 
 
 def test_verify_allocates_what_it_compares(tmp_path):
-    """Logits and routing need no gradients, gradients need no moments: the least memory that is enough for a model of 60 MB tells."""
-    config = {**CONFIG, "hidden_size": 96, "intermediate_size": 2048, "num_hidden_layers": 5, "max_position_embeddings": 8}
+    """Logits and routing need no gradients, gradients need no moments: shown by the least memory that is enough for a
+    model of 60 MB."""
+    config = {**CONFIG, "hidden_size": 96, "intermediate_size": 2048, "num_hidden_layers": 5,
+              "max_position_embeddings": 8}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "ids.npy").write_bytes(struct.pack("<16H", *range(16)))
-    ok("train", "--config", tmp_path / "config.json", "--data", tmp_path / "ids.npy", "--out", tmp_path / "out", "--batch", 1, "--steps", 1, "--peak-tflops", 1)
+    ok("train", "--config", tmp_path / "config.json", "--data", tmp_path / "ids.npy", "--out", tmp_path / "out",
+       "--batch", 1, "--steps", 1, "--peak-tflops", 1)
     model = next((tmp_path / "out").glob("step-*"))
     tensors = {"inputs": ("I32", [1, 8], bytes(32)), "targets": ("I32", [1, 8], bytes(32))}
-    parts = {"logits": ("F32", [1, 8, 320], bytes(4 * 8 * 320)), "grad.model.norm.weight": ("F32", [96], bytes(4 * 96)), "losses": ("F32", [2], bytes(8))}
+    parts = {"logits": ("F32", [1, 8, 320], bytes(4 * 8 * 320)),
+             "grad.model.norm.weight": ("F32", [96], bytes(4 * 96)), "losses": ("F32", [2], bytes(8))}
     needed = []
     for part in parts:
         some = {**tensors, part: parts[part]}
@@ -672,11 +714,12 @@ def test_verify_allocates_what_it_compares(tmp_path):
         text += b" " * (-len(text) % 8)
         path = tmp_path / "reference.safetensors"
         path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(data for _, _, data in some.values()))
-        low, high = 0, 4096                                                     # MB of address space: too little, enough
+        low, high = 0, 4096                                     # MB of address space: too little, enough
         while high - low > 4:
             limit = (low + high) // 2 << 20
-            result = run("verify", "--model", model, "--reference", path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
-            if "they DIFFER" in result.stdout:                                  # zeros agree with none of them
+            result = run("verify", "--model", model, "--reference", path,
+                         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
+            if "they DIFFER" in result.stdout:                  # zeros agree with none of them
                 high = limit >> 20
             else:
                 low = limit >> 20
@@ -707,7 +750,8 @@ def test_verify_bad_references(tmp_path):
     def no_inputs(header, tensors):
         del header["inputs"], tensors["inputs"]
 
-    for edit, word in [(drop_all, "nothing to compare"), (unknown, "grad.model.layers.9.nothing"), (shape, "logits"), (no_inputs, "inputs")]:
+    for edit, word in [(drop_all, "nothing to compare"), (unknown, "grad.model.layers.9.nothing"), (shape, "logits"),
+                       (no_inputs, "inputs")]:
         refused("verify", "--model", FIXTURE, "--reference", edited_reference(tmp_path, edit), words=[word])
 
 
@@ -784,19 +828,27 @@ def test_info_json_of_a_model(straight):
 
 def test_tokenize(tmp_path):
     """Options, environment and what is printed; the rules are in test_data.py."""
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(30000)) + "{\n")
+    documents = "".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(30000))
+    (tmp_path / "a.jsonl").write_text(documents + "{\n")
     printed = set()
     for threads in ("1", "3", ""):
         (tmp_path / threads / "out").mkdir(parents=True)
-        environment = {**{k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}, **({"OMP_NUM_THREADS": threads} if threads else {})}
-        result = run("tokenize", "--tokenizer", "bytes", "--out", "out/x.npy", "--max-tokens", 200000, "--save-every", 100000, tmp_path / "a.jsonl", cwd=tmp_path / threads, env=environment)
-        assert result.returncode == 0 and result.stderr == f"{tmp_path}/a.jsonl:30001: not JSON from byte 2 on; left out\n"
+        environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+        if threads:
+            environment["OMP_NUM_THREADS"] = threads
+        result = run("tokenize", "--tokenizer", "bytes", "--out", "out/x.npy", "--max-tokens", 200000,
+                     "--save-every", 100000, tmp_path / "a.jsonl", cwd=tmp_path / threads, env=environment)
+        assert result.returncode == 0
+        assert result.stderr == f"{tmp_path}/a.jsonl:30001: not JSON from byte 2 on; left out\n"
         printed.add(result.stdout)
     assert printed == {"out/x.npy: 30000 documents, 438890 tokens in 3 files, 1 damaged lines left out\n"}
-    assert files(tmp_path / "1" / "out") == files(tmp_path / "3" / "out") == files(tmp_path / "out") and len(files(tmp_path / "out")) == 6
-    refused("tokenize", "--tokenizer", "bytes", "--out", tmp_path / "out" / "x.npy", "--max-tokens", 200000, tmp_path / "a.jsonl", words=["x-00000.npy", "--restart"])
+    assert files(tmp_path / "1" / "out") == files(tmp_path / "3" / "out") == files(tmp_path / "out")
+    assert len(files(tmp_path / "out")) == 6
+    refused("tokenize", "--tokenizer", "bytes", "--out", tmp_path / "out" / "x.npy", "--max-tokens", 200000,
+            tmp_path / "a.jsonl", words=["x-00000.npy", "--restart"])
+    command = [OLMOE, "tokenize", "--tokenizer", "bytes", "--out", tmp_path / "y.npy", tmp_path / "a.jsonl"]
     with open("/dev/full", "w") as full:
-        result = subprocess.run([OLMOE, "tokenize", "--tokenizer", "bytes", "--out", tmp_path / "y.npy", tmp_path / "a.jsonl"], stdout=full, stderr=subprocess.PIPE, text=True)
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert result.returncode == 1 and "standard output" in result.stderr.splitlines()[-1]
 
 
@@ -819,29 +871,35 @@ def test_tokenize_two_at_a_time(tmp_path):
 
 
 def test_tokenize_progress(tmp_path):
-    """A bar on a terminal, and only there; a damaged line stands on a line of its own."""
+    """A bar on a terminal, and only there; a damaged line is reported on a line of its own."""
     with open(tmp_path / "a.jsonl", "w") as f:
         for part in range(40):
-            f.writelines(json.dumps({"text": f"document {i} of part {part}", "id": str(i)}) + "\n" for i in range(10000))
+            f.writelines(json.dumps({"text": f"document {i} of part {part}", "id": str(i)}) + "\n"
+                         for i in range(10000))
             f.write("{\n")
     command = [OLMOE, "tokenize", "--tokenizer", "bytes", "--out", tmp_path / "x.npy", tmp_path / "a.jsonl"]
     terminal, end = pty.openpty()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=end, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=end, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
     os.close(end)
     shown = b""
     while True:
         try:
             shown += os.read(terminal, 1 << 16)
-        except OSError:                     # so ends a terminal whose other end is closed
+        except OSError:                     # the other end of the terminal is closed
             break
     os.close(terminal)
-    assert process.wait() == 0 and process.stdout.read() == f"{tmp_path}/x.npy: 400000 documents, {(tmp_path / 'x.npy').stat().st_size // 2} tokens, 40 damaged lines left out\n"
-    bars = re.findall(r"\r\[(#*) *\] +(\d+) % \| ([\d.]+) MB/s \| ([\d.]+) M tok/s \| eta 0h\d\dm\d\ds\x1b\[K", shown.decode())
+    tokens = (tmp_path / "x.npy").stat().st_size // 2
+    assert process.wait() == 0
+    assert process.stdout.read() == f"{tmp_path}/x.npy: 400000 documents, {tokens} tokens, 40 damaged lines left out\n"
+    bars = re.findall(r"\r\[(#*) *\] +(\d+) % \| ([\d.]+) MB/s \| ([\d.]+) M tok/s \| eta 0h\d\dm\d\ds\x1b\[K",
+                      shown.decode())
     assert bars and all(len(bar) == int(share) // 5 for bar, share, *_ in bars) and shown.endswith(b"\r\x1b[K")
     assert float(bars[-1][2]) > 0 and float(bars[-1][3]) > 0
     assert shown.count(b"\r\x1b[K" + str(tmp_path).encode() + b"/a.jsonl:") == 21
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0 and len(result.stderr.splitlines()) == 21 and "\r" not in result.stderr and "\x1b" not in result.stderr + result.stdout
+    assert result.returncode == 0 and len(result.stderr.splitlines()) == 21
+    assert "\r" not in result.stderr and "\x1b" not in result.stderr + result.stdout
 
 
 def test_help():
@@ -861,7 +919,7 @@ def test_verify_every_tensor_is_compared(tmp_path):
 
 
 def test_verify_nan_elementwise(tmp_path):
-    """With an absolute tolerance, too, a NaN that is not the last element fails."""
+    """Also with an absolute tolerance, a NaN that is not the last element fails."""
     def edit(header, tensors):
         b = bytearray(tensors["logits"])
         struct.pack_into("<f", b, 4 * 5, float("nan"))
