@@ -1752,7 +1752,6 @@ void olmoe_set_batch(Olmoe* m, const MicroBatch& batch) {
     for (int b = 0; b < batch.B(); b++)
         if (batch.length(b) < 1 || batch.length(b) > m->capacity.T)
             die("sequence %d of a micro-batch has %d tokens; there may be 1 to %d", b, batch.length(b), m->capacity.T);
-    bool has_targets = false;
     for (int t = 0; t < N; t++) {
         const int id = batch.inputs[t], target = batch.targets[t], position = batch.positions[t];
         if (id < 0 || id >= V) die("token id %d at position %d of the batch is outside the vocabulary of %d", id, t, V);
@@ -1761,7 +1760,6 @@ void olmoe_set_batch(Olmoe* m, const MicroBatch& batch) {
         if (position < 0 || position >= m->capacity.positions)
             die("position %d at token %d of the batch; there are %d", position, t, m->capacity.positions);
         if (!std::isfinite(batch.weights[t])) die("the weight of target %d of the batch is not finite", t);
-        has_targets |= target != IGNORED;
     }
     m->batch = batch;
     m->N = N;
@@ -1770,7 +1768,6 @@ void olmoe_set_batch(Olmoe* m, const MicroBatch& batch) {
     Activations& a = m->acts;
     copy_to_device(a.inputs, batch.inputs);
     copy_to_device(a.positions, batch.positions);
-    if (!has_targets && !m->backward()) return;
     copy_to_device(a.targets, batch.targets);
     copy_to_device(a.target_weights, std::vector<float>(batch.weights.begin(), batch.weights.end()));
 }

@@ -192,7 +192,7 @@ def test_stats():
     options = ["--model", ODD, "--ids", "1,2,3", "--max-tokens", 6, "--n", 2, "--json"]
     done = run("generate", *options, "--stats")
     generated = sum(len(json.loads(line)["ids"]) for line in done.stdout.splitlines())
-    rates = re.fullmatch(rf"prompts: 3 tokens, ([0-9.]+) a second; generated: {generated} tokens, ([0-9.]+) a second behind the first of each\n", done.stderr)
+    rates = re.fullmatch(rf"prompts: 3 tokens, ([0-9.]+) a second; generated: {generated} tokens, ([0-9.]+) a second after the first of each\n", done.stderr)
     assert rates and all(float(rate) > 0 for rate in rates.groups()), done.stderr
     plain = run("generate", *options)
     assert plain.stdout == done.stdout and plain.stderr == ""
