@@ -1,10 +1,12 @@
-// Lets test_ranks.py drive ranks.h: a training of nothing but collectives, in which one rank does something at a given step.
+// Lets test_ranks.py drive ranks.h: a training of nothing but collectives, in which one rank does something at a given
+// step.
 //
 //   ranks [name=value ...]
 //   rendezvous=X mpi_only=1 patience=S      how to start
 //   timeout=S                               the watch's; without it, no watch
-//   board=FILE                              shared by the ranks of this machine: the collectives, where MPI is not there
-//   steps=N at=K who=R,... act=ACT          these ranks do ACT before their collective K (N: before they leave), after heartbeats had time to tell of K-1
+//   board=FILE                              shared by the ranks of this machine: the collectives, where there is no MPI
+//   steps=N at=K who=R,... act=ACT          these ranks do ACT before their collective K (N: before they leave), after
+//                                           heartbeats had time to report K-1
 //   late=S                                  begins S seconds late
 //   word=N                                  what rank 0 broadcasts (123)
 //
@@ -54,8 +56,10 @@ int main(int argc, char** argv) {
         std::string word = argv[i];
         given[word.substr(0, word.find('='))] = word.substr(word.find('=') + 1);
     }
-    auto number = [&](const char* name, double otherwise) { return given.count(name) ? atof(given[name].c_str()) : otherwise; };
-    signal(SIGTERM, SIG_IGN);               // a training takes it as a wish to stop, and mpirun sends it at every failure
+    auto number = [&](const char* name, double otherwise) {
+        return given.count(name) ? atof(given[name].c_str()) : otherwise;
+    };
+    signal(SIGTERM, SIG_IGN);               // a training stops and saves; mpirun sends it at every failure
     if (number("late", 0) > 0) rest(number("late", 0));
     ranks_patience = number("patience", 20);
     ranks = ranks_start(given["rendezvous"], number("mpi_only", 0) != 0);
@@ -65,8 +69,8 @@ int main(int argc, char** argv) {
     if (timeout >= 0) ranks_watch(timeout);
     ranks_broadcast(&heard[0], sizeof heard[0]);
     bool same = std::all_of(heard.begin(), heard.end(), [&](int x) { return x == heard[0]; });
-    printf("rank %d of %d, local %d of %d, pid %d, by %s, heard %d\n", ranks.rank, ranks.size, ranks.local_rank, ranks.local_size, (int)getpid(),
-           ranks.started_by.c_str(), same ? heard[0] : -1);
+    printf("rank %d of %d, local %d of %d, pid %d, by %s, heard %d\n", ranks.rank, ranks.size, ranks.local_rank,
+           ranks.local_size, (int)getpid(), ranks.started_by.c_str(), same ? heard[0] : -1);
     fflush(stdout);
 
     std::atomic<int>* board = nullptr;

@@ -1,4 +1,5 @@
-"""Ranks: how they find one another, and that a rank which fails ends all, with one line that names it. tests/ranks.cpp stands in for a training."""
+"""Ranks: how they find one another, and that a rank which fails ends all, with one line that names it. tests/ranks.cpp
+takes the place of a training."""
 import os
 import re
 import shutil
@@ -11,7 +12,8 @@ import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-g", "-O0", "-pthread", os.path.join(ROOT, "tests", "ranks.cpp")]
-LAUNCHERS = re.compile("^(OMPI|PMI|PMIX|MPI|SLURM|PBS|LSB|TORCHELASTIC)_|^(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE)$")
+LAUNCHERS = re.compile("^(OMPI|PMI|PMIX|MPI|SLURM|PBS|LSB|TORCHELASTIC)_"
+                       "|^(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE)$")
 
 
 def environment(**more):
@@ -22,7 +24,8 @@ def environment(**more):
 def alone(tmp_path_factory):
     """Built without MPI, under address and undefined sanitizers"""
     path = str(tmp_path_factory.mktemp("build") / "ranks")
-    subprocess.run(["g++", f"-I{ROOT}/cpu/no_mpi", *FLAGS, "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-o", path], check=True)
+    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    subprocess.run(["g++", f"-I{ROOT}/cpu/no_mpi", *FLAGS, *sanitize, "-o", path], check=True)
     return path
 
 
@@ -56,11 +59,15 @@ class Run:
         board.write_bytes(bytes(64))
         self.start = time.time()
         self.errors = open(folder / f"{board.name}.err", "w+")
-        self.processes = [subprocess.Popen([*command, *([] if "mpirun" in command[0] else [f"board={board}"])], env=env, text=True,
-                                           stdout=subprocess.PIPE, stderr=stderr or self.errors) for command, env in commands]
+        self.processes = []
+        for command, env in commands:
+            words = [*command, *([] if "mpirun" in command[0] else [f"board={board}"])]
+            self.processes.append(subprocess.Popen(words, env=env, text=True, stdout=subprocess.PIPE,
+                                                   stderr=stderr or self.errors))
 
     def end(self, within=20):
-        """Exit codes, the lines of olmoe on standard error, the lines on standard output. All have to end in time, and to leave nothing."""
+        """Exit codes, the lines of olmoe on standard error, the lines on standard output. All have to end in time, and
+        to leave nothing."""
         late = []
         for p in self.processes:
             try:
@@ -87,15 +94,19 @@ def shell(program, folder, n, *words, rendezvous=None, stderr=None, variables=No
     """n ranks as a shell loop starts them"""
     meet = rendezvous or f"127.0.0.1:{free_port()}"
     numbers = variables or (lambda r: {"RANK": str(r), "WORLD_SIZE": str(n)})
-    return Run(folder, [([program, f"rendezvous={meet}", *words], environment(**numbers(r))) for r in range(n)], stderr)
+    command = [program, f"rendezvous={meet}", *words]
+    return Run(folder, [(command, environment(**numbers(r))) for r in range(n)], stderr)
+
+
+MPIRUN = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n"]
 
 
 def mpirun(program, folder, n, *words):
-    return Run(folder, [(["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", str(n), program, *words], environment())])
+    return Run(folder, [([*MPIRUN, str(n), program, *words], environment())])
 
 
 def started(run, n, by, word=123):
-    """All n ranks said who they are, heard rank 0, and came to the end in silence."""
+    """All n ranks printed who they are, received what rank 0 sent, and came to the end without an error."""
     assert run.codes == [0] * len(run.processes) and run.lines == [], (run.codes, run.lines)
     lines = sorted(line for line in run.out if line != "done")
     expected = [f"rank {r} of {n}, local {r} of {n}, pid N, by {by}, heard {word}" for r in range(n)]
@@ -114,7 +125,8 @@ def test_one_rank(alone, with_mpi, tmp_path):
     for program in (alone, with_mpi):
         started(Run(tmp_path, [([program, "timeout=30", "steps=3"], environment())]).end(), 1, "alone")
     started(mpirun(with_mpi, tmp_path, 1, "timeout=30").end(), 1, "alone")
-    started(shell(alone, tmp_path, 1, "timeout=30", "steps=3", rendezvous=str(tmp_path / "meet")).end(), 1, f"rendezvous {tmp_path}/meet")
+    meet = str(tmp_path / "meet")
+    started(shell(alone, tmp_path, 1, "timeout=30", "steps=3", rendezvous=meet).end(), 1, f"rendezvous {meet}")
 
 
 @pytest.mark.parametrize("n", [2, 3])
@@ -131,35 +143,44 @@ def test_rendezvous_without_watch(alone, tmp_path):
 
 
 def pair(program, folder, meet, late, seconds):
-    """Two ranks, of which one begins so much later"""
-    return Run(folder, [([program, f"rendezvous={meet}", "timeout=30", "steps=5", f"late={seconds * (r == late)}"], environment(RANK=str(r), WORLD_SIZE="2")) for r in (0, 1)])
+    """Two ranks, of which one begins so many seconds later"""
+    words = [program, f"rendezvous={meet}", "timeout=30", "steps=5"]
+    return Run(folder, [([*words, f"late={seconds * (r == late)}"], environment(RANK=str(r), WORLD_SIZE="2"))
+                        for r in (0, 1)])
 
 
 @pytest.mark.parametrize("late", [0, 1])
 def test_who_comes_first(alone, tmp_path, late):
     meets = [f"127.0.0.1:{free_port()}", str(tmp_path / "meet")]
-    for meet, run in [(meet, pair(alone, tmp_path, meet, late, 0.5)) for meet in meets]:
+    runs = [pair(alone, tmp_path, meet, late, 0.5) for meet in meets]
+    for meet, run in zip(meets, runs):
         started(run.end(), 2, f"rendezvous {meet}")
 
 
 VARIABLES = {
-    "srun": lambda r: dict(SLURM_JOB_ID="7", SLURM_STEP_ID="0", SLURM_PROCID=str(r), SLURM_NTASKS="9", SLURM_STEP_NUM_TASKS="2", SLURM_LOCALID=str(r)),
+    "srun": lambda r: dict(SLURM_JOB_ID="7", SLURM_STEP_ID="0", SLURM_PROCID=str(r), SLURM_NTASKS="9",
+                           SLURM_STEP_NUM_TASKS="2", SLURM_LOCALID=str(r)),
     "older srun": lambda r: dict(SLURM_STEP_ID="0", SLURM_PROCID=str(r), SLURM_NTASKS="2"),
-    "torchrun below srun": lambda r: dict(RANK=str(r), WORLD_SIZE="2", LOCAL_RANK=str(r), SLURM_STEP_ID="0", SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="1"),
-    "a loop in a batch script": lambda r: dict(RANK=str(r), WORLD_SIZE="2", SLURM_JOB_ID="7", SLURM_PROCID="0", SLURM_NTASKS="1"),
+    "torchrun below srun": lambda r: dict(RANK=str(r), WORLD_SIZE="2", LOCAL_RANK=str(r), SLURM_STEP_ID="0",
+                                          SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="1"),
+    "a loop in a batch script": lambda r: dict(RANK=str(r), WORLD_SIZE="2", SLURM_JOB_ID="7", SLURM_PROCID="0",
+                                               SLURM_NTASKS="1"),
     "mpirun of another MPI": lambda r: dict(PMI_RANK=str(r), PMI_SIZE="2", MPI_LOCALRANKID=str(r)),
-    "Open MPI's": lambda r: dict(OMPI_COMM_WORLD_RANK=str(r), OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_LOCAL_RANK=str(r)),
+    "Open MPI's": lambda r: dict(OMPI_COMM_WORLD_RANK=str(r), OMPI_COMM_WORLD_SIZE="2",
+                                 OMPI_COMM_WORLD_LOCAL_RANK=str(r)),
 }
 
 
 @pytest.mark.parametrize("launcher", VARIABLES)
 def test_variables_of_launchers(alone, tmp_path, launcher):
     meet = str(tmp_path / "meet")
-    started(shell(alone, tmp_path, 2, "timeout=30", "steps=2", rendezvous=meet, variables=VARIABLES[launcher]).end(), 2, f"rendezvous {meet}")
+    run = shell(alone, tmp_path, 2, "timeout=30", "steps=2", rendezvous=meet, variables=VARIABLES[launcher])
+    started(run.end(), 2, f"rendezvous {meet}")
 
 
 def test_local_rank_is_the_launchers(alone, tmp_path):
-    run = shell(alone, tmp_path, 2, variables=lambda r: dict(RANK=str(r), WORLD_SIZE="2", LOCAL_RANK=str(1 - r))).end()
+    exchanged = lambda r: dict(RANK=str(r), WORLD_SIZE="2", LOCAL_RANK=str(1 - r))
+    run = shell(alone, tmp_path, 2, variables=exchanged).end()
     assert sorted(line.split(",")[1] for line in run.out if line != "done") == [" local 0 of 2", " local 1 of 2"]
     assert any(line.startswith("rank 0 of 2, local 1 of 2") for line in run.out)
 
@@ -170,7 +191,8 @@ def test_stale_file(alone, tmp_path):
     stranger.bind(("127.0.0.1", 0))
     stranger.listen()
     line = "olmoe-rendezvous 77 {} {} 127.0.0.1 end\n"
-    stale = {"closed port": line.format(free_port(), "job::::"), "stranger's port": line.format(stranger.getsockname()[1], "job::::"),
+    stale = {"closed port": line.format(free_port(), "job::::"),
+             "stranger's port": line.format(stranger.getsockname()[1], "job::::"),
              "other job": line.format(free_port(), "job:8:::"), "damaged": "olmoe-rendezvous 77 4", "empty": ""}
     runs = {}
     for name, text in stale.items():
@@ -188,9 +210,13 @@ def test_stale_file(alone, tmp_path):
 def test_two_jobs_at_one_address(alone, tmp_path):
     """Rank 1 of job 8 comes to rank 0 of job 7, is sent away, and waits for its own."""
     meet = f"127.0.0.1:{free_port()}"
+
     def rank(r, job, late):
-        return [alone, f"rendezvous={meet}", "timeout=30", f"late={late}", f"word={job}"], environment(RANK=str(r), WORLD_SIZE="2", SLURM_JOB_ID=str(job))
-    first, second = Run(tmp_path, [rank(0, 7, 0), rank(1, 7, 0.6)]), Run(tmp_path, [rank(0, 8, 1.2), rank(1, 8, 0.3)])
+        words = [alone, f"rendezvous={meet}", "timeout=30", f"late={late}", f"word={job}"]
+        return words, environment(RANK=str(r), WORLD_SIZE="2", SLURM_JOB_ID=str(job))
+
+    first = Run(tmp_path, [rank(0, 7, 0), rank(1, 7, 0.6)])
+    second = Run(tmp_path, [rank(0, 8, 1.2), rank(1, 8, 0.3)])
     for job, run in ((7, first), (8, second)):
         started(run.end(), 2, f"rendezvous {meet}", job)
 
@@ -235,7 +261,7 @@ ANNOUNCED = {
 
 @pytest.mark.parametrize("variable", ANNOUNCED)
 def test_several_ranks_alone(alone, with_mpi, tmp_path, variable):
-    """Variables speak of several ranks, the program finds one: never two trainings in one directory."""
+    """Variables announce several ranks, the program finds one: never two trainings in one directory."""
     for program in [alone] + [with_mpi] * (not variable.startswith("OMPI")):       # Open MPI itself refuses the latter
         for only in ("0", "1"):
             run = Run(tmp_path, [([program, f"mpi_only={only}"], environment(**ANNOUNCED[variable]))])
@@ -252,7 +278,8 @@ ONE_RANK = {
     "batch script": dict(SLURM_JOB_ID="7", SLURM_NTASKS="4", SLURM_PROCID="0", SLURM_LOCALID="0"),
     "batch step": dict(SLURM_JOB_ID="7", SLURM_NTASKS="4", SLURM_PROCID="0", SLURM_STEP_ID="4294967291"),
     "interactive step": dict(SLURM_JOB_ID="7", SLURM_NTASKS="4", SLURM_PROCID="0", SLURM_STEP_ID="4294967290"),
-    "srun -n 1": dict(SLURM_JOB_ID="7", SLURM_NTASKS="4", SLURM_PROCID="0", SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="1"),
+    "srun -n 1": dict(SLURM_JOB_ID="7", SLURM_NTASKS="4", SLURM_PROCID="0", SLURM_STEP_ID="0",
+                      SLURM_STEP_NUM_TASKS="1"),
     "torchrun of one": dict(RANK="0", WORLD_SIZE="1"),
     "not numbers": dict(WORLD_SIZE="two", RANK=""),
 }
@@ -265,14 +292,15 @@ def test_one_rank_is_right(alone, tmp_path, case):
 
 def test_mpirun_below_slurm(with_mpi, tmp_path):
     """Open MPI's mpirun starts its daemons by srun, whose variables the ranks inherit."""
-    run = Run(tmp_path, [(["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", "env", "SLURM_PROCID=0", "SLURM_STEP_ID=0", "SLURM_STEP_NUM_TASKS=3", with_mpi,
-                           "timeout=30", "steps=3"], environment())])
+    variables = ["env", "SLURM_PROCID=0", "SLURM_STEP_ID=0", "SLURM_STEP_NUM_TASKS=3"]
+    run = Run(tmp_path, [([*MPIRUN, "2", *variables, with_mpi, "timeout=30", "steps=3"], environment())])
     started(run.end(), 2, "mpirun")
 
 
 def test_rendezvous_refusals(alone, tmp_path):
     def one(rank, size, meet, *words):
-        return Run(tmp_path, [([alone, f"rendezvous={meet}", "patience=0.5", *words], environment(**({"RANK": rank, "WORLD_SIZE": size} if rank else {})))])
+        variables = {"RANK": rank, "WORLD_SIZE": size} if rank else {}
+        return Run(tmp_path, [([alone, f"rendezvous={meet}", "patience=0.5", *words], environment(**variables))])
 
     port = free_port()
     refused(one("0", "2", f"127.0.0.1:{port}", "mpi_only=1"), f"--rendezvous 127.0.0.1:{port}", "MPI", "mpirun")
@@ -299,65 +327,81 @@ def test_ranks_that_do_not_fit(alone, tmp_path, second):
     """Another number of ranks; or a second rank 1."""
     meet = str(tmp_path / "meet")
     numbers = [("0", "2"), second] if second != ("1", "2") else [("0", "3"), ("1", "3"), ("1", "3")]
-    run = Run(tmp_path, [([alone, f"rendezvous={meet}", "patience=3"], environment(RANK=r, WORLD_SIZE=n)) for r, n in numbers]).end()
+    words = [alone, f"rendezvous={meet}", "patience=3"]
+    run = Run(tmp_path, [(words, environment(RANK=r, WORLD_SIZE=n)) for r, n in numbers]).end()
     assert 0 not in run.codes and len(run.lines) >= 1
-    assert any(("two processes are rank 1" if len(numbers) == 3 else f"rank {second[0]} of 3") in line for line in run.lines), run.lines
+    reason = "two processes are rank 1" if len(numbers) == 3 else f"rank {second[0]} of 3"
+    assert any(reason in line for line in run.lines), run.lines
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The watch. Ranks act before collective 7, which is of layer 3; the one before was of layer 2.
 
 TIMEOUT = 1.2
+# What became of the rank, and what the rank that reports it did
 ACTS = {
-    "kill": "rank {who} is gone (pid {pid} on {host}, last heard at the all-reduce of layer 2); rank {other} was at the all-reduce of layer 3",
-    "crash": "rank {who} is gone (pid {pid} on {host}, last heard at the all-reduce of layer 2); rank {other} was at the all-reduce of layer 3",
-    "stop": "rank {who} has not answered for {timeout} s (pid {pid} on {host}, last heard at the all-reduce of layer 2); rank {other} is at the all-reduce of layer 3",
-    "spin": "rank {who} has stood still for {timeout} s (pid {pid} on {host}, last heard at the all-reduce of layer 2); rank {other} waits at the all-reduce of layer 3",
+    "kill": ("is gone", "was"),
+    "crash": ("is gone", "was"),
+    "stop": (f"has not answered for {TIMEOUT} s", "is"),
+    "spin": (f"has stood still for {TIMEOUT} s", "waits"),
 }
 
 
+def line_of(act, who, pid, other):
+    became, did = ACTS[act]
+    place = f"pid {pid} on {socket.gethostname()}, last heard at the all-reduce of layer 2"
+    return f"olmoe: rank {who} {became} ({place}); rank {other} {did} at the all-reduce of layer 3"
+
+
 def fails(run, act, who, bound):
-    """One line that names rank and collective; all end in time, and nobody with 0."""
+    """One line that names rank and collective; all end in time, and none with 0."""
     run.end(within=bound)
     assert 0 not in run.codes and len(run.lines) == 1, (run.codes, run.lines)
     pid = next(int(line.split("pid ")[1].split(",")[0]) for line in run.out if line.startswith(f"rank {who} "))
-    others = [0] if who else range(1, max(len(run.codes), 2))     # of rank 0 any other may speak, for all of them see it at the same time
-    assert run.lines[0] in ["olmoe: " + ACTS[act].format(who=who, other=other, pid=pid, timeout=TIMEOUT, host=socket.gethostname()) for other in others]
+    # Any other rank may report rank 0, because all see it at the same time.
+    others = [0] if who else range(1, max(len(run.codes), 2))
+    assert run.lines[0] in [line_of(act, who, pid, other) for other in others]
     assert "done" not in run.out
     if len(run.codes) > 1:
         others = [code for rank, code in enumerate(run.codes) if rank != who]
         assert others == [1] * len(others)
-        assert run.codes[who] == {"kill": -signal.SIGKILL, "crash": -signal.SIGSEGV, "stop": -signal.SIGKILL, "spin": 1}[act]
+        code = {"kill": -signal.SIGKILL, "crash": -signal.SIGSEGV, "stop": -signal.SIGKILL, "spin": 1}[act]
+        assert run.codes[who] == code
 
 
 @pytest.mark.parametrize("act", ACTS)
 def test_failure(alone, tmp_path, act):
     bound = (0 if act in ("kill", "crash") else TIMEOUT) + 6
-    runs = [shell(alone, tmp_path, 3, f"timeout={TIMEOUT}", "steps=1000", "at=7", f"who={who}", f"act={act}") for who in (0, 1)]
+    words = (f"timeout={TIMEOUT}", "steps=1000", "at=7", f"act={act}")
+    runs = [shell(alone, tmp_path, 3, *words, f"who={who}") for who in (0, 1)]
     for who in (0, 1):
         fails(runs[who], act, who, bound)
 
 
 @pytest.mark.parametrize("act", ["kill", "stop", "spin"])
 def test_failure_below_mpirun(with_mpi, tmp_path, act):
-    runs = [mpirun(with_mpi, tmp_path, 2, f"timeout={TIMEOUT}", "steps=1000", "at=7", f"who={who}", f"act={act}") for who in (0, 1)]
+    words = (f"timeout={TIMEOUT}", "steps=1000", "at=7", f"act={act}")
+    runs = [mpirun(with_mpi, tmp_path, 2, *words, f"who={who}") for who in (0, 1)]
     for who in (0, 1):
         fails(runs[who], act, who, TIMEOUT + 10)
 
 
 def test_gone_is_noticed_at_once(alone, tmp_path):
     """However long the timeout"""
-    runs = [shell(alone, tmp_path, 2, "timeout=600", "steps=1000", "at=7", f"who={who}", "act=kill") for who in (0, 1)]
+    words = ("timeout=600", "steps=1000", "at=7", "act=kill")
+    runs = [shell(alone, tmp_path, 2, *words, f"who={who}") for who in (0, 1)]
     for who in (0, 1):
         fails(runs[who], "kill", who, 8)
 
 
 def test_several_at_fault(alone, tmp_path):
-    """Two stopped: rank 2 speaks of rank 0, and leaves none of the two behind. Two hang; all hang."""
+    """Two stopped: rank 2 reports rank 0, and both are ended. Two hang; all hang."""
     stopped, some, every = [shell(alone, tmp_path, 3, f"timeout={TIMEOUT}", "steps=1000", *words)
-                            for words in (("at=7", "who=0,1", "act=stop"), ("at=7", "who=1,2", "act=hang"), ("at=0", "who=0,1,2", "act=hang"))]
+                            for words in (("at=7", "who=0,1", "act=stop"), ("at=7", "who=1,2", "act=hang"),
+                                          ("at=0", "who=0,1,2", "act=hang"))]
     assert some.end(within=TIMEOUT + 6).codes == [1, 1, 1]
-    assert some.lines == [f"olmoe: ranks 1, 2 have stood still for {TIMEOUT} s, last at the all-reduce of layer 2; rank 0 waits at the all-reduce of layer 3"]
+    assert some.lines == [f"olmoe: ranks 1, 2 have stood still for {TIMEOUT} s, last at the all-reduce of layer 2; "
+                          "rank 0 waits at the all-reduce of layer 3"]
     assert every.end(within=TIMEOUT + 6).codes == [1, 1, 1]
     assert every.lines == [f"olmoe: all 3 ranks have stood still for {TIMEOUT} s, before the first collective"]
     assert stopped.end(within=TIMEOUT + 6).codes == [-signal.SIGKILL, -signal.SIGKILL, 1]
@@ -365,8 +409,9 @@ def test_several_at_fault(alone, tmp_path):
 
 
 def test_die_is_the_only_line(alone, tmp_path):
-    """What one rank says it dies of is enough, and of what all say rank 0's line."""
-    runs = {who: shell(alone, tmp_path, 3, "timeout=4", "steps=1000", "at=7", f"who={who}", "act=die") for who in ("0", "2", "0,1,2")}
+    """The error of the rank that dies is the only line; where all die, rank 0's."""
+    words = ("timeout=4", "steps=1000", "at=7", "act=die")
+    runs = {who: shell(alone, tmp_path, 3, *words, f"who={who}") for who in ("0", "2", "0,1,2")}
     for who, run in runs.items():
         assert run.end(within=9).codes == [1, 1, 1]
         assert run.lines == [f"olmoe: {'rank 2: ' if who == '2' else ''}token 7 has id 99999; check the data"]
@@ -378,18 +423,21 @@ def test_exit_without_leave(alone, tmp_path):
 
 
 def test_slow_rank_is_left_alone(alone, tmp_path):
-    runs = [shell(alone, tmp_path, 2, f"timeout={timeout}", "steps=20", "at=7", "who=1", f"act={act}") for act, timeout in (("slow", 2), ("alive", 1), ("slow", 0))]
+    runs = [shell(alone, tmp_path, 2, f"timeout={timeout}", "steps=20", "at=7", "who=1", f"act={act}")
+            for act, timeout in (("slow", 2), ("alive", 1), ("slow", 0))]
     for run in runs:
         run.end()
         assert run.codes == [0, 0] and run.lines == [] and run.out.count("done") == 2
 
 
 def test_all_leave_together(alone, tmp_path):
-    """Who has come to the end waits for the others, and fails with them."""
-    slow, gone = [shell(alone, tmp_path, 3, "timeout=2", "steps=5", "at=5", "who=1", f"act={act}") for act in ("slow", "kill")]
+    """A rank that has come to the end waits for the others, and fails with them."""
+    slow, gone = [shell(alone, tmp_path, 3, "timeout=2", "steps=5", "at=5", "who=1", f"act={act}")
+                  for act in ("slow", "kill")]
     assert slow.end().codes == [0, 0, 0] and slow.lines == []
     assert gone.end().codes == [1, -signal.SIGKILL, 1] and len(gone.lines) == 1 and "done" not in gone.out
-    assert gone.lines[0].startswith("olmoe: rank 1 is gone") and gone.lines[0].endswith("rank 0 was at the end of the run")
+    assert gone.lines[0].startswith("olmoe: rank 1 is gone")
+    assert gone.lines[0].endswith("rank 0 was at the end of the run")
 
 
 def test_suspended_job_goes_on(alone, tmp_path):
@@ -415,7 +463,8 @@ def test_nobody_reads_standard_error(alone, tmp_path):
     except BlockingIOError:
         pass
     os.set_blocking(writing, True)
-    run = shell(alone, tmp_path, 2, f"timeout={TIMEOUT}", "steps=1000", "at=7", "who=1", "act=kill", stderr=writing).end(within=9)
+    run = shell(alone, tmp_path, 2, f"timeout={TIMEOUT}", "steps=1000", "at=7", "who=1", "act=kill", stderr=writing)
+    run.end(within=9)
     os.close(reading)
     os.close(writing)
     assert run.codes == [1, -signal.SIGKILL]
