@@ -1,4 +1,5 @@
-"""Data: token files, their order, the filter, text to token files, the corpus, the plot. C++ runs under address and undefined sanitizers."""
+"""Data: token files, their order, the filter, text to token files, the corpus, the plot. C++ runs under the address and
+undefined-behaviour sanitizers."""
 import gzip
 import hashlib
 import json
@@ -17,8 +18,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def build(path, sanitizers):
-    subprocess.run(["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-g", "-O1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all",
-                    "-o", str(path), os.path.join(ROOT, "tests", "test_data.cpp"), "-lz", "-lutf8proc"], check=True)
+    subprocess.run(["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-g", "-O1", f"-fsanitize={sanitizers}",
+                    "-fno-sanitize-recover=all", "-o", str(path), os.path.join(ROOT, "tests", "test_data.cpp"),
+                    "-lz", "-lutf8proc"], check=True)
     return str(path)
 
 
@@ -29,9 +31,11 @@ def program(tmp_path_factory):
 
 @pytest.fixture
 def drive(program):
-    """Runs commands; the lines printed. With fails, the one line on standard error; with says, the lines there, too; with stopped, the exit code."""
+    """Runs commands; the lines printed. With fails, the one line on standard error; with says, also the lines there;
+    with stopped, the exit code."""
     def run(*commands, fails=False, says=False, stopped=False, limit=None):
-        r = subprocess.run([program], input="\n".join(commands) + "\n", capture_output=True, text=True, preexec_fn=limit)
+        r = subprocess.run([program], input="\n".join(commands) + "\n", capture_output=True, text=True,
+                           preexec_fn=limit)
         if stopped:
             return r.returncode
         if fails:
@@ -52,7 +56,8 @@ def npy(path, values, descr="<u2", shape=None, version=1, length=None):
     text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape or f'({len(values)},)'}, }}"
     text += " " * (-(len(text) + (11 if version == 1 else 13)) % 64) + "\n"
     size = struct.pack("<H" if version == 1 else "<I", len(text) if length is None else length)
-    path.write_bytes(b"\x93NUMPY" + bytes([version, 0]) + size + text.encode() + struct.pack(f"<{len(values)}H", *values))
+    header = b"\x93NUMPY" + bytes([version, 0]) + size + text.encode()
+    path.write_bytes(header + struct.pack(f"<{len(values)}H", *values))
     return str(path)
 
 
@@ -69,7 +74,8 @@ def rows(lines):
 # ---------------------------------------------------------------------------------------------------------------------
 # Order: the vectors are NumPy's
 
-ORDER = {6198: [4, 14, 6, 15, 3, 2, 13, 0, 10, 11, 9, 7, 8, 1, 12, 5], 6199: [5, 6, 15, 8, 4, 9, 11, 12, 2, 1, 14, 3, 10, 13, 0, 7],
+ORDER = {6198: [4, 14, 6, 15, 3, 2, 13, 0, 10, 11, 9, 7, 8, 1, 12, 5],
+         6199: [5, 6, 15, 8, 4, 9, 11, 12, 2, 1, 14, 3, 10, 13, 0, 7],
          42: [6, 15, 11, 10, 9, 3, 0, 7, 12, 5, 2, 4, 14, 1, 13, 8]}
 
 
@@ -96,7 +102,9 @@ def test_shuffle_of_one_and_two(drive):
 def sixteen(tmp_path, T=3):
     """16 instances in two files with tails; instance i is i, 100 + i, 100 + i."""
     data = [x for i in range(16) for x in [i] + [100 + i] * (T - 1)]
-    return tokens(tmp_path / "a.npy", data[:5 * T] + [99]) + " " + tokens(tmp_path / "b.npy", data[5 * T:] + [99] * (T - 1))
+    a = tokens(tmp_path / "a.npy", data[:5 * T] + [99])
+    b = tokens(tmp_path / "b.npy", data[5 * T:] + [99] * (T - 1))
+    return a + " " + b
 
 
 def firsts(lines, count):
@@ -112,7 +120,8 @@ def test_epochs_follow_numpy(drive, tmp_path):
 
 def test_partial_batch_of_an_epoch_is_dropped(drive, tmp_path):
     lines = drive(f"open 3 200 global 6198 0 {sixteen(tmp_path)}", *["next 5 0 1"] * 4, "state")
-    assert [firsts(lines[10 * i:10 * i + 10], 5) for i in range(4)] == [ORDER[6198][:5], ORDER[6198][5:10], ORDER[6198][10:15], ORDER[6199][:5]]
+    batches = [firsts(lines[10 * i:10 * i + 10], 5) for i in range(4)]
+    assert batches == [ORDER[6198][:5], ORDER[6198][5:10], ORDER[6198][10:15], ORDER[6199][:5]]
     assert lines[-1].split()[:2] == ["1", "5"]
 
 
@@ -133,7 +142,8 @@ def test_resume(drive, tmp_path):
     whole = drive(f"open 3 200 global 6198 0 {files}", *["next 3 0 1", "state"] * 13)
     for step in range(13):      # 5 batches an epoch; step 5 resumes at an epoch's end
         epoch, position = whole[7 * step + 6].split()[:2]
-        rest = drive(f"open 3 200 global 6198 0 {files}", f"seek {epoch} {position}", *["next 3 0 1", "state"] * (12 - step))
+        rest = drive(f"open 3 200 global 6198 0 {files}", f"seek {epoch} {position}",
+                     *["next 3 0 1", "state"] * (12 - step))
         assert rest == whole[7 * step + 7:]
 
 
@@ -146,7 +156,8 @@ def test_seek_out_of_range(drive, tmp_path):
 
 def test_sequential(drive, tmp_path):
     lines = drive(f"open 3 200 sequential 6198 0 {sixteen(tmp_path)}", *["next 6 0 1"] * 3)
-    assert [firsts(lines[12 * i:12 * i + 12], 6) for i in range(3)] == [list(range(6)), list(range(6, 12)), list(range(6))]
+    batches = [firsts(lines[12 * i:12 * i + 12], 6) for i in range(3)]
+    assert batches == [list(range(6)), list(range(6, 12)), list(range(6))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -161,7 +172,8 @@ def test_instances_of_two_files(drive, tmp_path):
 
 
 def test_instances_never_cross_files(drive, tmp_path):
-    files = [tokens(tmp_path / "a.npy", range(7)), tokens(tmp_path / "short.npy", [50]), tokens(tmp_path / "empty.npy", []), tokens(tmp_path / "b.npy", range(20, 31))]
+    files = [tokens(tmp_path / "a.npy", range(7)), tokens(tmp_path / "short.npy", [50]),
+             tokens(tmp_path / "empty.npy", []), tokens(tmp_path / "b.npy", range(20, 31))]
     lines = drive(f"open 4 64 sequential 0 0 {' '.join(files)}", "rows 0 3", "state")
     assert lines[0] == "3" and rows(lines[1:4]) == [[0, 1, 2, 3], [20, 21, 22, 23], [24, 25, 26, 27]]
     assert lines[-1].split()[3:5] == ["3", "19"]
@@ -179,7 +191,7 @@ def test_one_token_sequences(drive, tmp_path):
 
 
 def test_repetition_filter(drive, tmp_path):
-    """Against its definition: some pattern of p <= 13 tokens stands 32 times in a row."""
+    """Against its definition: some pattern of p <= 13 tokens is repeated 32 times in a row."""
     draw, T = random.Random(1), 450
     instances = []
     for n in range(1500):
@@ -194,7 +206,8 @@ def test_repetition_filter(drive, tmp_path):
 
     def hits(x):
         raw = struct.pack(f"<{T}H", *x)
-        return any(raw[2 * i:2 * (i + 31 * p)] == raw[2 * (i + p):2 * (i + 32 * p)] for p in range(1, 14) for i in range(T - 32 * p + 1))
+        return any(raw[2 * i:2 * (i + 31 * p)] == raw[2 * (i + p):2 * (i + 32 * p)]
+                   for p in range(1, 14) for i in range(T - 32 * p + 1))
 
     expected = [hits(x) for x in instances]
     assert 200 < sum(expected) < 1300
@@ -205,7 +218,8 @@ def test_repetition_filter(drive, tmp_path):
     assert masked == expected
     assert lines[-1].split()[2] == str(sum(expected))
     lines = drive(f"open {T} 3000 sequential 0 0 {data}", "next 1500 0 1", "state")
-    assert not any(all(t == -100 for t in row) for row in rows(lines[1500:3000])) and lines[-1].split()[2] == "0"
+    assert not any(all(t == -100 for t in row) for row in rows(lines[1500:3000]))
+    assert lines[-1].split()[2] == "0"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,8 +227,9 @@ def test_repetition_filter(drive, tmp_path):
 
 def test_formats_hold_the_same_tokens(drive, tmp_path):
     values = [random.Random(2).randrange(50000) for _ in range(1000)]
-    files = [tokens(tmp_path / "raw.npy", values), tokens(tmp_path / "raw.tokens", values), npy(tmp_path / "v1.npy", values),
-             npy(tmp_path / "v2.npy", values, version=2), npy(tmp_path / "v3.npy", values, version=3), llmc(tmp_path / "shard.bin", values)]
+    files = [tokens(tmp_path / "raw.npy", values), tokens(tmp_path / "raw.tokens", values),
+             npy(tmp_path / "v1.npy", values), npy(tmp_path / "v2.npy", values, version=2),
+             npy(tmp_path / "v3.npy", values, version=3), llmc(tmp_path / "shard.bin", values)]
     seen = {tuple(drive(f"open 50 50000 global 1 0 {f}", "next 20 0 1", "state")) for f in files}
     assert len(seen) == 1
 
@@ -228,7 +243,8 @@ def test_fingerprint(drive, tmp_path):
     one = of(tokens(tmp_path / "a.npy", values))
     (tmp_path / "elsewhere").mkdir()
     assert of(tokens(tmp_path / "elsewhere" / "b.npy", values)) == one
-    seen = {one, of(tokens(tmp_path / "c.npy", values[:-1])), of(tokens(tmp_path / "d.npy", values[:15000]), tokens(tmp_path / "e.npy", values[15000:]))}
+    in_two = [tokens(tmp_path / "d.npy", values[:15000]), tokens(tmp_path / "e.npy", values[15000:])]
+    seen = {one, of(tokens(tmp_path / "c.npy", values[:-1])), of(*in_two)}
     for i in (0, 12345, 29999):
         changed = values[:]
         changed[i] ^= 1
@@ -244,7 +260,8 @@ def test_file_larger_than_memory(drive, tmp_path):
         f.seek(size - 8)
         f.write(struct.pack("<4H", 5, 6, 7, 8))
     last = size // 8192 - 1
-    lines = drive(f"open 4096 50304 global 6198 1 {path}", "rows 0 1", f"rows {last} 1", "state", "next 8 0 1", "resident")
+    lines = drive(f"open 4096 50304 global 6198 1 {path}", "rows 0 1", f"rows {last} 1", "state", "next 8 0 1",
+                  "resident")
     first, end = rows(lines[1:2])[0], rows(lines[4:5])[0]
     assert first[:5] == [1, 2, 3, 4, 0] and end[-5:] == [0, 5, 6, 7, 8]
     state = lines[6].split()
@@ -252,13 +269,19 @@ def test_file_larger_than_memory(drive, tmp_path):
     assert int(lines[-1]) * 1024 < size / 100
 
 
+def written(path, content):
+    path.write_bytes(content)
+    return str(path)
+
+
+ODD_OFFSET = b"\x93NUMPY\x01\x00\x37\x00" + b"{'descr': '<u2', 'fortran_order': False, 'shape': (5,)}" + bytes(10)
 BAD_FILES = {
     "missing": (lambda p: str(p / "nothing.npy"), "No such file"),
     "directory": (lambda p: str(p), "not a regular file"),
-    "odd size": (lambda p: (p / "x.npy").write_bytes(b"abc") and str(p / "x.npy"), "odd number"),
+    "odd size": (lambda p: written(p / "x.npy", b"abc"), "odd number"),
     "empty": (lambda p: tokens(p / "x.npy", []), "no sequence of 4 tokens"),
     "too short": (lambda p: tokens(p / "x.npy", [1, 2, 3]), "has 3 tokens"),
-    "text": (lambda p: (p / "x.txt").write_text("hello world") and str(p / "x.txt"), "olmoe tokenize"),
+    "text": (lambda p: written(p / "x.txt", b"hello world"), "olmoe tokenize"),
     "npy cut short": (lambda p: npy(p / "x.npy", range(50), shape="(51,)"), "51 tokens"),
     "npy too long": (lambda p: npy(p / "x.npy", range(50), shape="(49,)"), "49 tokens"),
     "npy int32": (lambda p: npy(p / "x.npy", range(50), descr="<i4", shape="(25,)"), "dtype <i4"),
@@ -270,14 +293,14 @@ BAD_FILES = {
     "npy huge header": (lambda p: npy(p / "x.npy", range(50), version=2, length=2**32 - 1), "header"),
     "npy header cut off": (lambda p: npy(p / "x.npy", range(50), length=20), "header"),
     "npy version": (lambda p: npy(p / "x.npy", range(50), version=4), "header"),
-    "npy magic only": (lambda p: (p / "x.npy").write_bytes(b"\x93NUMPY") and str(p / "x.npy"), "header"),
-    "npy odd offset": (lambda p: (p / "x.npy").write_bytes(b"\x93NUMPY\x01\x00\x37\x00" + b"{'descr': '<u2', 'fortran_order': False, 'shape': (5,)}" + bytes(10)) and str(p / "x.npy"), "odd byte"),
+    "npy magic only": (lambda p: written(p / "x.npy", b"\x93NUMPY"), "header"),
+    "npy odd offset": (lambda p: written(p / "x.npy", ODD_OFFSET), "odd byte"),
     "bin cut short": (lambda p: llmc(p / "x.bin", range(50), count=51), "51 tokens"),
     "bin too long": (lambda p: llmc(p / "x.bin", range(50), count=49), "49 tokens"),
     "bin negative": (lambda p: llmc(p / "x.bin", range(50), count=-1), "header"),
     "bin version": (lambda p: llmc(p / "x.bin", range(50), version=2), "version 2"),
     "bin of another program": (lambda p: llmc(p / "x.bin", range(50), magic=20240801), "magic"),
-    "bin header only in part": (lambda p: (p / "x.bin").write_bytes(struct.pack("<4i", 20240520, 1, 4, 0)) and str(p / "x.bin"), "header"),
+    "bin header only in part": (lambda p: written(p / "x.bin", struct.pack("<4i", 20240520, 1, 4, 0)), "header"),
 }
 
 
@@ -339,7 +362,8 @@ def test_tokenize_round_trip(drive, tmp_path):
     assert lines[1:] == [f"{starts[i]}\t{starts[i + 1]}\t{ids[i]}\t{ids[i].split('-')[0]}" for i in range(6)]
     with gzip.open(tmp_path / "out.csv.gz", "rt") as f:
         table = f.read().splitlines()
-    assert table[0] == f'0,{starts[1]},"story,""x""-0",{tmp_path}/a.jsonl,1' and table[3] == f"{starts[3]},{starts[4]},a.jsonl-7,{tmp_path}/a.jsonl,7"
+    assert table[0] == f'0,{starts[1]},"story,""x""-0",{tmp_path}/a.jsonl,1'
+    assert table[3] == f"{starts[3]},{starts[4]},a.jsonl-7,{tmp_path}/a.jsonl,7"
     assert table[5] == f"{starts[5]},{starts[6]},z-1,{tmp_path}/z.jsonl.gz,1" and len(table) == 6
 
     decoded = drive("decode " + " ".join(map(str, expected)), "decode 256 257 319 -1 65")
@@ -401,22 +425,26 @@ def test_bad_text_writes_nothing(drive, tmp_path, case):
 def test_tokenize_refusals(drive, tmp_path):
     (tmp_path / "a.txt").write_text("good")
     assert "missing.txt" in drive(f"tokenize bytes {tmp_path}/a.npy {tmp_path}/missing.txt", fails=True)
-    assert "tokenizer martian: cannot be read" in drive(f"tokenize martian {tmp_path}/a.npy {tmp_path}/a.txt", fails=True)
+    message = drive(f"tokenize martian {tmp_path}/a.npy {tmp_path}/a.txt", fails=True)
+    assert "tokenizer martian: cannot be read" in message
     assert "no/such/a.npy" in drive(f"tokenize bytes {tmp_path}/no/such/a.npy {tmp_path}/a.txt", fails=True)
     assert "no input file" in drive(f"tokenize bytes {tmp_path}/a.npy", fails=True)
     assert sorted(os.listdir(tmp_path)) == ["a.txt"]
 
 
-DAMAGED = [(b'{"text": "bad', "not JSON from byte 14"), (b'["text"]', "not an object with a string \"text\""), (b'{"id": "x"}', "not an object with a string"),
-           (b'{"text": 5}', "not an object with a string"), (b'{"text": "\xff\xfe"}', "not UTF-8 at byte 11"), (b'{"text": "\\ud800"}', "not JSON"), (b"[" * 100000, "not JSON"),
-           (b'{"text": "a"} {"text": "b"}', "not JSON from byte 15")]
+DAMAGED = [(b'{"text": "bad', "not JSON from byte 14"), (b'["text"]', "not an object with a string \"text\""),
+           (b'{"id": "x"}', "not an object with a string"), (b'{"text": 5}', "not an object with a string"),
+           (b'{"text": "\xff\xfe"}', "not UTF-8 at byte 11"), (b'{"text": "\\ud800"}', "not JSON"),
+           (b"[" * 100000, "not JSON"), (b'{"text": "a"} {"text": "b"}', "not JSON from byte 15")]
 
 
 def test_damaged_lines_are_left_out(drive, tmp_path):
     good = [json.dumps({"text": f"good {i}"}).encode() for i in range(len(DAMAGED) + 1)]
-    (tmp_path / "a.jsonl").write_bytes(b"\n".join(sum([[good[i], DAMAGED[i][0]] for i in range(len(DAMAGED))], [])) + b"\n" + good[-1])
+    pairs = [[good[i], DAMAGED[i][0]] for i in range(len(DAMAGED))]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(sum(pairs, [])) + b"\n" + good[-1])
     lines, said = drive(f"tokenize bytes {tmp_path}/x.npy {tmp_path}/a.jsonl", f"documents {tmp_path}/x.npy", says=True)
-    assert bytes(t if t < 256 else 10 for t in read_tokens(tmp_path / "x.npy")).decode().splitlines() == [f"good {i}" for i in range(len(good))]
+    text = bytes(t if t < 256 else 10 for t in read_tokens(tmp_path / "x.npy")).decode()
+    assert text.splitlines() == [f"good {i}" for i in range(len(good))]
     assert lines[0].split()[0::3] == [str(len(good)), str(len(DAMAGED))] and len(lines) == 1 + len(good)
     assert len(said) == len(DAMAGED)
     for i, (line, (_, why)) in enumerate(zip(said, DAMAGED)):
@@ -426,26 +454,34 @@ def test_damaged_lines_are_left_out(drive, tmp_path):
 def test_damaged_lines_past_the_twentieth_are_counted(drive, tmp_path):
     for name, count in (("a", 30), ("b", 21), ("c", 20)):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(["{"] * count + ['{"text": "good"}']))
-    lines, said = drive(f"tokenize bytes {tmp_path}/x.npy {tmp_path}/a.jsonl {tmp_path}/b.jsonl {tmp_path}/c.jsonl", says=True)
+    inputs = " ".join(f"{tmp_path}/{name}.jsonl" for name in "abc")
+    lines, said = drive(f"tokenize bytes {tmp_path}/x.npy {inputs}", says=True)
     assert lines == ["3 15 1 71"] and len(said) == 62
-    assert said[20] == f"{tmp_path}/a.jsonl: 10 more damaged lines" and said[41] == f"{tmp_path}/b.jsonl: 1 more damaged lines" and said[61].startswith(f"{tmp_path}/c.jsonl:20: ")
+    assert said[20] == f"{tmp_path}/a.jsonl: 10 more damaged lines"
+    assert said[41] == f"{tmp_path}/b.jsonl: 1 more damaged lines"
+    assert said[61].startswith(f"{tmp_path}/c.jsonl:20: ")
 
 
 def folder(path):
-    """Name -> digest: of bytes that differ pytest would print the difference, which takes minutes."""
+    """Name -> digest. Where bytes differ, pytest would print the difference, which takes minutes."""
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in path.iterdir()}
 
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory):
-    """Some MB of text in all kinds of input: gzipped or not, a document a line or a file, small ones and large ones, damaged lines."""
+    """Some MB of text in all kinds of input: gzipped or not, a document a line or a file, small ones and large ones,
+    damaged lines."""
     d, draw = tmp_path_factory.mktemp("texts"), random.Random(7)
     words = ["the", "cat", "sät", "日本", "on", "a", "mat", "😀", "12", "\n\n", "  ", "x" * 50]
     text = lambda n: " ".join(draw.choices(words, k=n))
     for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl"):
         with (gzip.open if name.endswith("gz") else open)(d / name, "wt", encoding="utf-8") as f:
             for i in range(1500):
-                f.write("{\n" if draw.random() < 0.01 else json.dumps({"text": text(draw.choice([0, 1, 20, 200])), "id": f"{name}-{i}"}, ensure_ascii=False) + "\n")
+                if draw.random() < 0.01:
+                    f.write("{\n")
+                    continue
+                document = {"text": text(draw.choice([0, 1, 20, 200])), "id": f"{name}-{i}"}
+                f.write(json.dumps(document, ensure_ascii=False) + "\n")
             f.write(json.dumps({"text": text(100000)}))
     (d / "d.txt").write_text(text(150000))
     (d / "e.txt").write_text("")
@@ -478,7 +514,8 @@ def expected_files(texts, max_tokens):
                 if max_tokens and len(files[-1][0]) + len(ids) > max_tokens and files[-1][0]:
                     files.append(([], []))
                 part, ids = (ids[:max_tokens], ids[max_tokens:]) if max_tokens else (ids, [])
-                files[-1][1].append(f"{len(files[-1][0])},{len(files[-1][0]) + len(part)},{document['id']},{path},{number}")
+                start = len(files[-1][0])
+                files[-1][1].append(f"{start},{start + len(part)},{document['id']},{path},{number}")
                 files[-1][0].extend(part)
     return n, files
 
@@ -488,18 +525,20 @@ def test_tokenize_by_the_rules(drive, tmp_path, texts, max_tokens):
     n, files = expected_files(texts, max_tokens)
     lines, _ = drive(f"tokenize bytes {tmp_path}/x.npy max={max_tokens} threads=3 {texts}", says=True)
     assert lines[0].split()[:3] == [str(n), str(sum(len(f[0]) for f in files)), str(len(files))]
-    assert len(files) == {0: 1, 10**8: 1, 1 << 20: 8}.get(max_tokens, len(files)) and (max_tokens != 20000 or len(files) > 200)
+    assert len(files) == {0: 1, 10**8: 1, 1 << 20: 8}.get(max_tokens, len(files))
+    assert max_tokens != 20000 or len(files) > 200
     names = ["x"] if len(files) == 1 else [f"x-{i:05d}" for i in range(len(files))]
-    assert sorted(os.listdir(tmp_path)) == sorted([f"{name}.npy" for name in names] + [f"{name}.csv.gz" for name in names])
+    assert sorted(os.listdir(tmp_path)) == sorted(f"{name}.{kind}" for name in names for kind in ("npy", "csv.gz"))
     for name, (ids, table) in zip(names, files):
         assert (tmp_path / f"{name}.npy").read_bytes() == struct.pack(f"<{len(ids)}H", *ids), name
         packed = (tmp_path / f"{name}.csv.gz").read_bytes()
-        assert gzip.decompress(packed).decode().splitlines() == table and packed[3:8] == bytes(5)       # no name, no time
+        # neither a name nor a time
+        assert gzip.decompress(packed).decode().splitlines() == table and packed[3:8] == bytes(5)
         assert not max_tokens or len(ids) <= max_tokens
 
 
 def test_tokenize_document_that_reaches_the_limit(drive, tmp_path):
-    """It begins the next file, as in dolma; one of the limit's own length has a file for itself, longer ones several."""
+    """It begins the next file, as in dolma; one as long as the limit has a file for itself, longer ones several."""
     (tmp_path / "a.jsonl").write_text('{"text": "aaaa"}\n{"text": "bbbb"}\n')
     (tmp_path / "b.txt").write_text("b" * 9)
     sizes = lambda: [p.stat().st_size // 2 for p in sorted(tmp_path.glob("x*.npy"))]
@@ -514,20 +553,23 @@ def test_tokenize_any_number_of_threads(drive, tmp_path, texts):
     found = []
     for threads in (1, 2, 3, 7):
         (tmp_path / str(threads)).mkdir()
-        lines, said = drive(f"tokenize bytes {tmp_path}/{threads}/x.npy max=500000 save=300000 threads={threads} {texts}", says=True)
+        command = f"tokenize bytes {tmp_path}/{threads}/x.npy max=500000 save=300000 threads={threads} {texts}"
+        lines, said = drive(command, says=True)
         found.append((lines, said, folder(tmp_path / str(threads))))
     assert all(f == found[0] for f in found) and len(found[0][2]) > 20 and len(found[0][1]) > 20
 
 
 def test_tokenize_threads_do_not_race(tmp_path, texts):
     program = build(tmp_path / "racing", "thread")
-    r = subprocess.run([program], input=f"tokenize bytes {tmp_path}/x.npy max=500000 save=300000 threads=7 {texts}\n", capture_output=True, text=True)
+    command = f"tokenize bytes {tmp_path}/x.npy max=500000 save=300000 threads=7 {texts}\n"
+    r = subprocess.run([program], input=command, capture_output=True, text=True)
     assert r.returncode == 0 and "WARNING" not in r.stderr, r.stderr[-3000:]
 
 
 @pytest.mark.parametrize("max_tokens", [0, 300000])
 def test_tokenize_killed_again_and_again(program, drive, tmp_path, texts, max_tokens):
-    """Killed at some moment, as often as it takes; then the files are those of a run that was not, and nothing else is there."""
+    """Killed at some moment, as often as it takes; then the files are those of a run that was not killed, and there are
+    no others."""
     for name in ("straight", "killed"):
         (tmp_path / name).mkdir()
     command = "tokenize bytes {}/x.npy max={} save=100000 threads=3 {}"
@@ -542,13 +584,15 @@ def test_tokenize_killed_again_and_again(program, drive, tmp_path, texts, max_to
             process.stdin.close()
             try:
                 process.wait(timeout=seconds * draw.uniform(0.1, 0.6) if kills < 12 else None)
-                assert process.returncode == 0 and process.stdout.read().splitlines() == straight, open(said.name).read()[-1000:]
+                assert process.returncode == 0, open(said.name).read()[-1000:]
+                assert process.stdout.read().splitlines() == straight, open(said.name).read()[-1000:]
                 break
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
                 kills += 1
-        if folder(tmp_path / "killed") == folder(tmp_path / "straight"):    # killed behind its last step, before it said so
+        # killed after its last step, before it reported that
+        if folder(tmp_path / "killed") == folder(tmp_path / "straight"):
             break
     assert folder(tmp_path / "killed") == folder(tmp_path / "straight")
     assert kills >= 3 and went_on >= 2, (kills, went_on)
@@ -577,14 +621,16 @@ def test_tokenize_stopped_at_every_step(drive, tmp_path, monkeypatch):
 
 
 def test_tokenize_goes_on_only_with_the_same(drive, tmp_path, texts):
-    """What was saved is refused where inputs that were read, options or tokenizer are others; inputs not yet read may be."""
+    """What was saved is refused where inputs that were read, options or the tokenizer are others; inputs not yet read
+    may be."""
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(30000)))
     (tmp_path / "bad.jsonl.gz").write_bytes(gzip.compress(b'{"text": "good"}\n' * 100, mtime=0)[:-20])
     (tmp_path / "good.txt").write_text("good")
     (tmp_path / "out").mkdir()
     x, a, bad, good = (tmp_path / name for name in ("out/x.npy", "a.jsonl", "bad.jsonl.gz", "good.txt"))
     message = drive(f"tokenize bytes {x} save=100000 {a} {bad}", fails=True)
-    assert "bad.jsonl.gz:" in message and "cannot be read from here on" in message and "the same command goes on" in message
+    assert "bad.jsonl.gz:" in message and "cannot be read from here on" in message
+    assert "the same command goes on" in message
     saved = folder(tmp_path / "out")
     assert sorted(saved) == ["x.csv.tmp", "x.npy.state", "x.npy.tmp"]
     for command in (f"max=100000000 {a} {bad}", f"{good} {a}", f"{bad}"):
@@ -612,20 +658,25 @@ def test_tokenize_replaces_parts_only_when_told(drive, tmp_path):
     (tmp_path / "a.txt").write_text("x" * 100)
     x, a = tmp_path / "x.npy", tmp_path / "a.txt"
     drive(f"tokenize bytes {x} {a}")
-    assert "x.npy: written by an earlier run" in drive(f"tokenize bytes {x} max=20 {a}", fails=True) and sorted(folder(tmp_path)) == ["a.txt", "x.csv.gz", "x.npy"]
+    assert "x.npy: written by an earlier run" in drive(f"tokenize bytes {x} max=20 {a}", fails=True)
+    assert sorted(folder(tmp_path)) == ["a.txt", "x.csv.gz", "x.npy"]
     assert drive(f"tokenize bytes {x} max=20 restart {a}")[0] == "1 101 6 0"
     many = folder(tmp_path)
     assert sorted(many) == sorted(["a.txt"] + [f"x-{i:05d}.{s}" for i in range(6) for s in ("npy", "csv.gz")])
-    assert "x-00000.npy: written by an earlier run" in drive(f"tokenize bytes {x} max=60 {a}", fails=True) and folder(tmp_path) == many
+    assert "x-00000.npy: written by an earlier run" in drive(f"tokenize bytes {x} max=60 {a}", fails=True)
+    assert folder(tmp_path) == many
     assert drive(f"tokenize bytes {x} max=60 restart {a}")[0] == "1 101 2 0"
     assert sorted(folder(tmp_path)) == ["a.txt", "x-00000.csv.gz", "x-00000.npy", "x-00001.csv.gz", "x-00001.npy"]
-    assert drive(f"tokenize bytes {x} max=200 restart {a}")[0] == "1 101 1 0" and sorted(folder(tmp_path)) == ["a.txt", "x.csv.gz", "x.npy"]
+    assert drive(f"tokenize bytes {x} max=200 restart {a}")[0] == "1 101 1 0"
+    assert sorted(folder(tmp_path)) == ["a.txt", "x.csv.gz", "x.npy"]
 
 
 def test_pieces_of_a_long_text(drive, tmp_path):
-    """They are cut in front of white space that follows none, where no word of a tokenizer can reach across, and so that little is left at the ends to strip."""
+    """They are cut before white space that does not follow white space, where no word of a tokenizer can reach across,
+    and so that little is left at the ends to strip."""
     draw = random.Random(9)
-    text = "".join(draw.choices(["a", "é", "日", " ", "\n", "\u3000", "\u00a0", "\x1c", "\t", "x" * 99], weights=[9, 2, 2, 3, 1, 1, 1, 1, 1, 1], k=60000))
+    parts = {"a": 9, "é": 2, "日": 2, " ": 3, "\n": 1, "\u3000": 1, "\u00a0": 1, "\x1c": 1, "\t": 1, "x" * 99: 1}
+    text = "".join(draw.choices(list(parts), weights=list(parts.values()), k=60000))
     (tmp_path / "a.txt").write_text(text, newline="")
     for size in (1, 1000, 70000):
         pieces = [bytes.fromhex(line).decode() for line in drive(f"pieces {size} {tmp_path}/a.txt")]
@@ -650,16 +701,18 @@ def full_at(size):
 def test_full_disk(drive, tmp_path):
     (tmp_path / "a.txt").write_text("x" * 300000)
     (tmp_path / "out").mkdir()
-    assert "File too large" in drive(f"tokenize bytes {tmp_path}/out/x.npy {tmp_path}/a.txt", fails=True, limit=full_at(100000))
+    command = f"tokenize bytes {tmp_path}/out/x.npy {tmp_path}/a.txt"
+    assert "File too large" in drive(command, fails=True, limit=full_at(100000))
     assert os.listdir(tmp_path / "out") == []
 
 
 @pytest.mark.parametrize("size", [0, 10, 1000, 2000, 10000])
 def test_full_disk_by_the_documents(drive, tmp_path, size):
-    """Many documents of two tokens: the list of documents is what finds no room."""
+    """Many documents of two tokens: it is the list of documents that finds no room."""
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' * 2000)
     (tmp_path / "out").mkdir()
-    assert "File too large" in drive(f"tokenize bytes {tmp_path}/out/x.npy {tmp_path}/a.jsonl", fails=True, limit=full_at(size))
+    command = f"tokenize bytes {tmp_path}/out/x.npy {tmp_path}/a.jsonl"
+    assert "File too large" in drive(command, fails=True, limit=full_at(size))
     assert os.listdir(tmp_path / "out") == []
 
 
@@ -671,7 +724,8 @@ def test_full_disk_loses_nothing(drive, tmp_path, texts):
     straight, _ = drive(command.format(tmp_path / "straight", texts), says=True)
     r = drive(command.format(tmp_path / "out", texts), stopped=True, limit=full_at(3000000))
     assert r == 1 and sorted(os.listdir(tmp_path / "out")) == ["x.csv.tmp", "x.npy.state", "x.npy.tmp"]
-    assert drive(command.format(tmp_path / "out", texts), says=True)[0] == straight and folder(tmp_path / "out") == folder(tmp_path / "straight")
+    assert drive(command.format(tmp_path / "out", texts), says=True)[0] == straight
+    assert folder(tmp_path / "out") == folder(tmp_path / "straight")
 
 
 def test_files_reach_the_disk_before_their_names(drive, tmp_path, monkeypatch):
@@ -700,9 +754,16 @@ def test_real_text(drive, tmp_path):
         pytest.skip("test_real_text: needs text/*.txt in the folder OLMOE_DATA")
     files = sorted(os.path.join(folder, f) for f in os.listdir(folder) if f.endswith(".txt"))
     out = tmp_path / "real.npy"
-    lines = drive(f"tokenize bytes {out} {' '.join(files)}", f"documents {out}", f"open 256 320 global 6198 1 {out}", "next 64 0 1", "state")
-    assert lines[0].split()[0] == str(len(files)) and [x.split("\t")[2] for x in lines[1:1 + len(files)]] == [os.path.basename(f) for f in files]
-    expected = [x for f in files for x in list(open(f, "rb").read().decode("utf-8", "surrogateescape").strip().encode("utf-8", "surrogateescape")) + [256]]
+    lines = drive(f"tokenize bytes {out} {' '.join(files)}", f"documents {out}", f"open 256 320 global 6198 1 {out}",
+                  "next 64 0 1", "state")
+    assert lines[0].split()[0] == str(len(files))
+    assert [x.split("\t")[2] for x in lines[1:1 + len(files)]] == [os.path.basename(f) for f in files]
+
+    def stripped(path):
+        text = open(path, "rb").read().decode("utf-8", "surrogateescape").strip()
+        return text.encode("utf-8", "surrogateescape")
+
+    expected = [x for f in files for x in list(stripped(f)) + [256]]
     assert read_tokens(out) == expected
     assert lines[-1].split()[3] == str(len(expected) // 256)
 
@@ -711,8 +772,8 @@ def test_real_text(drive, tmp_path):
 # Corpus
 
 def make_corpus(out, *options):
-    r = subprocess.run([sys.executable, os.path.join(ROOT, "scripts", "make_corpus.py"), "--out", str(out), *options], capture_output=True, text=True)
-    return r
+    script = os.path.join(ROOT, "scripts", "make_corpus.py")
+    return subprocess.run([sys.executable, script, "--out", str(out), *options], capture_output=True, text=True)
 
 
 @pytest.fixture(scope="session")
@@ -732,13 +793,15 @@ def documents(path):
 
 def test_corpus_documents(corpus):
     train, val = documents(corpus / "train.jsonl"), documents(corpus / "val.jsonl")
-    assert 3.9e6 < sum(len(d["text"]) for d in train) < 4.1e6 and 1.9e5 < sum(len(d["text"]) for d in val) < 2.1e5
+    assert 3.9e6 < sum(len(d["text"]) for d in train) < 4.1e6
+    assert 1.9e5 < sum(len(d["text"]) for d in val) < 2.1e5
     by_domain = {}
     for d in train:
         by_domain.setdefault(d["id"].split("-")[0], []).append(len(d["text"]))
         assert 150 < len(d["text"]) < 1700 and d["text"] == d["text"].strip() and d["text"].isascii()
     assert set(by_domain) == {"story", "arithmetic", "dialogue", "code"}
-    assert all(sum(sizes) > 0.15 * 4e6 and 600 < sum(sizes) / len(sizes) < 1100 for sizes in by_domain.values())
+    for sizes in by_domain.values():
+        assert sum(sizes) > 0.15 * 4e6 and 600 < sum(sizes) / len(sizes) < 1100
     assert len({d["id"] for d in train}) == len(train)
     assert not {d["text"] for d in train} & {d["text"] for d in val}
     words = {w for d in train for w in d["text"].split() if w.isalpha()}
@@ -764,12 +827,14 @@ def test_corpus_is_deterministic(corpus, tmp_path):
     names = ["train.jsonl", "train.txt", "val.jsonl", "val.txt", "entropy.json"]
     assert make_corpus(tmp_path / "again").returncode == 0
     assert all((corpus / n).read_bytes() == (tmp_path / "again" / n).read_bytes() for n in names)
-    assert make_corpus(tmp_path / "other", "--seed", "1", "--train-bytes", "20000", "--val-bytes", "20000").returncode == 0
+    other = make_corpus(tmp_path / "other", "--seed", "1", "--train-bytes", "20000", "--val-bytes", "20000")
+    assert other.returncode == 0
     assert (tmp_path / "other" / "train.txt").read_bytes()[:2000] != (corpus / "train.txt").read_bytes()[:2000]
 
 
 def test_corpus_entropy(corpus):
-    """The grammar's entropy is a bound that leaves room below what a compressor spends, so that a model has something to learn."""
+    """The grammar's entropy is a bound that leaves room below what a compressor spends, so that a model has something
+    to learn."""
     entropy = json.load(open(corpus / "entropy.json"))
     bits, size = entropy["bits_per_byte"], entropy["bytes"]
     domains = [d for d in bits if d != "all"]
@@ -798,7 +863,8 @@ def test_corpus_bad_options(tmp_path):
 # Plot
 
 def plot(*arguments):
-    return subprocess.run([sys.executable, os.path.join(ROOT, "scripts", "plot.py"), *map(str, arguments)], capture_output=True, text=True)
+    script = os.path.join(ROOT, "scripts", "plot.py")
+    return subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True)
 
 
 def write_log(out, steps, tail=""):
@@ -808,16 +874,19 @@ def write_log(out, steps, tail=""):
         for step in steps:
             record = {"step": step, "loss": 3 / step, "ce_loss": 3 / step, "lr": 1e-3, "ms": 5}
             if step % 5 == 0:
-                record.update(val_loss=2 / step, val_bpb=3 / step, balance=[{"max_over_mean": 1.5, "entropy": 2, "dead": 0}] * 2)
+                balance = [{"max_over_mean": 1.5, "entropy": 2, "dead": 0}] * 2
+                record.update(val_loss=2 / step, val_bpb=3 / step, balance=balance)
             f.write(json.dumps(record) + "\n")
         f.write(tail)
 
 
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib", reason="test_plot: needs python3-matplotlib")
-    write_log(tmp_path / "a", list(range(1, 21)) + list(range(15, 31)), tail='{"step": 31, "lo')      # resumed, and killed in a line
+    # resumed, and killed in a line
+    write_log(tmp_path / "a", list(range(1, 21)) + list(range(15, 31)), tail='{"step": 31, "lo')
     write_log(tmp_path / "b", range(1, 4))
-    for arguments, picture in (([tmp_path / "a"], tmp_path / "a" / "plot.png"), ([tmp_path / "a", tmp_path / "b", "--out", tmp_path / "two.png"], tmp_path / "two.png")):
+    two = [tmp_path / "a", tmp_path / "b", "--out", tmp_path / "two.png"]
+    for arguments, picture in (([tmp_path / "a"], tmp_path / "a" / "plot.png"), (two, tmp_path / "two.png")):
         r = plot(*arguments)
         assert r.returncode == 0, r.stderr
         assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and picture.stat().st_size > 10000
@@ -826,8 +895,9 @@ def test_plot(tmp_path):
 
 def test_plot_resumed_steps():
     pytest.importorskip("matplotlib", reason="test_plot_resumed_steps: needs python3-matplotlib")
+    log = '{"config": {}}\n{"step": 1, "lr": 1}\n{"step": 2, "lr": 2}\n{"step": 1, "lr": 3}\n'
     code = ("import sys, tempfile; sys.dont_write_bytecode = True; sys.path.insert(0, sys.argv[1]); import plot\n"
-            "f = tempfile.NamedTemporaryFile('w', suffix='.jsonl'); f.write('{\"config\": {}}\\n{\"step\": 1, \"lr\": 1}\\n{\"step\": 2, \"lr\": 2}\\n{\"step\": 1, \"lr\": 3}\\n'); f.flush()\n"
+            f"f = tempfile.NamedTemporaryFile('w', suffix='.jsonl'); f.write({log!r}); f.flush()\n"
             "print(plot.read(f.name))")
     r = subprocess.run([sys.executable, "-c", code, os.path.join(ROOT, "scripts")], capture_output=True, text=True)
     assert r.stdout.strip() == str([{"step": 1, "lr": 3}, {"step": 2, "lr": 2}]), r.stderr
@@ -838,7 +908,8 @@ def test_plot_errors(tmp_path):
     write_log(tmp_path / "empty", [])
     write_log(tmp_path / "bad", [1], tail="not json\n")
     write_log(tmp_path / "good", [1])
-    for arguments, reason in (([tmp_path / "none"], "No such file"), ([tmp_path / "empty"], "no training step"), ([tmp_path / "bad"], "log.jsonl:3:"),
+    for arguments, reason in (([tmp_path / "none"], "No such file"), ([tmp_path / "empty"], "no training step"),
+                              ([tmp_path / "bad"], "log.jsonl:3:"),
                               ([tmp_path / "good", "--out", tmp_path / "no" / "x.png"], "No such file")):
         r = plot(*arguments)
         assert r.returncode == 1 and r.stderr.count("\n") == 1 and reason in r.stderr and r.stdout == "", r.stderr
