@@ -1,4 +1,5 @@
-// Lets test_data.py drive dataloader.h, tokenizer.h and tokenize.h: reads commands from standard input, a line each, and prints what they give.
+// Lets test_data.py drive dataloader.h, tokenizer.h and tokenize.h: reads commands from standard input, a line each,
+// and prints what they give.
 
 #include <cstdarg>
 #include <cstdio>
@@ -17,12 +18,14 @@ void die(const char* format, ...) {
     exit(1);
 }
 
-// With TRACE set, prints what reaches the disk and in which order. With DIE_AT=N ends at the Nth rename, before or after it, or unlink.
+// With TRACE set, prints what reaches the disk and in which order. With DIE_AT=N ends at the Nth of these places:
+// before and after each rename, before each unlink.
 #include <unistd.h>
 #include <nlohmann/json.hpp>
 static int traced_fsync(int file) {
     char path[4096] = "";
-    if (getenv("TRACE") && readlink(("/proc/self/fd/" + std::to_string(file)).c_str(), path, sizeof path - 1) > 0) printf("fsync %s\n", path);
+    const std::string entry = "/proc/self/fd/" + std::to_string(file);
+    if (getenv("TRACE") && readlink(entry.c_str(), path, sizeof path - 1) > 0) printf("fsync %s\n", path);
     return fsync(file);
 }
 static void step() {
@@ -77,7 +80,8 @@ int main() {
             int T, V, filter; std::string order, file; uint64_t seed; std::vector<std::string> files;
             in >> T >> V >> order >> seed >> filter;
             while (in >> file) files.push_back(file);
-            dataloader_open(&d, files, T, V, order == "global" ? DataOrder::global : DataOrder::sequential, seed, filter);
+            DataOrder data_order = order == "global" ? DataOrder::global : DataOrder::sequential;
+            dataloader_open(&d, files, T, V, data_order, seed, filter);
         } else if (word == "next") {            // next G RANK WORLD
             int G, rank, world; in >> G >> rank >> world;
             size_t rows = world > 0 && G > 0 ? G / world : 0;
@@ -97,8 +101,9 @@ int main() {
             int64_t epoch, position; in >> epoch >> position;
             dataloader_seek(&d, epoch, position);
         } else if (word == "state") {
-            printf("%lld %lld %lld %zu %zu %016llx\n", (long long)d.epoch, (long long)d.position, (long long)dataloader_masked(&d),
-                   d.instances, dataloader_tokens(&d), (unsigned long long)dataloader_fingerprint(&d));
+            printf("%lld %lld %lld %zu %zu %016llx\n", (long long)d.epoch, (long long)d.position,
+                   (long long)dataloader_masked(&d), d.instances, dataloader_tokens(&d),
+                   (unsigned long long)dataloader_fingerprint(&d));
         } else if (word == "close") {
             dataloader_close(&d);
         } else if (word == "resident") {        // peak resident memory so far, KB
@@ -109,7 +114,8 @@ int main() {
             Tokenizer t; std::string name, out, file; std::vector<std::string> files; TokenizeOptions o;
             in >> name >> out;
             while (in >> file) {
-                size_t value = file.find('=') < file.size() ? strtoull(file.c_str() + file.find('=') + 1, nullptr, 10) : 0;
+                size_t equals = file.find('=');
+                size_t value = equals < file.size() ? strtoull(file.c_str() + equals + 1, nullptr, 10) : 0;
                 if (file.compare(0, 4, "max=") == 0) o.max_tokens = value;
                 else if (file.compare(0, 5, "save=") == 0) o.save_every = value;
                 else if (file.compare(0, 8, "threads=") == 0) o.threads = value;
@@ -119,15 +125,17 @@ int main() {
             tokenizer_open(&t, name);
             TokenizeCounts counts = tokenize_files(t, files, out, o);
             printf("%zu %zu %zu %zu\n", counts.documents, counts.tokens, counts.files, counts.damaged);
-        } else if (word == "pieces") {          // pieces BYTES FILE: the pieces of a document that is a file, in hexadecimal
+        } else if (word == "pieces") {          // pieces BYTES FILE: those of a document that is a file, in hexadecimal
             size_t bytes; std::string file, piece; in >> bytes >> file;
             LineReader lines;
             if (!lines_open(&lines, file)) die("%s", file.c_str());
-            for (bool last = false; !last && lines_piece(&lines, &piece, bytes, &last); printf("\n")) for (char c : piece) printf("%02x", (unsigned char)c);
+            for (bool last = false; !last && lines_piece(&lines, &piece, bytes, &last); printf("\n"))
+                for (char c : piece) printf("%02x", (unsigned char)c);
             gzclose(lines.file);
         } else if (word == "documents") {       // documents NPY
             std::string npy; in >> npy;
-            for (const Document& x : documents_read(npy)) printf("%zu\t%zu\t%s\t%s\n", x.start, x.end, x.id.c_str(), document_domain(x).c_str());
+            for (const Document& x : documents_read(npy))
+                printf("%zu\t%zu\t%s\t%s\n", x.start, x.end, x.id.c_str(), document_domain(x).c_str());
         } else if (word == "decode") {          // decode ID...: the bytes, in hexadecimal
             Tokenizer t; tokenizer_open(&t, "bytes");
             int id;

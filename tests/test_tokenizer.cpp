@@ -1,5 +1,5 @@
-// Lets test_tokenizer.py, test_tokenizer_peers.py and bench_tokenizers.py drive tokenizer.h: reads commands from standard input, a line
-// each, and prints what they give. Texts go in and out in hexadecimal or in files.
+// Lets test_tokenizer.py, test_tokenizer_peers.py and bench_tokenizers.py drive tokenizer.h: reads commands from
+// standard input, a line each, and prints what they give. Texts go in and out in hexadecimal or in files.
 
 #include <cstdarg>
 #include <cstdio>
@@ -97,18 +97,19 @@ int main() {
             TextStream s; int id;
             while (in >> id) print_hex(stream_next(&s, t, id));
             print_hex(stream_end(&s));
-        } else if (word == "file") {            // file TEXTS IDS: encodes all the texts of a file, then decodes them: those decoded are written back
+        } else if (word == "file") {            // file TEXTS IDS: encodes the texts of a file, decodes and writes them
             in >> name >> out;
             std::string data = contents(name);
             encode_all(t, texts(data), &ids);
             write_ids(ids, out);
             std::ofstream back(out + ".text", std::ios::binary);
             for (size_t i = 0; i < ids.size(); i += 1 + ids[i]) {
-                std::string text = tokenizer_decode(t, std::vector<int>(ids.begin() + i + 1, ids.begin() + i + 1 + ids[i]), false);
+                auto first = ids.begin() + i + 1;
+                std::string text = tokenizer_decode(t, std::vector<int>(first, first + ids[i]), false);
                 uint32_t n = (uint32_t)text.size();
                 back.write((const char*)&n, 4).write(text.data(), n);
             }
-        } else if (word == "threads") {         // threads N TEXTS: the same file by N threads at once; 1 where all give the same
+        } else if (word == "threads") {         // threads N TEXTS: a file by N threads at once; 1: all give the same
             int n; in >> n >> name;
             std::string data = contents(name);
             std::vector<std::vector<int>> all(n);
@@ -118,7 +119,8 @@ int main() {
             bool same = true;
             for (auto& x : all) same = same && x == all[0];
             printf("%d\n", same);
-        } else if (word == "time") {            // time RUNS TEXTS: seconds of one core for each, ids; the first run has no word remembered
+        } else if (word == "time") {            // time RUNS TEXTS: for each run seconds of one core, ids
+            // The first run has no word remembered.
             int runs; in >> runs >> name;
             std::string data = contents(name);
             std::vector<std::string_view> list = texts(data);
@@ -135,7 +137,8 @@ int main() {
                     printf("%.6f %zu\n", cpu_seconds() - start, count);
                 }
             }).join();
-        } else if (word == "unicode") {         // unicode: a line for each code point that is not plain: flags, class, decomposition, whether NFC makes it
+        } else if (word == "unicode") {
+            // A line for each code point that is not plain: flags, class, decomposition, whether NFC makes it
             const Unicode& u = unicode();
             std::vector<bool> made(0x110000);
             for (auto& pair : u.composed) made[pair.second] = true;
