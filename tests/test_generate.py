@@ -1,4 +1,4 @@
-"""olmoe generate: what it says depends on the prompt, the options and the seed alone, and every way to ask and to be answered.
+"""olmoe generate: its output depends on the prompt, the options and the seed alone; every form of input and output.
 
 The program is ./olmoe, or what the variable OLMOE names.
 """
@@ -44,40 +44,48 @@ def samples(*args, **kwargs):
 def model(tmp_path_factory):
     """A small model of bytes that has learned a little, and its directory."""
     d = tmp_path_factory.mktemp("model")
-    config = {"model_type": "olmoe", "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 3, "num_experts": 5, "num_experts_per_tok": 2,
-              "vocab_size": 320, "max_position_embeddings": 64, "eos_token_id": 256, "pad_token_id": None}
+    config = {"model_type": "olmoe", "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2,
+              "num_attention_heads": 3, "num_experts": 5, "num_experts_per_tok": 2, "vocab_size": 320,
+              "max_position_embeddings": 64, "eos_token_id": 256, "pad_token_id": None}
     (d / "config.json").write_text(json.dumps(config))
-    (d / "text.jsonl").write_text("".join(json.dumps({"text": "the cat sat on the mat, and the dog ran. "}) + "\n" for _ in range(200)))
+    text = json.dumps({"text": "the cat sat on the mat, and the dog ran. "}) + "\n"
+    (d / "text.jsonl").write_text(text * 200)
     ok("tokenize", "--tokenizer", "bytes", "--out", d / "text.npy", d / "text.jsonl")
-    ok("train", "--config", d / "config.json", "--data", d / "text.npy", "--out", d / "out", "--steps", 60, "--batch", 8, "--lr", "1e-2", "--warmup", 5, "--peak-tflops", 1)
+    ok("train", "--config", d / "config.json", "--data", d / "text.npy", "--out", d / "out", "--steps", 60,
+       "--batch", 8, "--lr", "1e-2", "--warmup", 5, "--peak-tflops", 1)
     return d / "out" / "step-00000060"
 
 
 def test_the_same_alone_and_together(tmp_path):
     """Greedy continuations of prompts of several lengths: one by one, and in batches of any size."""
     prompts = [[1], [5, 6, 7, 8, 9], [1, 2, 3], [200, 100, 3, 3, 3, 3, 9, 1], [17, 4]]
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"ids": ids, "id": f"p{i}"}) + "\n" for i, ids in enumerate(prompts)))
+    lines = [json.dumps({"ids": ids, "id": f"p{i}"}) + "\n" for i, ids in enumerate(prompts)]
+    (tmp_path / "in.jsonl").write_text("".join(lines))
     options = ["--model", ODD, "--temperature", 0, "--max-tokens", 9, "--logprobs"]
     alone = [samples(*options, "--ids", ",".join(map(str, ids)))[0] for ids in prompts]
     for batch in (1, 2, 3, 8):
         together = samples(*options, "--input", tmp_path / "in.jsonl", "--batch", batch)
-        assert [s["id"] for s in together] == ["p0", "p1", "p2", "p3", "p4"] and [s["prompt_tokens"] for s in together] == [len(p) for p in prompts]
+        assert [s["id"] for s in together] == ["p0", "p1", "p2", "p3", "p4"]
+        assert [s["prompt_tokens"] for s in together] == [len(p) for p in prompts]
         for a, b in zip(alone, together):
             assert a["ids"] == b["ids"] and a["finish"] == b["finish"] == "length" and len(a["ids"]) == 9
             assert all(abs(x - y) < 1e-4 for x, y in zip(a["logprobs"], b["logprobs"]))
 
 
 def test_greedy_follows_the_logits_of_verify(model):
-    """Every greedy token is the likeliest of the whole sequence's logits: a longer prompt of the tokens so far gives the same next one."""
-    whole = samples("--model", model, "--tokenizer", "bytes", "--prompt", "the c", "--temperature", 0, "--max-tokens", 12)[0]
+    """Every greedy token is the likeliest of the whole sequence's logits: a longer prompt of the tokens so far gives
+    the same next one."""
+    options = ["--model", model, "--tokenizer", "bytes", "--temperature", 0]
+    whole = samples(*options, "--prompt", "the c", "--max-tokens", 12)[0]
     ids = list(b"the c")
     for token in whole["ids"]:
-        assert samples("--model", model, "--ids", ",".join(map(str, ids)), "--tokenizer", "bytes", "--temperature", 0, "--max-tokens", 1)[0]["ids"] == [token]
+        assert samples(*options, "--ids", ",".join(map(str, ids)), "--max-tokens", 1)[0]["ids"] == [token]
         ids.append(token)
 
 
 def test_it_learned(model):
-    text = samples("--model", model, "--tokenizer", "bytes", "--prompt", "the cat sat", "--temperature", 0, "--max-tokens", 20)[0]["text"]
+    text = samples("--model", model, "--tokenizer", "bytes", "--prompt", "the cat sat", "--temperature", 0,
+                   "--max-tokens", 20)[0]["text"]
     assert " " in text and "th" in text, text
 
 
@@ -88,18 +96,23 @@ def test_seeds_and_samples(model):
     assert three == samples(*options, "--n", 3, "--seed", 5)
     assert [s["ids"] for s in samples(*options, "--n", 5, "--seed", 5, "--batch", 2)[:3]] == [s["ids"] for s in three]
     assert [s["ids"] for s in three] != [s["ids"] for s in samples(*options, "--n", 3, "--seed", 6)]
-    assert {s["text"] for s in samples(*options, "--n", 4, "--top-k", 1)} == {samples(*options, "--temperature", 0)[0]["text"]}
-    assert {s["text"] for s in samples(*options, "--n", 4, "--top-p", "1e-6")} == {s["text"] for s in samples(*options, "--n", 4, "--min-p", 1)}
+    greedy = samples(*options, "--temperature", 0)[0]["text"]
+    assert {s["text"] for s in samples(*options, "--n", 4, "--top-k", 1)} == {greedy}
+    likeliest = {s["text"] for s in samples(*options, "--n", 4, "--min-p", 1)}
+    assert {s["text"] for s in samples(*options, "--n", 4, "--top-p", "1e-6")} == likeliest
 
 
 def test_logprobs(model):
     """Those of the model as it is, whatever the temperature; they are probabilities."""
-    a = samples("--model", model, "--tokenizer", "bytes", "--prompt", "the ", "--max-tokens", 6, "--seed", 3, "--logprobs", "--temperature", 2)[0]
+    options = ["--model", model, "--tokenizer", "bytes", "--logprobs"]
+    a = samples(*options, "--prompt", "the ", "--max-tokens", 6, "--seed", 3, "--temperature", 2)[0]
     ids = list(b"the ")
     for token, logprob in zip(a["ids"], a["logprobs"]):
         assert logprob <= 0
-        greedy = samples("--model", model, "--ids", ",".join(map(str, ids)), "--tokenizer", "bytes", "--temperature", 0, "--max-tokens", 1, "--logprobs")[0]
-        assert greedy["logprobs"][0] >= logprob - 1e-5 and (greedy["ids"] != [token] or abs(greedy["logprobs"][0] - logprob) < 1e-4)
+        prompt = ",".join(map(str, ids))
+        greedy = samples(*options, "--ids", prompt, "--max-tokens", 1, "--temperature", 0)[0]
+        assert greedy["logprobs"][0] >= logprob - 1e-5
+        assert greedy["ids"] != [token] or abs(greedy["logprobs"][0] - logprob) < 1e-4
         ids.append(token)
 
 
@@ -112,7 +125,8 @@ def test_streamed_text_is_the_same(model):
 
 def test_every_byte_is_printed(model):
     """Also a NUL, which ends no text."""
-    options = ["--model", model, "--tokenizer", "bytes", "--prompt", "a", "--n", 30, "--max-tokens", 50, "--temperature", 50, "--seed", 1]
+    options = ["--model", model, "--tokenizer", "bytes", "--prompt", "a", "--n", 30, "--max-tokens", 50,
+               "--temperature", 50, "--seed", 1]
     printed = subprocess.run([OLMOE, *map(str, ["generate", *options])], capture_output=True, timeout=300).stdout
     texts = [s["text"].encode() for s in samples(*options)]
     assert any(b"\0" in text for text in texts)
@@ -125,23 +139,27 @@ def test_stop_strings(model):
     stop = text[10:13]
     cut = samples(*options, "--stop", "never", stop)[0]
     assert cut["finish"] == "stop" and cut["text"] == text[:text.index(stop)]
-    assert ok("generate", *options, "--stop", "never", stop) == cut["text"] + "\n"         # streamed, nothing of it is shown
+    # streamed, nothing of it is shown
+    assert ok("generate", *options, "--stop", "never", stop) == cut["text"] + "\n"
     refused("generate", *options, "--stop", "", words=["--stop"])
 
 
 def test_end_of_text_and_of_the_window(model):
     """A sequence ends at eos, which is no text, or where its positions end."""
-    many = samples("--model", model, "--tokenizer", "bytes", "--prompt", "and the dog ran. ", "--n", 20, "--max-tokens", 1000, "--temperature", 1)
+    many = samples("--model", model, "--tokenizer", "bytes", "--prompt", "and the dog ran. ", "--n", 20,
+                   "--max-tokens", 1000, "--temperature", 1)
     assert {s["finish"] for s in many} >= {"eos"}
     for s in many:
         assert (s["finish"] == "eos") == (s["ids"][-1] == 256) and s["prompt_tokens"] + len(s["ids"]) <= 64
         assert s["finish"] == "eos" or s["prompt_tokens"] + len(s["ids"]) == 64
-    refused("generate", "--model", model, "--tokenizer", "bytes", "--prompt", "x" * 64, words=["64 tokens", "max_position_embeddings"])
+    refused("generate", "--model", model, "--tokenizer", "bytes", "--prompt", "x" * 64,
+            words=["64 tokens", "max_position_embeddings"])
 
 
 def test_repetition_penalty():
-    plain = samples("--model", ODD, "--ids", "1,2,3", "--temperature", 0, "--max-tokens", 20)[0]["ids"]
-    other = samples("--model", ODD, "--ids", "1,2,3", "--temperature", 0, "--max-tokens", 20, "--repetition-penalty", 1000)[0]["ids"]
+    options = ["--model", ODD, "--ids", "1,2,3", "--temperature", 0, "--max-tokens", 20]
+    plain = samples(*options)[0]["ids"]
+    other = samples(*options, "--repetition-penalty", 1000)[0]["ids"]
     assert len(set(plain)) < len(plain) and len(set(other)) == len(other)
 
 
@@ -151,27 +169,33 @@ def test_chat(model):
     text = "<|user|>\nHi\n<|assistant|>\n"
     expected = samples(*options, "--prompt", text)[0]["text"]
     assert samples(*options, "--chat", "--prompt", "Hi")[0]["text"] == expected
-    assert samples(*options, "--input", "-", input=json.dumps({"messages": [{"role": "user", "content": "Hi"}]}) + "\n")[0]["text"] == expected
+    messages = json.dumps({"messages": [{"role": "user", "content": "Hi"}]}) + "\n"
+    assert samples(*options, "--input", "-", input=messages)[0]["text"] == expected
     assert ok("generate", *options, "--chat", input="Hi\n") == expected + "\n"
-    assert samples(*options, "--chat", "--system", "S", "--prompt", "Hi")[0]["text"] == samples(*options, "--prompt", "<|system|>\nS\n" + text)[0]["text"]
+    with_system = samples(*options, "--prompt", "<|system|>\nS\n" + text)[0]["text"]
+    assert samples(*options, "--chat", "--system", "S", "--prompt", "Hi")[0]["text"] == with_system
 
 
 def test_round_trip(tmp_path):
     """Text, a tokenizer.json, a token file, 30 steps, a checkpoint that holds the tokenizer, and text again."""
     vocabulary = json.loads(TOKENIZER.read_text())
-    size = -(-(1 + max([*vocabulary["model"]["vocab"].values(), *(t["id"] for t in vocabulary["added_tokens"])])) // 64) * 64
+    ids = [*vocabulary["model"]["vocab"].values(), *(t["id"] for t in vocabulary["added_tokens"])]
+    size = -(-(1 + max(ids)) // 64) * 64
     eos = next(t["id"] for t in vocabulary["added_tokens"] if t["content"] == "<|endoftext|>")
-    config = {"model_type": "olmoe", "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_experts": 4, "num_experts_per_tok": 2,
-              "vocab_size": size, "max_position_embeddings": 64, "eos_token_id": eos, "pad_token_id": 1}
+    config = {"model_type": "olmoe", "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "num_experts": 4, "num_experts_per_tok": 2, "vocab_size": size,
+              "max_position_embeddings": 64, "eos_token_id": eos, "pad_token_id": 1}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"the naïve café number {i}\n    opens at {i % 12}"}) + "\n" for i in range(300)))
+    texts = [f"the naïve café number {i}\n    opens at {i % 12}" for i in range(300)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     ok("tokenize", "--tokenizer", TOKENIZER, "--out", tmp_path / "text.npy", tmp_path / "text.jsonl")
-    ok("train", "--config", tmp_path / "config.json", "--tokenizer", TOKENIZER, "--data", tmp_path / "text.npy", "--out", tmp_path / "out", "--steps", 30, "--batch", 4, "--lr", "1e-2",
-       "--warmup", 2, "--peak-tflops", 1, "--sample-tokens", 5)
+    ok("train", "--config", tmp_path / "config.json", "--tokenizer", TOKENIZER, "--data", tmp_path / "text.npy",
+       "--out", tmp_path / "out", "--steps", 30, "--batch", 4, "--lr", "1e-2", "--warmup", 2, "--peak-tflops", 1,
+       "--sample-tokens", 5)
     saved = tmp_path / "out" / "step-00000030"
     assert (saved / "tokenizer.json").read_bytes() == TOKENIZER.read_bytes()
-    told = samples("--model", saved, "--prompt", "the naïve", "--temperature", 0, "--max-tokens", 10)[0]
-    assert told["text"] and all(0 <= id < size for id in told["ids"])
+    continued = samples("--model", saved, "--prompt", "the naïve", "--temperature", 0, "--max-tokens", 10)[0]
+    assert continued["text"] and all(0 <= id < size for id in told["ids"])
     first = samples("--model", saved, "--ids", "5,6", "--temperature", 0, "--max-tokens", 3)[0]
     assert first["prompt_tokens"] == 2 and "text" in first
 
@@ -184,7 +208,8 @@ def test_weights_that_are_not_finite(tmp_path):
     data[-4:] = b"\x00\x00\xc0\x7f"
     path.write_bytes(data)
     for temperature in (0, 1):
-        refused("generate", "--model", tmp_path / "model", "--ids", "1,2", "--temperature", temperature, "--top-p", 0.5, words=["not finite"])
+        refused("generate", "--model", tmp_path / "model", "--ids", "1,2", "--temperature", temperature, "--top-p", 0.5,
+                words=["not finite"])
 
 
 def test_stats():
@@ -192,7 +217,8 @@ def test_stats():
     options = ["--model", ODD, "--ids", "1,2,3", "--max-tokens", 6, "--n", 2, "--json"]
     done = run("generate", *options, "--stats")
     generated = sum(len(json.loads(line)["ids"]) for line in done.stdout.splitlines())
-    rates = re.fullmatch(rf"prompts: 3 tokens, ([0-9.]+) a second; generated: {generated} tokens, ([0-9.]+) a second after the first of each\n", done.stderr)
+    rates = re.fullmatch(rf"prompts: 3 tokens, ([0-9.]+) a second; generated: {generated} tokens, ([0-9.]+) a second "
+                         "after the first of each\n", done.stderr)
     assert rates and all(float(rate) > 0 for rate in rates.groups()), done.stderr
     plain = run("generate", *options)
     assert plain.stdout == done.stdout and plain.stderr == ""
@@ -212,11 +238,21 @@ def test_bad_input(model, tmp_path):
         refused("generate", "--model", model, "--tokenizer", "bytes", "--chat", *more, words=[more[0]])
     for messages in ("[]", "{}", "null"):
         (tmp_path / "in.jsonl").write_text('{"messages": ' + messages + "}\n")
-        refused("generate", "--model", model, "--tokenizer", "bytes", "--input", tmp_path / "in.jsonl", words=[":1:", "messages"])
+        refused("generate", "--model", model, "--tokenizer", "bytes", "--input", tmp_path / "in.jsonl",
+                words=[":1:", "messages"])
     refused("generate", "--model", ODD, "--input", tmp_path / "missing", words=["missing", "No such file"])
-    for text, words in (("{\"ids\": [1, 2]}\nnonsense\n", [":2:", "not a JSON object"]), ("{\"ids\": [-1]}\n", [":1:", "-1"]), ("{\"ids\": []}\n", ["no list of token ids"]),
-                        ("{\"ids\": [1.7]}\n", ["1.7"]), ("{\"ids\": [true]}\n", ["true"]), ("{\"ids\": [4294967301]}\n", ["4294967301"]), ("{\"ids\": [1], \"id\": " + "[" * 300000 + "\n", [":1:", "not a JSON"]),
-                        ("{\"ids\": \"a\"}\n", [":1:"]), ("\n\n", ["no prompt"]), ("{\"prompt\": \"a\"}\n", ["no tokenizer"])):
+    bad_lines = [('{"ids": [1, 2]}\nnonsense\n', [":2:", "not a JSON object"]),
+                 ('{"ids": [-1]}\n', [":1:", "-1"]),
+                 ('{"ids": []}\n', ["no list of token ids"]),
+                 ('{"ids": [1.7]}\n', ["1.7"]),
+                 ('{"ids": [true]}\n', ["true"]),
+                 ('{"ids": [4294967301]}\n', ["4294967301"]),
+                 ('{"ids": [1], "id": ' + "[" * 300000 + "\n", [":1:", "not a JSON"]),
+                 ('{"ids": "a"}\n', [":1:"]),
+                 ("\n\n", ["no prompt"]),
+                 ('{"prompt": "a"}\n', ["no tokenizer"])]
+    for text, words in bad_lines:
         (tmp_path / "in.jsonl").write_text(text)
         refused("generate", "--model", ODD, "--input", tmp_path / "in.jsonl", words=words)
-    assert math.isclose(float(ok("generate", "--model", ODD, "--ids", "1", "--max-tokens", 1, "--temperature", 0).strip()), samples("--model", ODD, "--ids", "1", "--max-tokens", 1, "--temperature", 0)[0]["ids"][0])
+    options = ["--model", ODD, "--ids", "1", "--max-tokens", 1, "--temperature", 0]
+    assert math.isclose(float(ok("generate", *options).strip()), samples(*options)[0]["ids"][0])
