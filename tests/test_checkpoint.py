@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-GROUPS = ["config", "configs", "tensors", "safetensors", "weights", "roundtrip", "damage", "kill", "sync", "full", "prune", "ranks"]
+GROUPS = ["config", "configs", "tensors", "safetensors", "weights", "roundtrip", "damage", "kill", "sync", "full",
+          "prune", "ranks"]
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +27,9 @@ def program():
     if not out.exists() or any(s.stat().st_mtime >= out.stat().st_mtime for s in sources):
         out.parent.mkdir(parents=True, exist_ok=True)
         built = out.with_name(f"{out.name}.{os.getpid()}")
-        subprocess.run(["g++", "-std=c++17", "-O0", "-g1", "-Wall", "-Wextra", "-Werror", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
-                        f'-DCONFIGS="{ROOT}/configs"', str(source), "-o", str(built), "-lz"], check=True)
+        subprocess.run(["g++", "-std=c++17", "-O0", "-g1", "-Wall", "-Wextra", "-Werror",
+                        "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f'-DCONFIGS="{ROOT}/configs"',
+                        str(source), "-o", str(built), "-lz"], check=True)
         built.rename(out)
     return out
 
@@ -83,7 +85,8 @@ def expected_tensors():
     layer = "model.layers.0."
     names = [("model.embed_tokens", [V, C]), (layer + "input_layernorm", [C])]
     names += [(f"{layer}self_attn.{p}_proj", [C, C]) for p in "qkv"]
-    names += [(layer + "self_attn.q_norm", [C]), (layer + "self_attn.k_norm", [C]), (layer + "self_attn.o_proj", [C, C])]
+    names += [(layer + "self_attn.q_norm", [C]), (layer + "self_attn.k_norm", [C])]
+    names += [(layer + "self_attn.o_proj", [C, C])]
     names += [(layer + "post_attention_layernorm", [C]), (layer + "mlp.gate", [E, C])]
     names += [(f"{layer}mlp.experts.{e}.{p}_proj", [F, C]) for e in range(E) for p in ("gate", "up")]
     names += [(f"{layer}mlp.experts.{e}.down_proj", [C, F]) for e in range(E)]
@@ -118,7 +121,8 @@ def test_format(program, folder, bf16, shard):
     if shard > 1000:
         assert shards == ["model.safetensors"]
     else:
-        assert len(shards) > 2 and shards == [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        assert len(shards) > 2
+        assert shards == [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for name in shards:
         tensors, metadata = read_safetensors(step / name)
         assert metadata == {"format": "pt"}
@@ -157,7 +161,8 @@ def test_format(program, folder, bf16, shard):
 @pytest.mark.parametrize("shards", [1, 3])
 def test_loads_what_others_write(program, folder, shards):
     """F32, BF16 and F16 in one model, a header of any length (so data at any alignment), tensors in another order."""
-    pack = {"F32": lambda x: struct.pack("<f", x), "F16": lambda x: struct.pack("<e", x), "BF16": lambda x: struct.pack("<f", x)[2:]}
+    pack = {"F32": lambda x: struct.pack("<f", x), "F16": lambda x: struct.pack("<e", x),
+            "BF16": lambda x: struct.pack("<f", x)[2:]}
     offset, flat, model = 0, b"", []
     for n, (name, shape) in enumerate(expected_tensors()):
         dtype = ["F16", "BF16", "F32"][n % 3]
@@ -179,10 +184,11 @@ def test_loads_what_others_write(program, folder, shards):
         path = folder / ("model.safetensors" if shards == 1 else f"model-{s + 1:05}-of-{shards:05}.safetensors")
         path.write_bytes(struct.pack("<Q", len(text)) + text + data)
     if shards > 1:
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+        index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps({
-        "model_type": "olmoe", "hidden_size": C, "intermediate_size": F, "num_attention_heads": 2, "num_experts": E, "num_experts_per_tok": 1,
-        "num_hidden_layers": 1, "vocab_size": V}))
+        "model_type": "olmoe", "hidden_size": C, "intermediate_size": F, "num_attention_heads": 2, "num_experts": E,
+        "num_experts_per_tok": 1, "num_hidden_layers": 1, "vocab_size": V}))
     result = run(program, "load", folder, folder / "flat")
     assert result.returncode == 0, result.stderr
     assert (folder / "flat").read_bytes() == flat
@@ -202,19 +208,23 @@ def test_every_half_and_bfloat(program, folder):
 
 
 SHAPES = {
-    "tiny": dict(num_hidden_layers=4, hidden_size=128, num_attention_heads=4, num_experts=16, num_experts_per_tok=2, intermediate_size=128,
-                 vocab_size=320, max_position_embeddings=256, eos_token_id=256, pad_token_id=None, torch_dtype="float32"),
-    "small": dict(num_hidden_layers=8, hidden_size=512, num_attention_heads=8, num_experts=32, num_experts_per_tok=4, intermediate_size=256,
-                  vocab_size=320, max_position_embeddings=512, eos_token_id=256, pad_token_id=None, torch_dtype="float32"),
-    "olmoe-1b-7b": dict(num_hidden_layers=16, hidden_size=2048, num_attention_heads=16, num_experts=64, num_experts_per_tok=8, intermediate_size=1024,
-                        vocab_size=50304, max_position_embeddings=4096, eos_token_id=50279, pad_token_id=1, torch_dtype="bfloat16"),
+    "tiny": dict(num_hidden_layers=4, hidden_size=128, num_attention_heads=4, num_experts=16, num_experts_per_tok=2,
+                 intermediate_size=128, vocab_size=320, max_position_embeddings=256, eos_token_id=256,
+                 pad_token_id=None, torch_dtype="float32"),
+    "small": dict(num_hidden_layers=8, hidden_size=512, num_attention_heads=8, num_experts=32, num_experts_per_tok=4,
+                  intermediate_size=256, vocab_size=320, max_position_embeddings=512, eos_token_id=256,
+                  pad_token_id=None, torch_dtype="float32"),
+    "olmoe-1b-7b": dict(num_hidden_layers=16, hidden_size=2048, num_attention_heads=16, num_experts=64,
+                        num_experts_per_tok=8, intermediate_size=1024, vocab_size=50304, max_position_embeddings=4096,
+                        eos_token_id=50279, pad_token_id=1, torch_dtype="bfloat16"),
 }
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes(name):
     config = json.loads((ROOT / "configs" / f"{name}.json").read_text())
-    wanted = dict(SHAPES[name], architectures=["OlmoeForCausalLM"], attention_bias=False, attention_dropout=0.0, clip_qkv=None, hidden_act="silu",
-                  initializer_range=0.02, model_type="olmoe", norm_topk_prob=False, num_key_value_heads=SHAPES[name]["num_attention_heads"],
-                  rms_norm_eps=1e-05, rope_theta=10000.0, tie_word_embeddings=False)
+    wanted = dict(SHAPES[name], architectures=["OlmoeForCausalLM"], attention_bias=False, attention_dropout=0.0,
+                  clip_qkv=None, hidden_act="silu", initializer_range=0.02, model_type="olmoe", norm_topk_prob=False,
+                  num_key_value_heads=SHAPES[name]["num_attention_heads"], rms_norm_eps=1e-05, rope_theta=10000.0,
+                  tie_word_embeddings=False)
     assert {key: config[key] for key in wanted} == wanted

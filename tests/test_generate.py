@@ -195,7 +195,7 @@ def test_round_trip(tmp_path):
     saved = tmp_path / "out" / "step-00000030"
     assert (saved / "tokenizer.json").read_bytes() == TOKENIZER.read_bytes()
     continued = samples("--model", saved, "--prompt", "the naïve", "--temperature", 0, "--max-tokens", 10)[0]
-    assert continued["text"] and all(0 <= id < size for id in told["ids"])
+    assert continued["text"] and all(0 <= id < size for id in continued["ids"])
     first = samples("--model", saved, "--ids", "5,6", "--temperature", 0, "--max-tokens", 3)[0]
     assert first["prompt_tokens"] == 2 and "text" in first
 
