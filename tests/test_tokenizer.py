@@ -1,5 +1,5 @@
-"""The tokenizer against vectors that `tokenizers` made, with a small tokenizer.json of its family, and with OLMoE's own where OLMOE_DATA has it.
-C++ runs under the address and undefined sanitizers; what takes long without them."""
+"""The tokenizer against vectors that `tokenizers` made, with a small tokenizer.json of its family, and with OLMoE's own
+where OLMOE_DATA has it. C++ runs under the address and undefined-behaviour sanitizers; slow tests run without them."""
 import hashlib
 import json
 import os
@@ -19,16 +19,21 @@ FIXTURE = ROOT / "tests" / "fixtures" / "tokenizer"
 VECTORS = json.loads((FIXTURE / "vectors.json").read_text())
 DATA = os.environ.get("OLMOE_DATA", "")
 OLMOE = os.path.join(DATA, "tokenizer", "tokenizer.json")
-needs_data = pytest.mark.skipif(not (DATA and os.path.exists(OLMOE)), reason="needs OLMoE's tokenizer.json; OLMOE_DATA=FOLDER with tokenizer/ and text/")
+needs_data = pytest.mark.skipif(not (DATA and os.path.exists(OLMOE)),
+                                reason="needs OLMoE's tokenizer.json; OLMOE_DATA=FOLDER with tokenizer/ and text/")
 ADDED = [token["content"] for token in json.loads((FIXTURE / "tokenizer.json").read_text())["added_tokens"]]
 
 
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("build")
-    flags = {"checked": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"], "fast": ["-O2"], "threads": ["-O1", "-fsanitize=thread"]}
+    flags = {"checked": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"], "fast": ["-O2"],
+             "threads": ["-O1", "-fsanitize=thread"]}
+    source = ROOT / "tests" / "test_tokenizer.cpp"
+
     def build(name):
-        subprocess.run(["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", *flags[name], "-o", folder / name, ROOT / "tests" / "test_tokenizer.cpp", "-lz", "-lutf8proc", "-pthread"], check=True)
+        subprocess.run(["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", *flags[name], "-o", folder / name, source,
+                        "-lz", "-lutf8proc", "-pthread"], check=True)
         return str(folder / name)
     return build
 
@@ -55,7 +60,8 @@ def drive(program, *commands, fails=False):
 
 
 def encode(program, tokenizer, texts):
-    lines = drive(program, f"open {tokenizer}", *(f"encode {(text if isinstance(text, bytes) else text.encode()).hex()}" for text in texts))
+    raw = [text if isinstance(text, bytes) else text.encode() for text in texts]
+    lines = drive(program, f"open {tokenizer}", *(f"encode {text.hex()}" for text in raw))
     return [[int(x) for x in line.split()] for line in lines[1:]]
 
 
@@ -86,13 +92,18 @@ def test_nasty(checked, tmp_path):
 
 # From the releases of OLMoE and from transformers' tests of it
 OLMOE_VECTORS = {
-    "Hello world": [12092, 1533], "Bitcoin is": [12871, 9669, 310], "  two spaces": [50276, 9389, 8470], "a    b": [66, 50274, 67],
-    "def f(x):\n    return x\n": [1545, 269, 9, 89, 2262, 187, 50274, 2309, 1269, 187], " " * 26 + "z": [50254, 50276, 91], "naïve café": [2072, 30180, 36241], "e\u0301": [860],
-    "日本語": [49868, 19119, 241], "😀": [14931, 235, 211], "I'm don't": [42, 1353, 1053, 626], "1234567 3.14": [42594, 2251, 495, 15, 1047], " A": [329], " B": [378],
-    " C": [330], " D": [399], " yes": [4754], " no": [642], "Question: x\nAnswer:": [23433, 27, 1269, 187, 32869, 27], "A sample test": [34, 3410, 1071],
-    "This is a test": [1552, 310, 247, 1071], "生活的真谛是": [20025, 46549, 5225, 48561, 33656, 238, 12105], "Hi  Hello": [12764, 50276, 12092], "Hi   Hello": [12764, 50275, 12092],
-    "": [], " ": [209], "  ": [50276], " Hello": [24387], "\t": [186], "\n": [187], "\n\n": [535],
-    "<|endoftext|><|user|>\nHi\n<|assistant|>\n": [50279, 29, 93, 4537, 49651, 187, 12764, 187, 29, 93, 515, 5567, 49651, 187]}
+    "Hello world": [12092, 1533], "Bitcoin is": [12871, 9669, 310], "  two spaces": [50276, 9389, 8470],
+    "a    b": [66, 50274, 67], "def f(x):\n    return x\n": [1545, 269, 9, 89, 2262, 187, 50274, 2309, 1269, 187],
+    " " * 26 + "z": [50254, 50276, 91], "naïve café": [2072, 30180, 36241], "e\u0301": [860],
+    "日本語": [49868, 19119, 241], "😀": [14931, 235, 211], "I'm don't": [42, 1353, 1053, 626],
+    "1234567 3.14": [42594, 2251, 495, 15, 1047], " A": [329], " B": [378], " C": [330], " D": [399],
+    " yes": [4754], " no": [642], "Question: x\nAnswer:": [23433, 27, 1269, 187, 32869, 27],
+    "A sample test": [34, 3410, 1071], "This is a test": [1552, 310, 247, 1071],
+    "生活的真谛是": [20025, 46549, 5225, 48561, 33656, 238, 12105], "Hi  Hello": [12764, 50276, 12092],
+    "Hi   Hello": [12764, 50275, 12092], "": [], " ": [209], "  ": [50276], " Hello": [24387], "\t": [186],
+    "\n": [187], "\n\n": [535],
+    "<|endoftext|><|user|>\nHi\n<|assistant|>\n": [50279, 29, 93, 4537, 49651, 187, 12764, 187, 29, 93, 515, 5567,
+                                                   49651, 187]}
 
 
 @needs_data
@@ -116,21 +127,26 @@ def test_olmoe_text(fast, tmp_path, name):
 
 
 def test_invalid_utf8(checked):
-    texts = [b"a\xffb", b"\xc0\xaf", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"a\xe2\x82", b"\xe2\x82z", b"\xf0\x9f\x98<|endoftext|>", b"\x80" * 3, b"\xe0\x80\x80", b"\xf8\x88\x80\x80\x80", "\U0010ffff".encode(), b"\x00"]
-    assert encode(checked, FIXTURE, texts) == encode(checked, FIXTURE, [text.decode("utf-8", "replace") for text in texts])
+    texts = [b"a\xffb", b"\xc0\xaf", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"a\xe2\x82", b"\xe2\x82z",
+             b"\xf0\x9f\x98<|endoftext|>", b"\x80" * 3, b"\xe0\x80\x80", b"\xf8\x88\x80\x80\x80",
+             "\U0010ffff".encode(), b"\x00"]
+    replaced = [text.decode("utf-8", "replace") for text in texts]
+    assert encode(checked, FIXTURE, texts) == encode(checked, FIXTURE, replaced)
 
 
 def test_where_text_ends(checked):
     """Words of every length at every distance from the end of the text, where fewer bytes may be read."""
     words = [" " + "abcdefghijklmnopqrstuvwxyz"[:n] for n in range(1, 27)]
     alone = encode(checked, FIXTURE, words)
-    for end, ids in zip(["?" * n for n in range(20)], encode(checked, FIXTURE, ["?" * n for n in range(20)])):
+    ends = ["?" * n for n in range(20)]
+    for end, ids in zip(ends, encode(checked, FIXTURE, ends)):
         assert encode(checked, FIXTURE, [word + end for word in words]) == [word + ids for word in alone]
 
 
 def test_words_alike(checked, tmp_path):
-    """Words of one length that differ in one byte are told apart, whichever it is."""
-    lines = [b"".join(b" " + b"q" * i + b"xyz"[k:k + 1] + b"q" * (n - i - 1) for k in range(3) for i in range(n)) for n in range(1, 40)]
+    """Words of one length that differ in one byte are not mistaken for each other, whichever byte it is."""
+    lines = [b"".join(b" " + b"q" * i + b"xyz"[k:k + 1] + b"q" * (n - i - 1) for k in range(3) for i in range(n))
+             for n in range(1, 40)]
     assert encode_file(checked, FIXTURE, lines * 2, tmp_path)[1] == lines * 2
 
 
@@ -151,7 +167,8 @@ def test_10_mb_without_a_space(fast, tmp_path):
 def test_many_words(fast, tmp_path):
     """More words than a thread remembers."""
     r = nasty.Random(4)
-    lines = [" ".join("%x" % r.below(1 << 24 if i % 2 else 1 << 62) + "z" * (i % 20) for _ in range(500)).encode() for i in range(800)]
+    lines = [" ".join("%x" % r.below(1 << 24 if i % 2 else 1 << 62) + "z" * (i % 20) for _ in range(500)).encode()
+             for i in range(800)]
     once, texts = encode_file(fast, FIXTURE, lines, tmp_path)
     assert texts == lines
     again, _ = encode_file(fast, FIXTURE, lines[::-1] + lines, tmp_path)
@@ -165,7 +182,8 @@ def test_threads(programs, tmp_path):
 
 def test_two_tokenizers_take_turns(checked, tmp_path):
     other = changed(tmp_path, lambda t: t["model"].update(merges=[]))
-    lines = drive(checked, *[f"open {FIXTURE}", f"encode {b'Hello world'.hex()}", f"open {other}", f"encode {b'Hello world'.hex()}"] * 2)
+    hello = f"encode {b'Hello world'.hex()}"
+    lines = drive(checked, *[f"open {FIXTURE}", hello, f"open {other}", hello] * 2)
     assert lines[1] == lines[5] and lines[3] == lines[7] and len(lines[3].split()) == 11 > len(lines[1].split())
 
 
@@ -174,8 +192,11 @@ def test_two_tokenizers_take_turns(checked, tmp_path):
 
 def test_unicode_tables(fast):
     """Classes, combining classes and compositions of every code point are those of `tokenizers`."""
-    digest = re.search(r"digest of the tables as they have to be: (\w+)", (ROOT / "lib" / "unicode_differences.h").read_text()).group(1)
-    assert hashlib.sha256("\n".join(drive(fast, "unicode")).encode()).hexdigest() == digest, "unicode_differences.h is not for this utf8proc: scripts/make_unicode_differences.py makes it"
+    header = (ROOT / "lib" / "unicode_differences.h").read_text()
+    digest = re.search(r"digest of the tables as they have to be: (\w+)", header).group(1)
+    ours = hashlib.sha256("\n".join(drive(fast, "unicode")).encode()).hexdigest()
+    wrong = "unicode_differences.h is not for this utf8proc: scripts/make_unicode_differences.py makes it"
+    assert ours == digest, wrong
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,11 +219,14 @@ def test_decode_bytes(checked):
 def test_stream(checked):
     """Each piece is whole characters; together they are the text, wherever it is cut, and whatever the ids are."""
     r = nasty.Random(6)
-    draws = [[r.below(1260 if i % 2 else 256) for _ in range(r.below(12))] for i in range(300)] + encode(checked, FIXTURE, ["日本語 😀👩‍👩‍👧 naïve"])
+    draws = [[r.below(1260 if i % 2 else 256) for _ in range(r.below(12))] for i in range(300)]
+    draws += encode(checked, FIXTURE, ["日本語 😀👩‍👩‍👧 naïve"])
     for tokenizer in (FIXTURE, "bytes"):
-        lines = drive(checked, f"open {tokenizer}", *(word for ids in draws for word in (f"stream {' '.join(map(str, ids))}", f"decode 0 {' '.join(map(str, ids))}")))[1:]
+        words = [f"{command} {' '.join(map(str, ids))}" for ids in draws for command in ("stream", "decode 0")]
+        lines = drive(checked, f"open {tokenizer}", *words)[1:]
         for ids in draws:
-            pieces = [bytes.fromhex(line).decode() for line in lines[:len(ids) + 1]]      # raises where one is not UTF-8
+            # decoding raises an error where one is not UTF-8
+            pieces = [bytes.fromhex(line).decode() for line in lines[:len(ids) + 1]]
             assert "".join(pieces) == bytes.fromhex(lines[len(ids) + 1]).decode(), ids
             lines = lines[len(ids) + 2:]
         assert lines == []
@@ -210,7 +234,8 @@ def test_stream(checked):
 
 def test_stream_gives_what_is_complete(checked):
     ids = list("aé€😀".encode()) + [0xe2, 0x82, 65, 0xf0, 0x9f, 0xc3]
-    pieces = [bytes.fromhex(line).decode() for line in drive(checked, "open bytes", f"stream {' '.join(map(str, ids))}")[1:]]
+    lines = drive(checked, "open bytes", f"stream {' '.join(map(str, ids))}")[1:]
+    pieces = [bytes.fromhex(line).decode() for line in lines]
     assert pieces == ["a", "", "é", "", "", "€", "", "", "", "😀", "", "", "\ufffdA", "", "", "\ufffd", "\ufffd"]
 
 
@@ -218,13 +243,15 @@ def test_stream_gives_what_is_complete(checked):
 # Chat
 
 def chat(program, generate, *messages):
-    line, = drive(program, f"chat {generate} " + " ".join(f"{role} {content.encode().hex()}" for role, content in messages))
+    words = " ".join(f"{role} {content.encode().hex()}" for role, content in messages)
+    line, = drive(program, f"chat {generate} " + words)
     return bytes.fromhex(line).decode()
 
 
 def test_chat(checked):
     assert chat(checked, 1, ("user", "Hi")) == "<|endoftext|><|user|>\nHi\n<|assistant|>\n"
-    assert chat(checked, 0, ("system", "Be kind. "), ("user", "Hi"), ("assistant", " Hello\n"), ("user", "Bye")) == (
+    messages = [("system", "Be kind. "), ("user", "Hi"), ("assistant", " Hello\n"), ("user", "Bye")]
+    assert chat(checked, 0, *messages) == (
         "<|endoftext|><|system|>\nBe kind. \n<|user|>\nHi\n<|assistant|>\n Hello\n<|endoftext|>\n<|user|>\nBye\n")
     assert "the role tool" in drive(checked, "chat 1 tool 41", fails=True)
 
@@ -241,6 +268,8 @@ def changed(folder, change):
     return folder / "tokenizer.json"
 
 
+ADDS_TOKENS = {"type": "TemplateProcessing",
+               "single": [{"SpecialToken": {"id": "a", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]}
 REFUSALS = {
     "unigram": (lambda t: t.update(model={"type": "Unigram", "vocab": []}), "its model is Unigram"),
     "wordpiece": (lambda t: t.update(model={"type": "WordPiece", "vocab": {}}), "WordPiece"),
@@ -250,11 +279,12 @@ REFUSALS = {
     "suffix": (lambda t: t["model"].update(end_of_word_suffix="</w>"), "</w>"),
     "normalizer": (lambda t: t.update(normalizer={"type": "NFKC"}), "its normalizer is NFKC"),
     "metaspace": (lambda t: t.update(pre_tokenizer={"type": "Metaspace"}), "its pre_tokenizer is Metaspace"),
-    "sequence": (lambda t: t.update(pre_tokenizer={"type": "Sequence", "pretokenizers": []}), "its pre_tokenizer is Sequence"),
+    "sequence": (lambda t: t.update(pre_tokenizer={"type": "Sequence", "pretokenizers": []}),
+                 "its pre_tokenizer is Sequence"),
     "no_pre_tokenizer": (lambda t: t.update(pre_tokenizer=None), "its pre_tokenizer is none"),
     "prefix_space": (lambda t: t["pre_tokenizer"].update(add_prefix_space=True), "add_prefix_space"),
     "use_regex": (lambda t: t["pre_tokenizer"].update(use_regex=False), "use_regex"),
-    "post_processor": (lambda t: t.update(post_processor={"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "a", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]}), "adds tokens"),
+    "post_processor": (lambda t: t.update(post_processor=ADDS_TOKENS), "adds tokens"),
     "bert": (lambda t: t.update(post_processor={"type": "BertProcessing"}), "BertProcessing"),
     "decoder": (lambda t: t.update(decoder={"type": "WordPiece"}), "its decoder is WordPiece"),
     "truncation": (lambda t: t.update(truncation={"max_length": 5}), "truncation"),
@@ -290,24 +320,30 @@ def test_unreadable(checked, tmp_path):
 
 
 def test_other_ways_to_write_it(checked, tmp_path):
-    """Merges as pairs; no normalizer; what transformers makes of the post-processor."""
+    """Merges as pairs; no normalizer; the post-processor as transformers writes it."""
     strings = [text for text, _ in VECTORS["strings"]]
     ours = encode(checked, FIXTURE, strings)
+
     def change(t):
-        t["model"]["merges"] = [merge if isinstance(merge, list) else merge.split(" ") for merge in t["model"]["merges"]]
-        t["post_processor"] = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}], "pair": [], "special_tokens": {}}
+        merges = t["model"]["merges"]
+        t["model"]["merges"] = [merge if isinstance(merge, list) else merge.split(" ") for merge in merges]
+        single = [{"Sequence": {"id": "A", "type_id": 0}}]
+        t["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}}
         t["pre_tokenizer"].pop("use_regex")
     assert encode(checked, changed(tmp_path, change), strings) == ours
+
     def spaced(t):
-        t["model"]["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in t["model"]["merges"]]
+        merges = t["model"]["merges"]
+        t["model"]["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
         t["post_processor"] = None
     assert encode(checked, changed(tmp_path, spaced), strings) == ours
     plain = changed(tmp_path, lambda t: t.update(normalizer=None))
-    assert encode(checked, plain, ["e\u0301"]) != encode(checked, FIXTURE, ["e\u0301"]) == encode(checked, FIXTURE, ["é"])
+    composed = encode(checked, FIXTURE, ["é"])
+    assert encode(checked, plain, ["e\u0301"]) != encode(checked, FIXTURE, ["e\u0301"]) == composed
 
 
 def test_end_of_document(checked, tmp_path):
-    """The config beside it has the word; in OLMoE's 0125 releases <|endoftext|> is not what ends a document."""
+    """The config beside it decides; in OLMoE's 0125 releases <|endoftext|> is not what ends a document."""
     path = changed(tmp_path, lambda t: None)
     end, vocab = map(int, drive(checked, f"open {path}")[0].split())
     assert encode(checked, path, ["<|endoftext|>"]) == [[end]] and vocab > end
