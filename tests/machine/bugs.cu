@@ -82,7 +82,9 @@ static int mismatched_calls() {
     return result(y, 32, 1);
 }
 
-__global__ void masked(float* y, unsigned low) { y[threadIdx.x] = __shfl_xor_sync(threadIdx.x < 16 ? low : 0xffff0000, 1.f, 1); }
+__global__ void masked(float* y, unsigned low) {
+    y[threadIdx.x] = __shfl_xor_sync(threadIdx.x < 16 ? low : 0xffff0000, 1.f, 1);
+}
 static int mismatched_masks() {
     float* y = device<float>(32);
     masked<<<1, 32, 0, a>>>(y, bug ? 0x0001ffff : 0x0000ffff);
@@ -218,7 +220,8 @@ static int product_too_large() {
     fill<<<1, 64, 0, a>>>(x, 64, 1);
     cublasCreate(&handle);
     cublasSetStream(handle, a);
-    cublasGemmEx(handle, CUBLAS_OP_N, CUBLAS_OP_N, 8, 8, 8, &one, x, CUDA_R_32F, 8, x, CUDA_R_32F, 8, &zero, y, CUDA_R_32F, 8, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
+    cublasGemmEx(handle, CUBLAS_OP_N, CUBLAS_OP_N, 8, 8, 8, &one, x, CUDA_R_32F, 8, x, CUDA_R_32F, 8,
+                 &zero, y, CUDA_R_32F, 8, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
     cublasDestroy(handle);
     return result(y, 63, 8);
 }
@@ -285,7 +288,8 @@ static int event_never_recorded() {
     cudaStreamWaitEvent(b, event, 0);
     return 0;
 }
-static int memset_beside_stream() {             // cudaMemset returns before it is done, and a does not wait for the null stream
+// cudaMemset returns before it is done, and a does not wait for the null stream
+static int memset_beside_stream() {
     float *x = device<float>(64), *y = device<float>(64);
     cudaMemset(x, 0, 256);
     if (!bug) cudaDeviceSynchronize();
@@ -303,7 +307,7 @@ static int use_of_destroyed_stream() {
     return wrong;
 }
 
-// ---- collectives, of one rank: tests/machine/collectives.cu has what takes several
+// ---- collectives of one rank. Those of several are in tests/machine/collectives.cu
 
 static ncclComm_t one_rank() {
     ncclUniqueId id;
@@ -445,14 +449,19 @@ static int blocks_write_the_same() {
 int main(int argc, char** argv) {
     struct { const char* name; int (*run)(); } cases[] = {
 #define CASE(name) {#name, name}
-        CASE(missing_syncwarp), CASE(overwritten_too_early), CASE(block_order), CASE(mismatched_calls), CASE(mismatched_masks), CASE(mask_without_caller),
-        CASE(shuffle_from_returned_lane), CASE(stack_overflow), CASE(write_after_end), CASE(write_shortly_after_end), CASE(write_before_begin), CASE(read_after_end),
-        CASE(uninitialised), CASE(use_after_free), CASE(double_free), CASE(free_of_middle), CASE(free_of_host_memory), CASE(host_reads_device), CASE(host_writes_device),
-        CASE(kernel_gets_host_pointer), CASE(null_pointer), CASE(copy_in_wrong_direction), CASE(copy_too_long), CASE(memset_too_long), CASE(product_too_large),
-        CASE(host_reads_too_early), CASE(host_overwrites_too_early), CASE(missing_event), CASE(overtaking_stream), CASE(event_recorded_too_early), CASE(event_never_recorded),
-        CASE(memset_beside_stream), CASE(use_of_destroyed_stream), CASE(sum_too_long), CASE(sum_of_host_memory), CASE(sum_not_in_place),
-        CASE(gather_not_in_place), CASE(received_twice), CASE(never_received), CASE(sum_without_event), CASE(use_before_sum), CASE(overwritten_before_sum), CASE(too_many_threads), CASE(no_blocks), CASE(grid_too_high), CASE(too_much_shared_memory),
-        CASE(misaligned_pack), CASE(index_overflow), CASE(blocks_write_the_same),
+        CASE(missing_syncwarp), CASE(overwritten_too_early), CASE(block_order), CASE(mismatched_calls),
+        CASE(mismatched_masks), CASE(mask_without_caller), CASE(shuffle_from_returned_lane), CASE(stack_overflow),
+        CASE(write_after_end), CASE(write_shortly_after_end), CASE(write_before_begin), CASE(read_after_end),
+        CASE(uninitialised), CASE(use_after_free), CASE(double_free), CASE(free_of_middle), CASE(free_of_host_memory),
+        CASE(host_reads_device), CASE(host_writes_device), CASE(kernel_gets_host_pointer), CASE(null_pointer),
+        CASE(copy_in_wrong_direction), CASE(copy_too_long), CASE(memset_too_long), CASE(product_too_large),
+        CASE(host_reads_too_early), CASE(host_overwrites_too_early), CASE(missing_event), CASE(overtaking_stream),
+        CASE(event_recorded_too_early), CASE(event_never_recorded), CASE(memset_beside_stream),
+        CASE(use_of_destroyed_stream), CASE(sum_too_long), CASE(sum_of_host_memory), CASE(sum_not_in_place),
+        CASE(gather_not_in_place), CASE(received_twice), CASE(never_received), CASE(sum_without_event),
+        CASE(use_before_sum), CASE(overwritten_before_sum), CASE(too_many_threads), CASE(no_blocks),
+        CASE(grid_too_high), CASE(too_much_shared_memory), CASE(misaligned_pack), CASE(index_overflow),
+        CASE(blocks_write_the_same),
     };
     if (argc == 1) {
         for (auto& c : cases) printf("%s\n", c.name);

@@ -1,6 +1,6 @@
-// Every collective with every type, on as many ranks as mpirun starts, against sums made here in the order of the ranks: bit
-// for bit. Prints a hash of all results, which has to be the same in every run and on every rank.
-//   mpirun -np N collectives [CASE]     CASE: one of those at the end, which the ranks do not all do alike
+// Every collective with every type, on as many ranks as mpirun starts, compared bit for bit with sums that this program
+// makes in the order of the ranks. Prints a hash of all results, which has to be the same in every run.
+//   mpirun -np N collectives [CASE]     CASE: huge, or one of those in differ(), in which the ranks do different things
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <mpi.h>
@@ -13,7 +13,10 @@
 #include <type_traits>
 #include <vector>
 
-#define CHECK(call) do { int r_ = (int)(call); if (r_ != 0) { printf("rank %d, line %d: %s gave %d\n", rank, __LINE__, #call, r_); exit(1); } } while (0)
+#define CHECK(call) do { \
+        int r_ = (int)(call); \
+        if (r_ != 0) { printf("rank %d, line %d: %s gave %d\n", rank, __LINE__, #call, r_); exit(1); } \
+    } while (0)
 
 static int rank = 0, ranks = 1, failures = 0;
 static ncclComm_t world;
@@ -55,9 +58,16 @@ template <class T> static T combined(ncclRedOp_t op, int n, size_t i) {
 template <class T> struct Buffer {
     T* data = nullptr;
     size_t count;
-    Buffer(size_t n) : count(n) { CHECK(cudaMalloc(&data, (n + 1) * sizeof(T))); CHECK(cudaMemset(data, 0x55, (n + 1) * sizeof(T))); CHECK(cudaDeviceSynchronize()); }
+    Buffer(size_t n) : count(n) {
+        CHECK(cudaMalloc(&data, (n + 1) * sizeof(T)));
+        CHECK(cudaMemset(data, 0x55, (n + 1) * sizeof(T)));
+        CHECK(cudaDeviceSynchronize());
+    }
     ~Buffer() { cudaFree(data); }
-    void put(size_t at, const std::vector<T>& x) { CHECK(cudaMemcpy(data + at, x.data(), x.size() * sizeof(T), cudaMemcpyHostToDevice)); CHECK(cudaDeviceSynchronize()); }
+    void put(size_t at, const std::vector<T>& x) {
+        CHECK(cudaMemcpy(data + at, x.data(), x.size() * sizeof(T), cudaMemcpyHostToDevice));
+        CHECK(cudaDeviceSynchronize());
+    }
     std::vector<T> get() {
         std::vector<T> x(count);
         CHECK(cudaStreamSynchronize(stream));
@@ -66,8 +76,8 @@ template <class T> struct Buffer {
     }
 };
 template <class T> static bool same(const std::vector<T>& got, const std::vector<T>& want) {
-    if (!want.empty())
-        for (size_t i = 0; i < want.size() * sizeof(T); i++) hash = (hash ^ ((const unsigned char*)want.data())[i]) * 1099511628211u;
+    const unsigned char* bytes = (const unsigned char*)want.data();
+    for (size_t i = 0; i < want.size() * sizeof(T); i++) hash = (hash ^ bytes[i]) * 1099511628211u;
     return got.size() == want.size() && (want.empty() || memcmp(got.data(), want.data(), want.size() * sizeof(T)) == 0);
 }
 
@@ -83,13 +93,15 @@ template <class T> static void test(ncclDataType_t type, const char* name, size_
             for (size_t i = 0; i < n; i++) want[i] = combined<T>(op, size, i);
             send.put(0, mine);
             CHECK(ncclAllReduce(send.data, in_place ? send.data : receive.data, n, type, op, comm, stream));
-            expect(same(in_place ? send.get() : receive.get(), want), in_place ? "all-reduce in place" : "all-reduce", name, n);
+            expect(same(in_place ? send.get() : receive.get(), want),
+                   in_place ? "all-reduce in place" : "all-reduce", name, n);
 
             Buffer<T> long_send(n * size);
             for (size_t i = 0; i < n * size; i++) all[i] = value<T>(me, i);
             for (size_t i = 0; i < n; i++) want[i] = combined<T>(op, size, me * n + i);
             long_send.put(0, all);
-            CHECK(ncclReduceScatter(long_send.data, in_place ? long_send.data + me * n : receive.data, n, type, op, comm, stream));
+            CHECK(ncclReduceScatter(long_send.data, in_place ? long_send.data + me * n : receive.data, n,
+                                    type, op, comm, stream));
             std::vector<T> got = in_place ? long_send.get() : receive.get();
             if (in_place) got = std::vector<T>(got.begin() + me * n, got.begin() + (me + 1) * n);
             expect(same(got, want), in_place ? "reduce-scatter in place" : "reduce-scatter", name, n);
@@ -105,10 +117,11 @@ template <class T> static void test(ncclDataType_t type, const char* name, size_
             send.put(0, mine);
             CHECK(ncclBroadcast(send.data, in_place ? send.data : receive.data, n, type, root, comm, stream));
             for (size_t i = 0; i < n; i++) want[i] = value<T>(root, i);
-            expect(same(in_place ? send.get() : receive.get(), want), in_place ? "broadcast in place" : "broadcast", name, n);
+            expect(same(in_place ? send.get() : receive.get(), want),
+                   in_place ? "broadcast in place" : "broadcast", name, n);
         }
     }
-    // Everyone to everyone, itself included: (a + 2 b) % 5 % 3 times n elements from a to b, sent in two parts
+    // From every rank a to every rank b, itself included: (a + 2 b) % 5 % 3 times n elements, sent in two parts
     auto count = [&](int from, int to) { return (size_t)((from + 2 * to) % 5 % 3) * n; };
     size_t sent = 0, received = 0;
     for (int r = 0; r < size; r++) { sent += count(me, r); received += count(r, me); }
@@ -125,8 +138,15 @@ template <class T> static void test(ncclDataType_t type, const char* name, size_
     CHECK(ncclGroupStart());
     size_t s = 0, d = 0;
     for (int r = 0; r < size; r++) {
-        for (size_t part : {count(me, r) / 3, count(me, r) - count(me, r) / 3}) { CHECK(ncclSend(send.data + s, part, type, r, comm, stream)); s += part; }
-        for (size_t part : {count(r, me) / 3, count(r, me) - count(r, me) / 3}) { CHECK(ncclRecv(receive.data + d, part, type, r, comm, stream)); d += part; }
+        size_t outgoing = count(me, r), incoming = count(r, me);
+        for (size_t part : {outgoing / 3, outgoing - outgoing / 3}) {
+            CHECK(ncclSend(send.data + s, part, type, r, comm, stream));
+            s += part;
+        }
+        for (size_t part : {incoming / 3, incoming - incoming / 3}) {
+            CHECK(ncclRecv(receive.data + d, part, type, r, comm, stream));
+            d += part;
+        }
     }
     CHECK(ncclGroupEnd());
     expect(same(receive.get(), in), "sends and receives", name, n);
@@ -146,11 +166,15 @@ static void test_types(size_t n, ncclComm_t comm) {
 static void test_pieces() {
     const size_t n = ((size_t)1 << 22) + 4099;
     std::vector<float> mine(n * ranks), want(n * ranks);
-    for (size_t i = 0; i < n * ranks; i++) { mine[i] = value<float>(rank, i); want[i] = combined<float>(ncclSum, ranks, i); }
+    for (size_t i = 0; i < n * ranks; i++) {
+        mine[i] = value<float>(rank, i);
+        want[i] = combined<float>(ncclSum, ranks, i);
+    }
     Buffer<float> x(n * ranks), y(n);
     x.put(0, mine);
     CHECK(ncclReduceScatter(x.data, y.data, n, ncclFloat, ncclSum, world, stream));
-    expect(same(y.get(), std::vector<float>(want.begin() + n * rank, want.begin() + n * (rank + 1))), "reduce-scatter", "float", n);
+    std::vector<float> own(want.begin() + n * rank, want.begin() + n * (rank + 1));
+    expect(same(y.get(), own), "reduce-scatter", "float", n);
     CHECK(ncclAllReduce(x.data, x.data, n * ranks, ncclFloat, ncclSum, world, stream));
     expect(same(x.get(), want), "all-reduce", "float", n * ranks);
 }
@@ -175,7 +199,8 @@ static void test_group(ncclComm_t other_comm) {
     CHECK(ncclRecv(y.data + n, 0, ncclFloat, (rank + ranks - 1) % ranks, world, second));
     CHECK(ncclGroupEnd());
     CHECK(ncclGroupEnd());
-    CHECK(cudaMemcpyAsync(z.data, x.data, n * sizeof(float), cudaMemcpyDeviceToDevice, second));   // a group holds up all of its streams
+    // All streams of a group wait for all of it
+    CHECK(cudaMemcpyAsync(z.data, x.data, n * sizeof(float), cudaMemcpyDeviceToDevice, second));
     CHECK(cudaStreamSynchronize(second));
     for (size_t i = 0; i < n; i++) want[i] = combined<float>(ncclSum, ranks, i);
     expect(same(z.get(), want), "sum in a group", "float", n);
@@ -240,20 +265,23 @@ static void test_huge() {
     CHECK(cudaFree(x));
 }
 
-// ---- what the ranks do not all do alike: reported, with exit code 99
+// ---- cases in which the ranks do different things: reported, with exit code 99
 
 static void differ(const char* what) {
     Buffer<float> x(64), y(64);
     x.put(0, std::vector<float>(64, 1));
     y.put(0, std::vector<float>(64, 2));
     bool odd = rank == ranks - 1;
-    if (strcmp(what, "counts") == 0) CHECK(ncclAllReduce(x.data, x.data, odd ? 63 : 64, ncclFloat, ncclSum, world, stream));
+    if (strcmp(what, "counts") == 0)
+        CHECK(ncclAllReduce(x.data, x.data, odd ? 63 : 64, ncclFloat, ncclSum, world, stream));
     if (strcmp(what, "calls") == 0) {
         if (odd) CHECK(ncclAllReduce(x.data, x.data, 64, ncclFloat, ncclSum, world, stream));
         else CHECK(ncclBroadcast(x.data, x.data, 64, ncclFloat, 0, world, stream));
     }
-    if (strcmp(what, "roots") == 0) CHECK(ncclBroadcast(x.data, x.data, 64, ncclFloat, odd ? 0 : ranks - 1, world, stream));
-    if (strcmp(what, "types") == 0) CHECK(ncclAllReduce(x.data, x.data, 64, odd ? ncclFloat : ncclInt, ncclSum, world, stream));
+    if (strcmp(what, "roots") == 0)
+        CHECK(ncclBroadcast(x.data, x.data, 64, ncclFloat, odd ? 0 : ranks - 1, world, stream));
+    if (strcmp(what, "types") == 0)
+        CHECK(ncclAllReduce(x.data, x.data, 64, odd ? ncclFloat : ncclInt, ncclSum, world, stream));
     if (strcmp(what, "sizes") == 0) {
         CHECK(ncclGroupStart());
         CHECK(ncclSend(x.data, odd ? 10 : 64, ncclFloat, (rank + 1) % ranks, world, stream));
@@ -261,7 +289,7 @@ static void differ(const char* what) {
         CHECK(ncclGroupEnd());
     }
     CHECK(cudaStreamSynchronize(stream));
-    if (strcmp(what, "touch") == 0 && odd) *(volatile float*)x.data = 3;        // MPI has handlers of faults, too
+    if (strcmp(what, "touch") == 0 && odd) *(volatile float*)x.data = 3;        // MPI also has handlers of faults
 }
 
 int main(int argc, char** argv) {
@@ -275,9 +303,10 @@ int main(int argc, char** argv) {
     ncclUniqueId id;
     if (rank == 0) CHECK(ncclGetUniqueId(&id));
     if (ranks > 1) MPI_Bcast(&id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD);
-    if (ncclCommInitRank(&world, ranks, id, ranks) != ncclInvalidArgument) expect(false, "init of a wrong rank", "ranks", ranks);
-#ifdef NCCL_BY_MPI                      // others would wait for the rank that is missing
-    if (ncclCommInitRank(&world, ranks + 1, id, rank) != (getenv("OMPI_COMM_WORLD_SIZE") ? ncclInvalidArgument : ncclInvalidUsage)) expect(false, "init of too many", "ranks", ranks + 1);
+    expect(ncclCommInitRank(&world, ranks, id, ranks) == ncclInvalidArgument, "init of a wrong rank", "ranks", ranks);
+#ifdef NCCL_BY_MPI                      // NCCL itself would wait for the rank that is missing
+    ncclResult_t refused = getenv("OMPI_COMM_WORLD_SIZE") ? ncclInvalidArgument : ncclInvalidUsage;
+    expect(ncclCommInitRank(&world, ranks + 1, id, rank) == refused, "init of too many", "ranks", ranks + 1);
 #endif
     CHECK(ncclCommInitRank(&world, ranks, id, rank));
     CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
@@ -287,7 +316,8 @@ int main(int argc, char** argv) {
     } else if (*what) {
         differ(what);
     } else {
-        ncclComm_t half, reversed, copy, none;      // even and odd ranks; all, from the last to the first; all; all but the last
+        // Even and odd ranks; all, from the last to the first; all; all but the last
+        ncclComm_t half, reversed, copy, none;
         CHECK(ncclCommSplit(world, rank % 2, rank, &half, nullptr));
         CHECK(ncclCommSplit(world, 0, -rank, &reversed, nullptr));
         CHECK(ncclCommSplit(world, 3, 0, &copy, nullptr));
@@ -301,13 +331,16 @@ int main(int argc, char** argv) {
         test_group(half);
         test_orders(copy);
 #ifdef NCCL_BY_MPI
-        if (ncclGroupEnd() != ncclInvalidUsage || ncclAllReduce(nullptr, nullptr, 4, ncclFloat, ncclSum, world, stream) != ncclInvalidArgument
-            || ncclSend(nullptr, 0, ncclFloat, ranks, world, stream) != ncclInvalidArgument) expect(false, "wrong use", "calls", 0);
+        expect(ncclGroupEnd() == ncclInvalidUsage, "wrong use", "calls", 0);
+        expect(ncclAllReduce(nullptr, nullptr, 4, ncclFloat, ncclSum, world, stream) == ncclInvalidArgument,
+               "wrong use", "calls", 0);
+        expect(ncclSend(nullptr, 0, ncclFloat, ranks, world, stream) == ncclInvalidArgument, "wrong use", "calls", 0);
 #endif
         for (ncclComm_t comm : {half, reversed, copy, none}) if (comm) CHECK(ncclCommDestroy(comm));
     }
     CHECK(ncclCommDestroy(world));
-    printf(failures ? "rank %d: %d failed\n" : "rank %d of %d: hash %016llx\n", rank, failures ? failures : ranks, (unsigned long long)hash);
+    if (failures) printf("rank %d: %d failed\n", rank, failures);
+    else printf("rank %d of %d: hash %016llx\n", rank, ranks, (unsigned long long)hash);
     int initialised;
     MPI_Initialized(&initialised);
     if (initialised) MPI_Finalize();

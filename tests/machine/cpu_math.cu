@@ -16,7 +16,10 @@ static float bits(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
 template <int which> __global__ void functions(float* y, const float* x, int n) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= (size_t)n) return;
-    y[i] = which == 0 ? expf(x[i]) : which == 1 ? logf(x[i]) : which == 2 ? rsqrtf(x[i]) : which == 3 ? cosf(x[i]) : powf(x[i], 1.25f);
+    y[i] = which == 0 ? expf(x[i])
+         : which == 1 ? logf(x[i])
+         : which == 2 ? rsqrtf(x[i])
+         : which == 3 ? cosf(x[i]) : powf(x[i], 1.25f);
 }
 __global__ void to_bf16(__nv_bfloat16* y, const float* x, int n) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
@@ -42,12 +45,11 @@ static bool within(const float* x, const float* want, int n, float tolerance) {
     return true;
 }
 
-int main() {
-    const int n = 4099;                 // whole vectors and a rest
+static const int n = 4099;              // whole vectors and a rest
+static float *dx, *dy;                  // n numbers each
+
+static void test_functions() {
     std::vector<float> x(n), got(n);
-    float *dx, *dy;
-    cudaMalloc(&dx, n * 4);
-    cudaMalloc(&dy, n * 4);
     for (int which = 0; which < 5; which++) {
         for (int i = 0; i < n; i++) x[i] = which == 0 ? (i - n / 2) * 0.04f : which == 3 ? i * 1.0f : 1e-3f + i * 0.37f;
         cudaMemcpy(dx, x.data(), n * 4, cudaMemcpyHostToDevice);
@@ -60,8 +62,9 @@ int main() {
         cudaMemcpy(got.data(), dy, n * 4, cudaMemcpyDeviceToHost);
         double worst = 0;
         for (int i = 0; i < n; i++) {
-            double v = x[i], want = which == 0 ? exp(v) : which == 1 ? log(v) : which == 2 ? 1 / sqrt(v) : which == 3 ? cos(v) : pow(v, 1.25);
-            double error = fabs(got[i] - want) / fmax(fabs(want), which == 0 ? 1e-37 : which == 1 || which == 3 ? 1. : 0.);
+            double v = x[i], wanted[] = {exp(v), log(v), 1 / sqrt(v), cos(v), pow(v, 1.25)};
+            double want = wanted[which], least = which == 0 ? 1e-37 : which == 1 || which == 3 ? 1. : 0.;
+            double error = fabs(got[i] - want) / fmax(fabs(want), least);
             if (!(error <= worst)) worst = error;
         }
         printf("function %d: relative error %.1e\n", which, worst);
@@ -76,8 +79,10 @@ int main() {
         float want[] = {NAN, INFINITY, 0, INFINITY, 0, 1};
         check(std::isnan(want[i % 6]) ? std::isnan(got[i]) : got[i] == want[i % 6], "expf of NaN, infinity and zero");
     }
+}
 
-    // NaN and infinity are seen wherever they stand
+// NaN and infinity are seen wherever they are
+static void test_not_finite() {
     std::vector<float> good(n, 1.f);
     check(all_finite(good.data(), n) && within(good.data(), good.data(), n, 0), "finite numbers pass");
     for (int at : {0, 1, 17, n / 2, n - 1})
@@ -94,10 +99,12 @@ int main() {
             row_max<<<1, 1>>>(dy, dx, n);
             float max;
             cudaMemcpy(&max, dy, 4, cudaMemcpyDeviceToHost);
-            check(max == (bad == INFINITY ? INFINITY : 1.f), "fmaxf passes NaN over");
+            check(max == (bad == INFINITY ? INFINITY : 1.f), "fmaxf ignores NaN");
         }
+}
 
-    // bf16: every bit pattern survives the way there and back; floats round to nearest even
+// Every bit pattern of bf16 is the same after a conversion to float and back; floats round to nearest even
+static void test_bf16() {
     check(sizeof(__nv_bfloat16) == 2, "size of bf16");
     for (uint32_t u = 0; u < 65536; u++) {
         __nv_bfloat16 h;
@@ -108,7 +115,10 @@ int main() {
         check(std::isnan((float)h) ? std::isnan((float)again) : back == pattern, "bf16 to float and back");
     }
     std::vector<float> wide(1 << 18);
-    for (size_t i = 0; i < wide.size(); i++) wide[i] = bits((uint32_t)(i * 16384 + (i % 7 == 0 ? 0x8000 : i * 2654435761u % 16384)));
+    for (size_t i = 0; i < wide.size(); i++) {
+        size_t rest = i % 7 == 0 ? 0x8000 : i * 2654435761u % 16384;
+        wide[i] = bits((uint32_t)(i * 16384 + rest));
+    }
     std::vector<__nv_bfloat16> narrow(wide.size());
     float* dw;
     __nv_bfloat16* dn;
@@ -127,6 +137,14 @@ int main() {
         memcpy(&have, &r, 4);
         check(have == want, "float to bf16, to nearest even");
     }
+}
+
+int main() {
+    cudaMalloc(&dx, n * 4);
+    cudaMalloc(&dy, n * 4);
+    test_functions();
+    test_not_finite();
+    test_bf16();
     printf(failures ? "%d failed\n" : "cpu_math ok\n", failures);
     return failures > 0;
 }

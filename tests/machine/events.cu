@@ -1,4 +1,4 @@
-// Times between events: of work, in the order of a stream; and what cudaEventElapsedTime says where there is no time.
+// Times between events: of work, in the order of a stream. And what cudaEventElapsedTime returns if there is no time.
 #include <cuda_runtime.h>
 #include <time.h>
 #include <cstdio>
@@ -42,10 +42,13 @@ int main() {
     clock_gettime(CLOCK_MONOTONIC, &end);
     double wall = 1e3 * (double)(end.tv_sec - start.tv_sec) + 1e-6 * (double)(end.tv_nsec - start.tv_nsec);
     expect(cudaEventElapsedTime(&ms, before, between) == cudaSuccess && ms > 0, "a positive time");
-    expect(cudaEventElapsedTime(&both, before, after) == cudaSuccess && both > ms && both < wall, "a longer time, within that of the program");
+    expect(cudaEventElapsedTime(&both, before, after) == cudaSuccess && both > ms && both < wall,
+           "a longer time, within that of the program");
     expect(cudaEventElapsedTime(&ms, after, before) == cudaSuccess && ms == -both, "the same backwards");
-    expect(cudaEventElapsedTime(&ms, before, untimed) == cudaErrorInvalidResourceHandle, "an error for an event without timing");
-    expect(cudaEventElapsedTime(&ms, never, after) == cudaErrorInvalidResourceHandle, "an error for an event that was never recorded");
+    expect(cudaEventElapsedTime(&ms, before, untimed) == cudaErrorInvalidResourceHandle,
+           "an error for an event without timing");
+    expect(cudaEventElapsedTime(&ms, never, after) == cudaErrorInvalidResourceHandle,
+           "an error for an event that was never recorded");
     printf(failures ? "%d failed\n" : "events ok\n", failures);
     return failures > 0;
 }

@@ -1,5 +1,5 @@
-// cuBLAS's products against sums in double: transposes, alpha and beta, batches, types, streams, and C unread when beta is 0; and few
-// columns with several numbers of threads.
+// cuBLAS's products compared with sums in double: transposes, alpha and beta, batches, types, streams, a C that is not
+// read when beta is 0, and few columns with several numbers of threads.
 #include <cublas_v2.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -39,19 +39,25 @@ static void test(bool ta, bool tb, int m, int n, int k, int batch, float alpha, 
     cudaDataType_t type = sizeof(T) == 4 ? CUDA_R_32F : CUDA_R_16BF, typeC = sizeof(U) == 4 ? CUDA_R_32F : CUDA_R_16BF;
     cublasOperation_t opA = ta ? CUBLAS_OP_T : CUBLAS_OP_N, opB = tb ? CUBLAS_OP_T : CUBLAS_OP_N;
     cublasStatus_t status = batch == 1
-        ? cublasGemmEx(handle, opA, opB, m, n, k, &alpha, dA, type, lda, dB, type, ldb, &beta, dC, typeC, ldc, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT)
-        : cublasGemmStridedBatchedEx(handle, opA, opB, m, n, k, &alpha, dA, type, lda, (long long)sA, dB, type, ldb, (long long)sB, &beta, dC, typeC, ldc, (long long)sC, batch, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
+        ? cublasGemmEx(handle, opA, opB, m, n, k, &alpha, dA, type, lda, dB, type, ldb, &beta, dC, typeC, ldc,
+                       CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT)
+        : cublasGemmStridedBatchedEx(handle, opA, opB, m, n, k, &alpha, dA, type, lda, (long long)sA,
+                                     dB, type, ldb, (long long)sB, &beta, dC, typeC, ldc, (long long)sC, batch,
+                                     CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
     std::vector<U> got(C.size());
     cudaStreamSynchronize(stream);
     cudaMemcpy(got.data(), dC, C.size() * sizeof(U), cudaMemcpyDeviceToHost);
     // k roundings of float in the sum; one of C's type at the end.
-    double worst = status == CUBLAS_STATUS_SUCCESS ? 0 : INFINITY, tolerance = 6e-8 * (k + 4) + (sizeof(U) == 2 ? 1.0 / 256 : 0);
+    double worst = status == CUBLAS_STATUS_SUCCESS ? 0 : INFINITY;
+    double tolerance = 6e-8 * (k + 4) + (sizeof(U) == 2 ? 1.0 / 256 : 0);
     for (int b = 0; b < batch; b++)
         for (int j = 0; j < n; j++)
             for (int i = 0; i < m; i++) {
                 double sum = 0, size = 0;
                 for (int p = 0; p < k; p++) {
-                    double product = (double)(float)A[b * sA + (ta ? p + (size_t)i * lda : i + (size_t)p * lda)] * (double)(float)B[b * sB + (tb ? j + (size_t)p * ldb : p + (size_t)j * ldb)];
+                    float x = (float)A[b * sA + (ta ? p + (size_t)i * lda : i + (size_t)p * lda)];
+                    float y = (float)B[b * sB + (tb ? j + (size_t)p * ldb : p + (size_t)j * ldb)];
+                    double product = (double)x * (double)y;
                     sum += product;
                     size += std::fabs(product);
                 }
@@ -61,7 +67,7 @@ static void test(bool ta, bool tb, int m, int n, int k, int batch, float alpha, 
                 double error = std::fabs((double)(float)got[at] - want) / (size + 1e-30);
                 if (!(error <= worst)) worst = error;
             }
-    // What lies between the columns must not change.
+    // What is between the columns must not change.
     for (int b = 0; b < batch; b++)
         for (int j = 0; j < n; j++)
             for (int i = m; i < ldc; i++) {
@@ -70,7 +76,8 @@ static void test(bool ta, bool tb, int m, int n, int k, int batch, float alpha, 
             }
     if (!(worst <= tolerance)) {
         failures++;
-        printf("FAILED %s->%s %c%c m %d n %d k %d batch %d alpha %g beta %g: error %g, tolerance %g\n", sizeof(T) == 4 ? "f32" : "bf16", sizeof(U) == 4 ? "f32" : "bf16",
+        printf("FAILED %s->%s %c%c m %d n %d k %d batch %d alpha %g beta %g: error %g, tolerance %g\n",
+               sizeof(T) == 4 ? "f32" : "bf16", sizeof(U) == 4 ? "f32" : "bf16",
                "NT"[ta], "NT"[tb], m, n, k, batch, alpha, beta, worst, tolerance);
     }
     cudaFree(dA);
@@ -95,8 +102,10 @@ static void test_order() {
     }
     for (int i = 0; i < count; i++)
         for (int s = 0; s < 2; s++) {
+            const float* previous = i ? chain[s][i - 1] : dB;
             cublasSetStream(handle, streams[s]);
-            cublasGemmEx(handle, CUBLAS_OP_N, CUBLAS_OP_N, n, n, n, &one, dA, CUDA_R_32F, n, i ? chain[s][i - 1] : dB, CUDA_R_32F, n, &zero, chain[s][i], CUDA_R_32F, n, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
+            cublasGemmEx(handle, CUBLAS_OP_N, CUBLAS_OP_N, n, n, n, &one, dA, CUDA_R_32F, n, previous, CUDA_R_32F, n,
+                         &zero, chain[s][i], CUDA_R_32F, n, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
         }
     cublasSetStream(handle, stream);
     std::vector<double> want(B.begin(), B.end());
@@ -140,11 +149,15 @@ template <class T, class U> static void test_threads(int n) {
     std::vector<U> got[3];
     for (int threads : {1, 2, 3}) {
         omp_set_num_threads(threads);
-        cublasGemmEx(handle, CUBLAS_OP_T, CUBLAS_OP_N, m, n, k, &one, dA, type, k, dB, type, k, &zero, dC, typeC, m, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
+        cublasGemmEx(handle, CUBLAS_OP_T, CUBLAS_OP_N, m, n, k, &one, dA, type, k, dB, type, k, &zero, dC, typeC, m,
+                     CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
         got[threads - 1].resize(m * n);
         cudaStreamSynchronize(stream);
         cudaMemcpy(got[threads - 1].data(), dC, m * n * sizeof(U), cudaMemcpyDeviceToHost);
-        if (memcmp(got[threads - 1].data(), got[0].data(), m * n * sizeof(U)) != 0) { failures++; printf("FAILED n %d: other bits with %d threads\n", n, threads); }
+        if (memcmp(got[threads - 1].data(), got[0].data(), m * n * sizeof(U)) != 0) {
+            failures++;
+            printf("FAILED n %d: other bits with %d threads\n", n, threads);
+        }
     }
     omp_set_num_threads(most);
     cudaFree(dA);
@@ -156,7 +169,8 @@ int main() {
     cublasCreate(&handle);
     cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
     cublasSetStream(handle, stream);
-    int shapes[][4] = {{1, 1, 1, 1}, {7, 5, 3, 1}, {64, 48, 33, 1}, {33, 1, 100, 1}, {16, 130, 64, 3}, {5, 9, 17, 4}, {70, 90, 400, 1}, {128, 100, 200, 1}};
+    int shapes[][4] = {{1, 1, 1, 1}, {7, 5, 3, 1}, {64, 48, 33, 1}, {33, 1, 100, 1},
+                       {16, 130, 64, 3}, {5, 9, 17, 4}, {70, 90, 400, 1}, {128, 100, 200, 1}};
     for (auto& s : shapes)
         for (int t = 0; t < 4; t++)
             for (float beta : {0.f, 1.f}) {

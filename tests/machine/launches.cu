@@ -1,4 +1,5 @@
-// Launches as people write them, for cpu/rewrite: templates, several lines, macros, dim3, any number of blocks and threads.
+// Launches in all the forms that cpu/rewrite has to read: templates, several lines, macros, dim3, any number of blocks
+// and threads.
 #include <cuda_runtime.h>
 #include <cstdio>
 #include <vector>
@@ -8,7 +9,12 @@ template <typename T, int N> __global__ void templated(T* y, Pair<T, N> p, int n
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < (size_t)n) y[i] += p.a[i % N];
 }
-namespace inner { __global__ void count(int* y, int n) { size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; if (i < (size_t)n) y[i]++; } }
+namespace inner {
+__global__ void count(int* y, int n) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < (size_t)n) y[i]++;
+}
+}
 __global__ void three_dimensions(int* y) {
     size_t block = blockIdx.x + gridDim.x * (blockIdx.y + (size_t)gridDim.y * blockIdx.z);
     size_t thread = threadIdx.x + blockDim.x * (threadIdx.y + (size_t)blockDim.y * threadIdx.z);

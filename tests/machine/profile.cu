@@ -29,10 +29,12 @@ int main(int argc, char**) {                // any argument: without the profile
         cublasSetStream(handle, s);
         float* C = y + 8192 + (&s - streams) * 4096;
         for (int i = 0; i < 2; i++)
-            cublasGemmEx(handle, CUBLAS_OP_T, CUBLAS_OP_N, 64, 32, 16, &one, y, CUDA_R_32F, 16, y + 4096, CUDA_R_32F, 16, &one, C, CUDA_R_32F, 64, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
+            cublasGemmEx(handle, CUBLAS_OP_T, CUBLAS_OP_N, 64, 32, 16, &one, y, CUDA_R_32F, 16,
+                         y + 4096, CUDA_R_32F, 16, &one, C, CUDA_R_32F, 64, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
     }
     for (int i = 0; i < 2; i++)
-        cublasGemmStridedBatchedEx(handle, CUBLAS_OP_N, CUBLAS_OP_N, 8, 8, 8, &one, y, CUDA_R_32F, 8, 64, y, CUDA_R_32F, 8, 64, &zero, y + 32768, CUDA_R_32F, 8, 64, 3,
+        cublasGemmStridedBatchedEx(handle, CUBLAS_OP_N, CUBLAS_OP_N, 8, 8, 8, &one, y, CUDA_R_32F, 8, 64,
+                                   y, CUDA_R_32F, 8, 64, &zero, y + 32768, CUDA_R_32F, 8, 64, 3,
                                    CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
     cudaProfilerStop();
     fill<<<n / 256, 256>>>(y, n);

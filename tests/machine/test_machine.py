@@ -1,5 +1,5 @@
-"""Tests of CUDA on the CPU: that it computes what it should, that the strict machine finds each kind of mistake it claims to
-find and is silent about the corrected program, and that what it does not implement does not build.
+"""Tests of CUDA on the CPU: that it computes what it should, that the strict machine finds each kind of mistake it
+claims to find and accepts the corrected program, and that what it does not implement does not build.
 
     python3 -m pytest tests/machine
 """
@@ -38,7 +38,9 @@ def build(name, *options):
 
 
 def run(program, *arguments, **environment):
-    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=120, env={**os.environ, **{k: str(v) for k, v in environment.items()}})
+    environment = {name: str(value) for name, value in environment.items()}
+    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, **environment})
 
 
 # ---- both machines compute
@@ -71,7 +73,7 @@ def test_functions_vectorise():
         assert re.search(rf"_ZGV[bde]N(4|8|16)v_{function}", symbols), function
 
 
-# ---- the strict machine: {case: what its report must say; None: the result must be wrong with some seed}
+# ---- the strict machine: {case: what its report must contain; None: the result must be wrong with some seeds}
 
 CASES = {
     "missing_syncwarp": None,
@@ -82,16 +84,20 @@ CASES = {
     "mask_without_caller": "lane 15 calls a warp function whose mask 00007fff leaves it out",
     "shuffle_from_returned_lane": "reads lane \\d+, which does not take part",
     "stack_overflow": "needs more than the 65536 bytes of its stack",
-    "write_after_end": "invalid write: 0x\\w+ is 0 bytes after the end of device allocation 1 of 256 bytes.*in kernel fill, .* thread \\(64, 0, 0\\)",
-    "write_shortly_after_end": "overwritten: 0x\\w+ is 0 bytes after the end of device allocation 1 of 260 bytes.*in kernel fill",
+    "write_after_end": "invalid write: 0x\\w+ is 0 bytes after the end of device allocation 1 of 256 bytes"
+                       ".*in kernel fill, .* thread \\(64, 0, 0\\)",
+    "write_shortly_after_end": "overwritten: 0x\\w+ is 0 bytes after the end of device allocation 1 of 260 bytes"
+                               ".*in kernel fill",
     "write_before_begin": "overwritten: 0x\\w+ is 4 bytes before device allocation 1 of 256 bytes.*in kernel fill",
-    "read_after_end": "invalid read: 0x\\w+ is 0 bytes after the end of device allocation 1 of 256 bytes.*in kernel copy",
+    "read_after_end": "invalid read: 0x\\w+ is 0 bytes after the end of device allocation 1 of 256 bytes"
+                      ".*in kernel copy",
     "uninitialised": None,
     "use_after_free": "invalid read: 0x\\w+ is byte \\d+ of freed device allocation 1 of 256 bytes.*in kernel copy",
     "double_free": "cudaFree: freed twice",
     "free_of_middle": "cudaFree: not the start of an allocation: 0x\\w+ is byte 16 of",
     "free_of_host_memory": "cudaFree: not the start of an allocation: 0x\\w+ is ordinary host memory",
-    "host_reads_device": "host code touches device memory \\(read\\): 0x\\w+ is byte 12 of device allocation 1 of 256 bytes",
+    "host_reads_device": "host code touches device memory \\(read\\): "
+                         "0x\\w+ is byte 12 of device allocation 1 of 256 bytes",
     "host_writes_device": "host code touches device memory \\(write\\)",
     "kernel_gets_host_pointer": "launch of copy: argument 2 must be device memory: 0x\\w+ is ordinary host memory",
     "null_pointer": "invalid write: 0x\\w+ is a null pointer or a small offset from one.*in kernel fill",
@@ -109,7 +115,8 @@ CASES = {
     "use_of_destroyed_stream": "the stream has been destroyed",
     "sum_too_long": "ncclAllReduce: recvbuff of 260 bytes is not inside of an allocation",
     "sum_of_host_memory": "ncclAllReduce: sendbuff must be device memory: 0x\\w+ is byte 0 of pinned host allocation 1",
-    "sum_not_in_place": "ncclAllReduce: sendbuff and recvbuff overlap, but not as they do in place: recvbuff, .*, is 32 bytes after sendbuff; in place it would be 0",
+    "sum_not_in_place": "ncclAllReduce: sendbuff and recvbuff overlap, but not as they do in place: "
+                        "recvbuff, .*, is 32 bytes after sendbuff; in place it would be 0",
     "gather_not_in_place": "ncclAllGather: sendbuff and recvbuff overlap",
     "received_twice": "ncclRecv writes what ncclRecv of the same group reads or writes",
     "never_received": "ncclSend to the own rank, 0, without an ncclRecv in the same group",
@@ -141,7 +148,7 @@ def test_strict_reports(case):
     program, report = build("bugs", "STRICT=1"), CASES[case]
     runs = [run(program, case, "bug", CUDA_SEED=seed) for seed in SEEDS]
     if report is None:
-        # Drawn orders: two of ten seeds at the least, or five would not do in a test
+        # Orders are drawn: at least two of ten seeds must find it, so that the five seeds of a test are enough
         assert all(r.returncode in (0, 1) for r in runs), [r.stderr for r in runs]
         assert sum(r.returncode == 1 for r in runs) >= 2
     else:
@@ -178,29 +185,36 @@ def test_same_seed_same_run():
 
 # ---- several ranks
 
-needs_mpi = pytest.mark.skipif(not shutil.which("mpirun") or not shutil.which("mpicc"), reason="needs Open MPI: make setup")
+needs_mpi = pytest.mark.skipif(not shutil.which("mpirun") or not shutil.which("mpicc"),
+                               reason="needs Open MPI: make setup")
 
 
 def run_ranks(ranks, program, *arguments, **environment):
     """On one rank without mpirun and so without MPI."""
     if ranks == 1:
         return run(program, *arguments, OMP_NUM_THREADS=1, **environment)
-    return run("mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-np", str(ranks), program, *arguments, OMP_NUM_THREADS=1, **environment)
+    mpirun = ["mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-np", str(ranks)]
+    return run(*mpirun, program, *arguments, OMP_NUM_THREADS=1, **environment)
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=needs_mpi), pytest.param(3, marks=needs_mpi)])
 def test_collectives(ranks):
     """Right, and the same bits in each run, in both machines."""
-    runs = [run_ranks(ranks, build("collectives")) for _ in range(2)] + [run_ranks(ranks, build("collectives", "STRICT=1"), CUDA_SEED=seed) for seed in (1, 2, 3)]
+    fast, strict = build("collectives"), build("collectives", "STRICT=1")
+    runs = [run_ranks(ranks, fast) for _ in range(2)]
+    runs += [run_ranks(ranks, strict, CUDA_SEED=seed) for seed in (1, 2, 3)]
     for done in runs:
         assert done.returncode == 0, done.stdout + done.stderr
     lines = [sorted(done.stdout.splitlines()) for done in runs]
-    assert all(re.fullmatch(rf"rank {r} of {ranks}: hash \w{{16}}", line) for r, line in enumerate(lines[0])) and len(lines[0]) == ranks, lines[0]
+    assert len(lines[0]) == ranks, lines[0]
+    for rank, line in enumerate(lines[0]):
+        assert re.fullmatch(rf"rank {rank} of {ranks}: hash \w{{16}}", line), lines[0]
     assert all(other == lines[0] for other in lines), lines
 
 
 @needs_mpi
-@pytest.mark.skipif(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 8 << 30, reason="needs 8 GB of free memory")
+@pytest.mark.skipif(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 8 << 30,
+                    reason="needs 8 GB of free memory")
 def test_counts_beyond_int():
     done = run_ranks(2, build("collectives"), "huge")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -222,8 +236,9 @@ def test_strict_compares_ranks(case, ranks, report):
 
 
 def test_signatures_are_nccls():
-    """What cpu/nccl.h declares stands in NVIDIA's header, too, with the same arguments and values."""
-    folders = [os.environ.get("NCCL_HOME", "") + "/include", "/usr/local/cuda/include", "/usr/include", "/usr/local/include"]
+    """What cpu/nccl.h declares is also in NVIDIA's header, with the same arguments and values."""
+    folders = [os.environ.get("NCCL_HOME", "") + "/include", "/usr/local/cuda/include",
+               "/usr/include", "/usr/local/include"]
     headers = [path for path in (folder + "/nccl.h" for folder in folders) if os.path.exists(path)]
     if not headers:
         pytest.skip("needs NVIDIA's nccl.h")
@@ -231,7 +246,8 @@ def test_signatures_are_nccls():
         with open(path) as f:
             text = re.sub(r"/\*.*?\*/|//[^\n]*", "", f.read(), flags=re.S)
         flat = lambda arguments: re.sub(r"\s*([*,])\s*", r"\1 ", " ".join(arguments.split()))
-        functions = {m[2]: (m[1].strip(), flat(m[3])) for m in re.finditer(r"^((?:const )?\w+\*?)\s+(nccl\w+)\(([^)]*)\);", text, flags=re.M)}
+        declarations = re.finditer(r"^((?:const )?\w+\*?)\s+(nccl\w+)\(([^)]*)\);", text, flags=re.M)
+        functions = {m[2]: (m[1].strip(), flat(m[3])) for m in declarations}
         return functions, dict(re.findall(r"\b(nccl\w+)\s*=\s*(\d+)\b", text))
     (functions, values), (real_functions, real_values) = declared(f"{ROOT}/cpu/nccl.h"), declared(headers[0])
     assert len(functions) == 15 and len(values) > 20
@@ -240,27 +256,38 @@ def test_signatures_are_nccls():
 
 
 def test_build_without_mpi(tmp_path):
-    """One rank, and make says so."""
+    """One rank, and make reports it."""
     shutil.copytree(f"{ROOT}/cpu", tmp_path / "cpu")
     shutil.copytree(f"{ROOT}/tests/machine", tmp_path / "tests" / "machine")
     shutil.copy(f"{ROOT}/Makefile", tmp_path)
     target = "build/cpu-fp32-strict/tests/machine/collectives"
-    made = subprocess.run(["make", "DEVICE=cpu", "STRICT=1", "MPICC=/nowhere/mpicc", target], cwd=tmp_path, capture_output=True, text=True)
-    assert made.returncode == 0 and "warning" not in made.stderr and "-lmpi" not in made.stdout, made.stdout + made.stderr
+    without_mpi = ["DEVICE=cpu", "MPICC=/nowhere/mpicc"]
+    made = subprocess.run(["make", *without_mpi, "STRICT=1", target], cwd=tmp_path, capture_output=True, text=True)
+    assert made.returncode == 0 and "warning" not in made.stderr, made.stdout + made.stderr
+    assert "-lmpi" not in made.stdout, made.stdout
     assert run(tmp_path / target).stdout.startswith("rank 0 of 1: hash ")
-    said = subprocess.run(["make", "-n", "DEVICE=cpu", "MPICC=/nowhere/mpicc", "olmoe"], cwd=ROOT, capture_output=True, text=True).stdout
-    assert "Building for the CPU in FP32, without MPI: " in said, said
+    asked = subprocess.run(["make", "-n", *without_mpi, "olmoe"], cwd=ROOT, capture_output=True, text=True)
+    assert "Building for the CPU in FP32, without MPI: " in asked.stdout, asked.stdout
 
 
 def test_build_without_nccl(tmp_path):
-    """The header that stands in for NCCL in CUDA builds, in a build of the fast machine: one rank, the results of NCCL over MPI."""
+    """The header that CUDA builds have in place of NCCL's, here in a build of the fast machine: one rank, and the same
+    results as NCCL over MPI."""
     alone = run(build("collectives"))
-    preprocessed = subprocess.run(["g++", "-std=c++17", "-fopenmp", "-DWARP=1", "-Icpu/no_nccl", "-Icpu", "-Icpu/no_mpi", "-E", "-x", "c++", "tests/machine/collectives.cu"],
+    compiler = ["g++", "-std=c++17", "-fopenmp"]
+    folders = ["-Icpu/no_nccl", "-Icpu", "-Icpu/no_mpi"]
+    preprocessed = subprocess.run([*compiler, "-DWARP=1", *folders, "-E", "-x", "c++", "tests/machine/collectives.cu"],
                                   cwd=ROOT, capture_output=True, check=True).stdout
-    (tmp_path / "program.cpp").write_bytes(subprocess.run(["cpu/rewrite"], cwd=ROOT, input=preprocessed, capture_output=True, check=True).stdout)
-    (tmp_path / "unused.cpp").write_text('#include "collective.h"\n#include <stdlib.h>\nvoid run_collectives(const std::vector<NcclCall>&) { abort(); }\n')
-    made = subprocess.run(["g++", "-std=c++17", "-fopenmp", "-O2", "-Wall", "-Wextra", "-Werror", "-Icpu", tmp_path / "program.cpp", tmp_path / "unused.cpp",
-                           *[f"build/cpu-fp32/cpu/{name}.o" for name in ("fast", "gemm", "device")], "-ldnnl", "-o", tmp_path / "program"], cwd=ROOT, capture_output=True, text=True)
+    rewritten = subprocess.run(["cpu/rewrite"], cwd=ROOT, input=preprocessed, capture_output=True, check=True).stdout
+    (tmp_path / "program.cpp").write_bytes(rewritten)
+    (tmp_path / "unused.cpp").write_text("""#include "collective.h"
+#include <stdlib.h>
+void run_collectives(const std::vector<NcclCall>&) { abort(); }
+""")
+    sources = [tmp_path / "program.cpp", tmp_path / "unused.cpp"]
+    objects = [f"build/cpu-fp32/cpu/{name}.o" for name in ("fast", "gemm", "device")]
+    made = subprocess.run([*compiler, "-O2", "-Wall", "-Wextra", "-Werror", "-Icpu", *sources, *objects, "-ldnnl",
+                           "-o", tmp_path / "program"], cwd=ROOT, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     done = run(tmp_path / "program")
     assert done.returncode == 0 and done.stdout == alone.stdout, done.stdout + done.stderr
@@ -271,12 +298,14 @@ def test_build_without_nccl(tmp_path):
 def compile_text(tmp_path, text, flags=()):
     source = tmp_path / "program.cu"
     source.write_text(text)
-    preprocessed = subprocess.run(["g++", "-E", "-fopenmp", "-std=c++17", f"-I{ROOT}/cpu", *flags, "-x", "c++", str(source)], capture_output=True)
+    preprocessed = subprocess.run(["g++", "-E", "-fopenmp", "-std=c++17", f"-I{ROOT}/cpu", *flags, "-x", "c++",
+                                   str(source)], capture_output=True)
     assert preprocessed.returncode == 0, preprocessed.stderr
     rewritten = subprocess.run([f"{ROOT}/cpu/rewrite"], input=preprocessed.stdout, capture_output=True)
     if rewritten.returncode != 0:
         return rewritten.returncode, rewritten.stderr.decode()
-    compiled = subprocess.run(["g++", "-fopenmp", "-std=c++17", "-fpreprocessed", "-fsyntax-only", "-x", "c++", "-"], input=rewritten.stdout, capture_output=True)
+    compiled = subprocess.run(["g++", "-fopenmp", "-std=c++17", "-fpreprocessed", "-fsyntax-only", "-x", "c++", "-"],
+                              input=rewritten.stdout, capture_output=True)
     return compiled.returncode, compiled.stderr.decode()
 
 
@@ -322,7 +351,14 @@ def test_unimplemented_is_an_error(tmp_path, device, host, name, flags):
 
 
 def test_error_names_line(tmp_path):
-    text = "#include <cuda_runtime.h>\n__global__ void k(int) {}\nint main() {\n    k<<<1,\n        32>>>(1);\n    undefined_name;\n}\n"
+    text = """#include <cuda_runtime.h>
+__global__ void k(int) {}
+int main() {
+    k<<<1,
+        32>>>(1);
+    undefined_name;
+}
+"""
     code, errors = compile_text(tmp_path, text)
     assert code != 0 and "program.cu:6:" in errors, errors
 
