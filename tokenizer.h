@@ -941,9 +941,9 @@ inline std::string stream_end(TextStream* s) {
 struct ChatMessage { std::string role, content; };      // role: system, user or assistant
 
 // The text that OLMoE's Instruct models were trained to answer, by the template of their release. It begins with eos,
-// so encode it without adding tokens. With generate it ends where the answer of the assistant begins. eos is the text
-// of the token that ends a document; the 0125 releases have another one.
-inline std::string chat_prompt(const std::vector<ChatMessage>& messages, bool generate,
+// so encode it without adding tokens. With answer_follows it ends where the answer of the assistant begins. eos is the
+// text of the token that ends a document; the 0125 releases have another one.
+inline std::string chat_prompt(const std::vector<ChatMessage>& messages, bool answer_follows,
                                const std::string& eos = "<|endoftext|>") {
     std::string prompt = eos;
     for (const ChatMessage& m : messages) {
@@ -951,5 +951,5 @@ inline std::string chat_prompt(const std::vector<ChatMessage>& messages, bool ge
             die("chat: the role %s is not one of system, user, assistant", m.role.c_str());
         prompt += "<|" + m.role + "|>\n" + m.content + (m.role == "assistant" ? eos : "") + "\n";
     }
-    return prompt + (generate ? "<|assistant|>\n" : "");
+    return prompt + (answer_follows ? "<|assistant|>\n" : "");
 }
