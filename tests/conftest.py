@@ -1,2 +1,3 @@
 def pytest_configure(config):
-    config.addinivalue_line("markers", "peers: needs torch and transformers; `make test-peers` runs it, `make test` does not")
+    config.addinivalue_line(
+        "markers", "peers: needs torch and transformers; `make test-peers` runs it, `make test` does not")

@@ -23,7 +23,7 @@ class Tally:
             row[2] += 1
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
             self.skipped.append((report.nodeid, reason))
-        elif report.failed:                 # in the test, or in what it was to be given
+        elif report.failed:                 # in the test, or in one of its fixtures
             row[1] += 1
             self.failed.append(report.nodeid)
         elif report.when == "call":
@@ -52,7 +52,7 @@ def main():
         print(f"skipped  {name}: {reason}")
     passed, failed, skipped = (sum(row[i] for row in tally.files.values()) for i in range(3))
     if code not in (0, 1) and failed == 0:
-        failed = 1                          # pytest itself went wrong, or found no test
+        failed = 1                          # pytest itself failed, or found no test
     print(f"in {time.time() - start:.0f} s")
     if tally_file:
         with open(tally_file, "a") as f:

@@ -1,5 +1,5 @@
-"""tokenizer.h against `tokenizers`: ids, decoded text, NFC, on strings drawn by a seed, with random tokenizers of the family, with the fixture
-and, where OLMOE_DATA has it, with OLMoE's own; all code points alone and beside others.
+"""tokenizer.h against `tokenizers`: ids, decoded text, NFC, on strings drawn by a seed, with random tokenizers of the
+family, with the fixture and, where OLMOE_DATA has it, with OLMoE's own; all code points alone and beside others.
 
 Run by `make test-peers`. PEER_SEED repeats a run, PEER_STRINGS sets the number of strings for each.
 """
@@ -24,7 +24,8 @@ DATA = os.environ.get("OLMOE_DATA", "")
 OLMOE = Path(DATA, "tokenizer", "tokenizer.json")
 SEED = int(os.environ.get("PEER_SEED") or random.SystemRandom().randrange(10**6))
 STRINGS = int(os.environ.get("PEER_STRINGS", 10000))
-needs_data = pytest.mark.skipif(not (DATA and OLMOE.exists()), reason="needs OLMoE's tokenizer.json; OLMOE_DATA=FOLDER with tokenizer/ and text/")
+needs_data = pytest.mark.skipif(not (DATA and OLMOE.exists()),
+                                reason="needs OLMoE's tokenizer.json; OLMOE_DATA=FOLDER with tokenizer/ and text/")
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +36,17 @@ def tokenizers():
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
     path = tmp_path_factory.mktemp("build") / "test_tokenizer"
-    subprocess.run(["g++", "-std=c++17", "-O2", "-o", path, ROOT / "tests" / "test_tokenizer.cpp", "-lz", "-lutf8proc", "-pthread"], check=True)
+    source = ROOT / "tests" / "test_tokenizer.cpp"
+    subprocess.run(["g++", "-std=c++17", "-O2", "-o", path, source, "-lz", "-lutf8proc", "-pthread"], check=True)
     return path
 
 
 def compare(program, tokenizers, path, strings, folder):
-    """Returns the texts that ours decodes to."""
+    """Returns the texts that our ids decode to."""
     theirs = tokenizers.Tokenizer.from_file(str(path))
     nasty.write_texts(folder / "texts", strings)
-    r = subprocess.run([program], input=f"open {path}\nfile {folder / 'texts'} {folder / 'ids'}\n", capture_output=True, text=True)
+    commands = f"open {path}\nfile {folder / 'texts'} {folder / 'ids'}\n"
+    r = subprocess.run([program], input=commands, capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
     ids, texts = nasty.read_ids(folder / "ids"), nasty.read_texts(folder / "ids.text")
     assert len(ids) == len(texts) == len(strings)
@@ -82,13 +85,20 @@ def test_olmoe_nasty(program, tokenizers, tmp_path):
 @pytest.mark.parametrize("by", ["lines", "pieces"])
 def test_olmoe_text(program, tokenizers, tmp_path, by):
     texts = [path.read_bytes() for path in sorted(Path(DATA, "text").glob("*.txt"))]
-    strings = [part for text in texts for part in (text.splitlines(keepends=True) if by == "lines" else [text[i:i + (1 << 20)] for i in range(0, len(text), 1 << 20)])]
+    if by == "lines":
+        strings = [line for text in texts for line in text.splitlines(keepends=True)]
+    else:
+        strings = [text[i:i + (1 << 20)] for text in texts for i in range(0, len(text), 1 << 20)]
     compare(program, tokenizers, OLMOE, strings, tmp_path)
 
 
-@pytest.mark.parametrize("around", [("", ""), ("a", "b"), (" ", "1"), ("e", "\u0301"), ("\u0345", "\u0334"), ("[R]", "[L]"), ("word", "word")])
+@pytest.mark.parametrize("around", [("", ""), ("a", "b"), (" ", "1"), ("e", "\u0301"), ("\u0345", "\u0334"),
+                                    ("[R]", "[L]"), ("word", "word")])
 def test_every_code_point(program, tokenizers, tmp_path, around):
-    strings = ["".join(around[0] + chr(c) + around[1] + "\n" for c in range(low, low + 64) if not 0xd800 <= c < 0xe000).encode() for low in range(0, 0x110000, 64)]
+    def lines(low):
+        code_points = [c for c in range(low, low + 64) if not 0xd800 <= c < 0xe000]
+        return "".join(around[0] + chr(c) + around[1] + "\n" for c in code_points).encode()
+    strings = [lines(low) for low in range(0, 0x110000, 64)]
     compare(program, tokenizers, FIXTURE, strings, tmp_path)
 
 
@@ -101,7 +111,10 @@ def test_random_tokenizers(program, tokenizers, tmp_path, number):
     t.normalizer = tokenizers.normalizers.NFC() if number % 2 == 0 else None
     t.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     t.decoder = tokenizers.decoders.ByteLevel()
-    t.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(vocab_size=r.choice([256, 400, 2000]), show_progress=False, initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())))
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=r.choice([256, 400, 2000]), show_progress=False,
+                                             initial_alphabet=alphabet)
+    t.train_from_iterator(texts, trainer)
     data = json.loads(t.to_str())
     vocab, added = data["model"]["vocab"], ["<|endoftext|>"]
     while len(added) < 12:
@@ -111,7 +124,8 @@ def test_random_tokenizers(program, tokenizers, tmp_path, number):
         if content and content not in added and content not in vocab:
             added.append(content)
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    data["added_tokens"] = [{"id": len(vocab) + i, "content": content, **{flag: r.random() < 0.4 for flag in flags}} for i, content in enumerate(added)]
+    data["added_tokens"] = [{"id": len(vocab) + i, "content": content, **{flag: r.random() < 0.4 for flag in flags}}
+                            for i, content in enumerate(added)]
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(data))
     compare(program, tokenizers, path, nasty.nasty_strings(SEED + number, STRINGS // 4, added), tmp_path)
