@@ -2174,7 +2174,6 @@ struct TrainingRun {
     bool stop = false;                      // a signal asked for it
 };
 
-
 struct StepResult {
     Losses losses;                          // of all ranks
     double norm = 0, lr = 0, seconds = 0;
