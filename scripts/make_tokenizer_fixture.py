@@ -83,7 +83,7 @@ def results(tokenizer, texts, size=250):
 def main():
     FOLDER.mkdir(parents=True, exist_ok=True)
     path, vectors_path = FOLDER / "tokenizer.json", FOLDER / "vectors.json"
-    if not path.exists():           # to train it anew, delete it
+    if not path.exists():           # delete it to train it again
         path.write_text(train() + "\n")
     t = Tokenizer.from_file(str(path))
     vectors = json.loads(vectors_path.read_text()) if vectors_path.exists() else {}

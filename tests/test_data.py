@@ -690,7 +690,7 @@ def test_pieces_of_a_long_text(drive, tmp_path):
 
 
 def full_at(size):
-    """A limit on file sizes stands in for the disk: a write fails in the middle."""
+    """A limit on file sizes, in place of a full disk: a write fails in the middle."""
     def limit():
         import signal
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
