@@ -1,11 +1,12 @@
 """Faults of one line, each with the test that has to notice it. test_mutants.py puts them in, one at a time.
 
-    (name, file, text that stands in it once, what takes its place, test)
+    (name, file, text that it contains once, what takes its place, test)
 
-A test is one of test_olmoe in a build of the CPU machine, fast, strict (with seeds 1 to 5, as make test runs it) or bf16, or strict on two ranks,
-or one of pytest's.
+A test is one of test_olmoe in a build of the CPU machine, fast, strict (with seeds 1 to 5, as make test runs it) or
+bf16, or strict on two ranks, or one of pytest's.
 """
-CLI, DATA, TOKENIZER, CHECKPOINT = "tests/test_cli.py::test_", "tests/test_data.py::test_", "tests/test_tokenizer.py::test_", "tests/test_checkpoint.py::test_group"
+CLI, DATA, TOKENIZER = "tests/test_cli.py::test_", "tests/test_data.py::test_", "tests/test_tokenizer.py::test_"
+CHECKPOINT = "tests/test_checkpoint.py::test_group"
 
 MUTANTS = [
     # ---- Embedding, norms, rotation
