@@ -2353,9 +2353,9 @@ StepResult run_step(TrainingRun* run) {
         bool loss = is_spike(&run->spikes.losses, r.losses.loss, o.skip_spikes);
         r.skipped = is_spike(&run->spikes.norms, r.norm, o.skip_spikes) || loss;
     }
-    AdamWOptions adamw = o.adamw;
-    adamw.lr = r.lr = learning_rate(run->schedule, (double)run->step);
-    if (!r.skipped) olmoe_update(m, ++run->updates, r.norm, adamw);
+    AdamWOptions optimizer = o.adamw;
+    optimizer.lr = r.lr = learning_rate(run->schedule, (double)run->step);
+    if (!r.skipped) olmoe_update(m, ++run->updates, r.norm, optimizer);
     cudaCheck(cudaStreamSynchronize(main_stream.stream));
     if (o.profile && run->step == run->steps) cudaCheck(cudaProfilerStop());
     r.seconds = seconds_now() - start;

@@ -458,7 +458,7 @@ inline void plan_tensors(SavePlan* plan, const std::string& file, const std::vec
             for (size_t offset = t.offset, end = offset + t.count, n; offset < end; offset += n) {
                 auto [rank, run] = savers.owner(offset);
                 if (rank < 0 || rank >= savers.size || run <= offset)
-                    die("cannot save %s: nobody owns element %zu", plan->final.c_str(), offset);
+                    die("cannot save %s: no rank owns element %zu", plan->final.c_str(), offset);
                 n = std::min({run, end, offset + checkpoint_chunk}) - offset;
                 plan->pieces.push_back({rank, s.state, offset, n, f.bytes, n * dtype_bytes(dtype)});
                 f.bytes += plan->pieces.back().bytes;

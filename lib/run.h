@@ -196,7 +196,7 @@ void log_close(TrainingRun* run) {
 // where files are.
 Json trainer_state(const TrainingRun& run) {
     const TrainOptions& o = run.o;
-    const AdamWOptions& adamw = o.adamw;
+    const AdamWOptions& optimizer = o.adamw;
     const Schedule& schedule = run.schedule;
     Json s;
     s["step"] = run.step;
@@ -214,8 +214,8 @@ Json trainer_state(const TrainingRun& run) {
     s["precision"] = BF16 ? "BF16" : "FP32";
     s["schedule"] = {{"kind", schedule.kind}, {"lr", schedule.lr}, {"min_lr", schedule.min_lr},
                      {"warmup_steps", schedule.warmup}, {"decay_steps", schedule.total}};
-    s["adamw"] = {{"beta1", adamw.beta1}, {"beta2", adamw.beta2}, {"eps", adamw.eps},
-                  {"weight_decay", adamw.weight_decay}, {"grad_clip", adamw.grad_clip},
+    s["adamw"] = {{"beta1", optimizer.beta1}, {"beta2", optimizer.beta2}, {"eps", optimizer.eps},
+                  {"weight_decay", optimizer.weight_decay}, {"grad_clip", optimizer.grad_clip},
                   {"master_weights", std::string(o.master_weights)}, {"moments", std::string(o.moments)}};
     s["losses"] = {{"lb_coef", o.lb_coef}, {"z_coef", o.z_coef}, {"ce_divisor", std::string(o.ce_divisor)}};
     s["skip_spikes"] = {{"deviations", o.skip_spikes}, {"losses", run.spikes.losses}, {"norms", run.spikes.norms}};
