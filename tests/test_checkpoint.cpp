@@ -1135,10 +1135,10 @@ static void ranks_disagree(const string& out, const string& elsewhere) {
     refused("two owners", "disagree", [&](Savers* s) { if (s->rank == 1) s->owner = the_last(2); });
     refused("other runs", "disagree", [&](Savers* s) { if (s->rank == 1) s->owner = uneven(2); });
     refused("no sum", "disagree", [](Savers* s) { s->sum = [](std::vector<double>*) {}; });
-    refused("an owner too many", "nobody owns element 128", [&](Savers* s) {
+    refused("an owner too many", "no rank owns element 128", [&](Savers* s) {
         s->owner = [](size_t offset) { return std::make_pair((int)(offset / 64), offset / 64 * 64 + 64); };
     });
-    refused("an empty run", "nobody owns element 7", [&](Savers* s) {
+    refused("an empty run", "no rank owns element 7", [&](Savers* s) {
         s->owner = [](size_t) { return std::make_pair(0, (size_t)7); };
     });
 }
