@@ -2138,8 +2138,7 @@ struct TrainingRun;
 // What a run trains for; `pretraining` below is one. In each step run_step asks for the micro-batches, and in each
 // micro-batch, between forward and backward, for the gradient of the loss.
 struct Objective {
-    const char* name;
-    // Of this rank, in the next step: tokens, targets, and what each target counts in the loss
+    // Of this rank, in the next step: tokens, targets, and what each target counts. As many on each rank.
     std::vector<MicroBatch> (*micro_batches)(TrainingRun* run);
     // The logits are there: fills in the losses, and turns the logits into their gradient
     void (*gradient)(TrainingRun* run);
@@ -2205,7 +2204,7 @@ std::vector<MicroBatch> pretraining_micro_batches(TrainingRun* run) {
 
 void pretraining_gradient(TrainingRun* run) { cross_entropy(run->model.acts, true, run->model.N, run->config.V); }
 
-static const Objective pretraining = {"pretraining", pretraining_micro_batches, pretraining_gradient};
+static const Objective pretraining = {pretraining_micro_batches, pretraining_gradient};
 
 // The options against one another and the config
 void run_check_options(TrainingRun* run) {
@@ -2297,7 +2296,7 @@ void run_start(TrainingRun* run) {
 
 // Sums the losses over the ranks, and finds out together whether to stop, or who met a NaN: the same numbers on each
 // rank, so that all decide alike.
-void run_agree(TrainingRun* run, Losses* l, const std::string& not_finite /* where this rank met the first; or "" */) {
+void run_agree(TrainingRun* run, Losses* l, const std::string& not_finite /* where this rank met the first, or "" */) {
     std::vector<double> sums = {l->loss, l->lb, l->z, l->nll, (double)l->valid, (double)stop_requested};
     const size_t n = sums.size();
     sums.resize(n + world.size, 0);
