@@ -19,15 +19,17 @@ std::vector<float> floats_of(const SafeTensor& t) { return values_of<float>(t); 
 
 struct Reference {
     Safetensors file;
-    int64_t B = 0, T = 0;                   // sequences, and tokens of each
+    int64_t B = 0, T = 0;                   // the shape of inputs; with `lengths` 1 and N
+    std::vector<int> lengths;               // of the sequences: T, B times, where the file has no `lengths`
     std::vector<int> inputs, targets;       // (B, T); targets are all IGNORED where the file has none
+    std::vector<double> weights;            // (B, T) what each target counts in the loss
     bool has_targets = false;
     std::vector<HfTensor> tensors;          // of the model
     std::vector<const SafeTensor*> grads;   // the gradient of each of them, or null
-    size_t to_compare = 0;                  // tensors of the file but inputs and targets
+    size_t to_compare = 0;                  // tensors of the file that are no inputs
     bool scalars = false;                   // some of them are losses,
     bool backward = false;                  // or need gradients
-    double lb_coef = 0, z_coef = 0, ce_scale = 0;
+    double lb_coef = 0, z_coef = 0;
 
     const char* path() const { return file.path.c_str(); }
     const SafeTensor* find(const std::string& name) const { return file.find(name); }
@@ -49,19 +51,68 @@ struct Reference {
     }
 };
 
+// Tensors of the file that say what is computed. All others are compared.
+bool is_input(const std::string& name) {
+    return name == "inputs" || name == "targets" || name == "lengths" || name == "weights";
+}
+
+void reference_read_lengths(Reference* r, const OlmoeConfig& c) {
+    const SafeTensor* lengths = r->find("lengths");
+    if (!lengths) {
+        if (r->T > c.max_T)
+            die("%s: inputs of %ld x %ld tokens; max_position_embeddings is %d", r->path(), r->B, r->T, c.max_T);
+        r->lengths.assign(r->B, (int)r->T);
+        return;
+    }
+    if (lengths->shape.size() != 1 || lengths->shape[0] < 1) die("%s: lengths should be I32 [S]", r->path());
+    r->expect(*lengths, "I32", lengths->shape);
+    if (r->B != 1)
+        die("%s: with `lengths`, inputs should be I32 [1, N]; they are [%ld, %ld]", r->path(), r->B, r->T);
+    r->lengths = values_of<int>(*lengths);
+    int64_t sum = 0;
+    for (size_t s = 0; s < r->lengths.size(); s++) {
+        const int length = r->lengths[s];
+        if (length < 1 || length > c.max_T)
+            die("%s: lengths[%zu] is %d; it may be 1 to max_position_embeddings, which is %d", r->path(), s, length,
+                c.max_T);
+        sum += length;
+    }
+    if (sum != r->T) die("%s: the lengths sum to %ld, inputs has %ld tokens", r->path(), sum, r->T);
+}
+
 void reference_read_tokens(Reference* r, const OlmoeConfig& c) {
     const SafeTensor *inputs = r->find("inputs"), *targets = r->find("targets");
     if (!inputs || inputs->shape.size() != 2) die("%s: needs a tensor `inputs` I32 [B, T]", r->path());
     r->B = inputs->shape[0];
     r->T = inputs->shape[1];
-    if (r->B < 1 || r->T < 1 || r->B > 1 << 20 || r->T > c.max_T)
-        die("%s: inputs of %ld x %ld tokens; max_position_embeddings is %d", r->path(), r->B, r->T, c.max_T);
+    if (r->B < 1 || r->T < 1 || r->B > 1 << 20 || r->T > 1 << 30)
+        die("%s: inputs of %ld x %ld tokens", r->path(), r->B, r->T);
     r->expect(*inputs, "I32", {r->B, r->T});
     if (targets) r->expect(*targets, "I32", {r->B, r->T});
     r->inputs = values_of<int>(*inputs);
     r->has_targets = targets;
     if (targets) r->targets = values_of<int>(*targets);
     else r->targets.assign(r->inputs.size(), IGNORED);
+    reference_read_lengths(r, c);
+}
+
+// What each target counts in the loss: the file's `weights`, or the same for all by ce_divisor
+void reference_read_weights(Reference* r) {
+    if (const SafeTensor* weights = r->find("weights")) {
+        r->expect(*weights, "F32", {r->B, r->T});
+        if (!r->has_targets) die("%s: `weights` are those of `targets`, which are not there", r->path());
+        if (r->has("ce_divisor")) die("%s: has both `weights` and metadata ce_divisor; leave one out", r->path());
+        const std::vector<float> values = floats_of(*weights);
+        for (size_t i = 0; i < values.size(); i++)
+            if (!std::isfinite(values[i])) die("%s: weights has %g at %zu", r->path(), values[i], i);
+        r->weights.assign(values.begin(), values.end());
+        return;
+    }
+    const std::string divisor = r->has("ce_divisor") ? r->file.metadata["ce_divisor"] : "valid";
+    if (divisor != "valid" && divisor != "all")
+        die("%s: metadata ce_divisor '%s' is neither valid nor all", r->path(), divisor.c_str());
+    const int64_t valid = std::count_if(r->targets.begin(), r->targets.end(), [](int t) { return t >= 0; });
+    r->weights.assign(r->inputs.size(), divisor == "all" ? 1.0 / (r->B * r->T) : 1.0 / std::max<int64_t>(valid, 1));
 }
 
 // Is this the name of what a layer's router has? The format is "router.%d.experts%n", say.
@@ -105,10 +156,11 @@ void reference_check(Reference* r, const SafeTensor& t, const OlmoeConfig& c) {
 void reference_open(Reference* r, const std::string& path, const OlmoeConfig& c) {
     safetensors_open(&r->file, path);
     reference_read_tokens(r, c);
+    reference_read_weights(r);
     r->tensors = hf_tensors(c);
     r->grads.assign(r->tensors.size(), nullptr);
     for (const SafeTensor& t : r->file.tensors) {
-        if (t.name == "inputs" || t.name == "targets") continue;
+        if (is_input(t.name)) continue;
         reference_check(r, t, c);
         r->to_compare++;
     }
@@ -116,11 +168,13 @@ void reference_open(Reference* r, const std::string& path, const OlmoeConfig& c)
 
     r->lb_coef = r->number("lb_coef", 0);
     r->z_coef = r->number("z_coef", 0);
-    const std::string divisor = r->has("ce_divisor") ? r->file.metadata["ce_divisor"] : "valid";
-    if (divisor != "valid" && divisor != "all")
-        die("%s: metadata ce_divisor '%s' is neither valid nor all", r->path(), divisor.c_str());
-    int64_t valid = std::count_if(r->targets.begin(), r->targets.end(), [](int t) { return t >= 0; });
-    r->ce_scale = divisor == "all" ? 1.0 / (r->B * r->T) : 1.0 / std::max<int64_t>(valid, 1);
+}
+
+MicroBatch reference_batch(const Reference& r) {
+    MicroBatch batch;
+    for (int T : r.lengths) batch_add(&batch, &r.inputs[batch.N()], &r.targets[batch.N()], T);
+    batch.weights = r.weights;
+    return batch;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -324,10 +378,12 @@ int command_verify(int argc, char** argv) {
 
     const Use use = r.find("losses") ? Use::training : r.backward ? Use::gradients : Use::inference;
     device_open();
-    olmoe_allocate(&v.model, v.config, capacity_of_rows(v.config, r.B, r.T, use));
+    Capacity capacity = capacity_of_rows(v.config, r.B, r.T, use);
+    capacity.T = *std::max_element(r.lengths.begin(), r.lengths.end());
+    olmoe_allocate(&v.model, v.config, capacity);
     olmoe_load(&v.model, dir);
     printf("%-58s %9s  %8s\n", "tensor", "error", "of limit");
-    olmoe_set_batch(&v.model, batch_of_rows(r.inputs.data(), r.targets.data(), (int)r.B, (int)r.T, r.ce_scale));
+    olmoe_set_batch(&v.model, reference_batch(r));
     olmoe_forward(&v.model);
     verify_logits(&v);
     verify_routers(&v);

@@ -7,6 +7,7 @@ gradient, the routing, and the losses of a few AdamW steps with clipping.
 
   reference.py --out DIR --shape odd --seed 2     one model
   reference.py --out DIR --model DIR2             the reference of an existing model; its weights are not copied
+  reference.py --out DIR --lengths 5,1,40         sequences of these lengths, in place of --batch of --seq
   reference.py --all tests/fixtures               the committed fixtures again
 
 The numbers come from transformers' own modules, run in float64, also where transformers asks for float32
@@ -17,10 +18,15 @@ of the worst gradient tensor (*_worst_grad), and the worst relative error of a l
 
 Losses: with N = B*T tokens, probabilities p = softmax(z), c_i the tokens that chose expert i:
   ce = -sum over valid targets of log softmax(logits)[target] / (number of valid targets, or N)
+       with --weights: times a weight of each target's own
   lb = lb_coef * E/(L*N*K) * sum over layers and experts of c_i * mean over tokens of p_i
   z  = z_coef / (L*N*K) * sum over layers and tokens of logsumexp(z)^2
+
+Sequences of several lengths are one micro-batch of N tokens in all. Each goes alone through transformers' model,
+without padding, its positions from 0; the file's inputs are [1, N], and its tensor `lengths` says where they part.
 """
 import argparse
+import itertools
 import json
 import os
 import struct
@@ -48,7 +54,7 @@ DEFAULTS = dict(
     layers=2, hidden=32, heads=2, vocab=128, experts=8, topk=2, width=32, batch=2, seq=32,
     rope_theta=10000.0, rms_norm_eps=1e-5, norm_topk_prob=False, bf16=False, ignore=0.0, margin=0.01,
     lb_coef=0.01, z_coef=0.001, lr=3e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_clip=1.0,
-    ce_divisor="valid", steps=10, seed=1)
+    ce_divisor="valid", steps=10, seed=1, lengths="", weights=False)
 SHAPES = {
     "regular": dict(),
     # Nothing is a power of two or a multiple of 8, and every option differs from its default.
@@ -115,8 +121,13 @@ def draw_model(o, generator):
     return model
 
 
-def forward(model, inputs):
-    """logits (B, T, V), per layer the router's logits (B, T, E) and choice (B, T, K), by probability."""
+def forward(model, inputs, lengths=None):
+    """logits (B, T, V), per layer the router's logits (B, T, E) and choice (B, T, K), by probability. With lengths,
+    inputs are (1, N): sequences of these lengths, and each goes through the model alone."""
+    if lengths:
+        logits, routers, choices = zip(*(forward(model, sequence) for sequence in inputs.split(lengths, dim=1)))
+        return (torch.cat(logits, dim=1), [torch.cat(layer, dim=1) for layer in zip(*routers)],
+                [torch.cat(layer, dim=1) for layer in zip(*choices)])
     routing = []
     hooks = [layer.mlp.gate.register_forward_hook(lambda module, args, output: routing.append(output))
              for layer in model.model.layers]
@@ -136,28 +147,43 @@ def margins(routers, K):
 
 
 def draw_inputs(exact, o, generator):
-    """Random tokens whose routing is decisive. Attention is causal: in each row, the first token whose margin is too
-    small is drawn again until it has one, and what is before it stays good."""
+    """Random tokens whose routing is decisive. Attention is causal: in each sequence, the first token whose margin is
+    too small is drawn again until it has one, and what is before it stays good."""
     V = exact.config.vocab_size
-    inputs = torch.randint(V, (o.batch, o.seq), generator=generator)
+    lengths = o.lengths or [o.seq] * o.batch
+    starts = [0, *itertools.accumulate(lengths[:-1])]
+    inputs = torch.randint(V, (1, sum(lengths)) if o.lengths else (o.batch, o.seq), generator=generator)
     for attempt in range(50 * o.seq):
         with torch.no_grad(), Float64():
-            small = margins(forward(exact, inputs)[1], exact.config.num_experts_per_tok) < o.margin
-        rows = small.any(dim=1).nonzero()[:, 0]
-        if len(rows) == 0:
+            routers = forward(exact, inputs, o.lengths)[1]
+        small = (margins(routers, exact.config.num_experts_per_tok) < o.margin).flatten().split(lengths)
+        again = [start + int(s.int().argmax()) for start, s in zip(starts, small) if s.any()]
+        if not again:
             return inputs
-        inputs[rows, small.int().argmax(dim=1)[rows]] = torch.randint(V, (len(rows),), generator=generator)
+        inputs.view(-1)[again] = torch.randint(V, (len(again),), generator=generator)
     die(f"no tokens found whose routing margin is at least {o.margin}; give a smaller --margin or another --seed")
 
 
-def losses(model, inputs, targets, o):
+def draw_target_weights(shape, o, generator):
+    """What each target counts, or None: all different, a few of them negative."""
+    if not o.weights:
+        return None
+    weights = (0.1 + 1.8 * torch.rand(shape, generator=generator)) / shape.numel()
+    return torch.where(torch.rand(shape, generator=generator) < 0.15, -weights, weights)
+
+
+def losses(model, inputs, targets, target_weights, o):
     """loss, ce, lb, z; logits, router logits, choices."""
-    logits, routers, choices = forward(model, inputs)
+    logits, routers, choices = forward(model, inputs, o.lengths)
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     N, K, E, L = inputs.numel(), model.config.num_experts_per_tok, model.config.num_experts, len(routers)
-    divisor = N if o.ce_divisor == "all" else int((targets >= 0).sum())
-    ce = F.cross_entropy(logits.to(wide).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
-    ce = ce / divisor
+    if target_weights is None:
+        divisor = N if o.ce_divisor == "all" else int((targets >= 0).sum())
+        ce = F.cross_entropy(logits.to(wide).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+        ce = ce / divisor
+    else:
+        ce = F.cross_entropy(logits.to(wide).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
+        ce = (target_weights.to(wide).flatten() * ce).sum()
     lb = z = torch.zeros((), dtype=wide)
     for router, choice in zip(routers, choices):
         router = router.to(wide).flatten(0, 1)
@@ -182,7 +208,7 @@ def per_expert(tensors):
             yield name, tensor
 
 
-def run(model, inputs, targets, o):
+def run(model, inputs, targets, target_weights, o):
     """Everything that the reference holds, in the model's own precision. Changes the model's weights."""
     result, curve = {}, []
     weights = dict(model.named_parameters())
@@ -194,7 +220,7 @@ def run(model, inputs, targets, o):
     smallest = torch.inf
     for step in range(max(o.steps, 1)):
         model.zero_grad(set_to_none=False)
-        loss, ce, lb, z, logits, routers, choices = losses(model, inputs, targets, o)
+        loss, ce, lb, z, logits, routers, choices = losses(model, inputs, targets, target_weights, o)
         loss.backward()
         curve.append(loss.detach().double())
         smallest = min(smallest, margins(routers, choices[0].shape[-1]).min().item())
@@ -286,18 +312,24 @@ def reference(out, o, name):
         exact = twin(model, torch.float64)
     inputs = draw_inputs(exact, o, generator)
     targets = torch.randint(c.vocab_size, inputs.shape, generator=generator)
-    targets[:, :-1] = inputs[:, 1:]
+    if o.lengths:
+        for to, sequence in zip(targets.split(o.lengths, dim=1), inputs.split(o.lengths, dim=1)):
+            to[:, :-1] = sequence[:, 1:]
+    else:
+        targets[:, :-1] = inputs[:, 1:]
     ignored = torch.rand(targets.shape, generator=generator) < o.ignore
     ignored[0, 0] &= not ignored.all()  # one at least is left
     targets[ignored] = -100
+    target_weights = draw_target_weights(inputs.shape, o, generator)
+    batch = inputs, targets, target_weights, o
 
     with Float64():
-        truth = run(exact, inputs, targets, o)
-    peers = {"fp32": run(twin(model, torch.float32), inputs, targets, o)}
+        truth = run(exact, *batch)
+    peers = {"fp32": run(twin(model, torch.float32), *batch)}
     if o.bf16:
         for attention in ("eager", "sdpa"):
-            peers[f"bf16_{attention}"] = run(twin(model, torch.bfloat16, attention), inputs, targets, o)
-    metadata = {key: str(getattr(o, key)) for key in RECIPE}
+            peers[f"bf16_{attention}"] = run(twin(model, torch.bfloat16, attention), *batch)
+    metadata = {key: str(getattr(o, key)) for key in RECIPE if target_weights is None or key != "ce_divisor"}
     metadata["made_with"] = f"torch {torch.__version__} transformers {transformers.__version__}"
     for peer, result in peers.items():
         metadata.update({f"{peer}_{what}": f"{error:.3e}" for what, error in errors(result, truth).items()})
@@ -313,6 +345,10 @@ def reference(out, o, name):
                     f"more than {bar:.1e}; give another --seed, a larger --margin, or another --lr and --eps")
 
     tensors = {"inputs": inputs.int(), "targets": targets.int(), "logits": truth["logits"].float()}
+    if o.lengths:
+        tensors["lengths"] = torch.tensor(o.lengths, dtype=torch.int32)
+    if target_weights is not None:
+        tensors["weights"] = target_weights
     for key in ("loss", "ce_loss", "lb_loss", "z_loss"):
         tensors[key] = truth[key].float().reshape(1)
     for l, (router, choice) in enumerate(zip(truth["router_logits"], truth["choices"])):
@@ -339,7 +375,8 @@ def reference(out, o, name):
 
     loads = [torch.bincount(choice.flatten(), minlength=c.num_experts) for choice in truth["choices"]]
     print(f"{name}: L {c.num_hidden_layers} C {c.hidden_size} H {c.num_attention_heads} V {c.vocab_size} "
-          f"E {c.num_experts} K {c.num_experts_per_tok} F {c.intermediate_size} B {o.batch} T {o.seq}, "
+          f"E {c.num_experts} K {c.num_experts_per_tok} F {c.intermediate_size} "
+          f"{'lengths ' + ' '.join(map(str, o.lengths)) if o.lengths else f'B {o.batch} T {o.seq}'}, "
           f"{sum(t.numel() for t in truth['grads'].values())} parameters, seed {o.seed}")
     print(f"  loss {truth['loss']:.6f} = "
           f"ce {truth['ce_loss']:.6f} + lb {truth['lb_loss']:.6f} + z {truth['z_loss']:.6f}, "
@@ -381,12 +418,18 @@ def main(words=None):
     for name in names:
         given = {key: value for key, value in vars(arguments).items() if value is not None}
         o = argparse.Namespace(**{**DEFAULTS, "model": None, **SHAPES[name], **({} if arguments.all else given)})
+        try:
+            o.lengths = [int(length) for length in o.lengths.split(",") if o.lengths]
+        except ValueError:
+            die(f"--lengths {o.lengths}: give numbers with commas between them")
+        if o.lengths:
+            o.batch, o.seq = len(o.lengths), max(o.lengths)
         if o.hidden % o.heads or o.hidden // o.heads % 2:
             die(f"--hidden {o.hidden} does not split into {o.heads} heads of an even size; change --hidden or --heads")
         if not 1 <= o.topk <= o.experts:
             die(f"--topk {o.topk} is not between 1 and --experts {o.experts}")
-        if min(o.layers, o.width, o.batch, o.seq, o.vocab) < 1 or o.steps < 0:
-            die("--layers, --width, --batch, --seq and --vocab must be at least 1, --steps at least 0")
+        if min(o.layers, o.width, o.batch, o.seq, o.vocab, *o.lengths) < 1 or o.steps < 0:
+            die("--layers, --width, --batch, --seq, --vocab and --lengths must be at least 1, --steps at least 0")
         if o.ce_divisor not in ("valid", "all"):
             die(f"--ce-divisor {o.ce_divisor}: choose valid or all")
         if arguments.out and os.path.exists(arguments.out):
