@@ -9,7 +9,7 @@
 .SUFFIXES:
 
 # ------------------------------------------------------------------------------------------------
-# Machine: CUDA where there are a driver with a device and nvcc, else the CPU.
+# Machine: CUDA where there are an NVIDIA device and nvcc, else the CPU.
 
 NVCC ?= $(firstword $(wildcard $(shell command -v nvcc 2>/dev/null) /usr/local/cuda/bin/nvcc) nvcc)
 PYTHON ?= $(firstword $(wildcard /usr/bin/python3) python3)
@@ -30,7 +30,7 @@ endif
 ifeq ($(filter cpu cuda,$(DEVICE)),)
   $(error DEVICE=$(DEVICE): write DEVICE=cpu or DEVICE=cuda)
 endif
-# The program that the tests run is in fp32, whose roundings their tolerances are of; they build what they need of BF16 themselves.
+# The tests run an FP32 program, because their tolerances are for fp32. What they need in BF16 they build themselves.
 PRECISION ?= $(if $(filter cuda,$(DEVICE)),$(if $(filter test test-parallel,$(MAKECMDGOALS)),FP32,BF16),FP32)
 ifeq ($(filter FP32 BF16,$(PRECISION)),)
   $(error PRECISION=$(PRECISION): write PRECISION=FP32 or PRECISION=BF16)
@@ -59,22 +59,23 @@ ifeq ($(DEVICE),cpu)
 endif
 
 # ------------------------------------------------------------------------------------------------
-# Several ranks: MPI starts them and, on CPUs, carries their collectives; on GPUs NCCL does. Where one is missing a header of ours
-# stands in for it, and the program has one rank. Looked up at the first use, because in `make setup train` it is installed first.
+# Several ranks: MPI starts them. Their collectives go through MPI on CPUs, and through NCCL on GPUs. Where one of them is
+# missing, a header of cpu/ takes its place, and the program has one rank. MPI is looked up at its first use, because in
+# `make setup train` it is installed first.
 
 MPICC ?= mpicc
 MPI_CFLAGS = $(eval MPI_CFLAGS := $(or $(shell flags=$$($(MPICC) --showme:compile 2>/dev/null) && g++ $$flags -include mpi.h -E -x c++ /dev/null \
   >/dev/null 2>&1 && echo -DOMPI_SKIP_MPICXX $$flags),-Icpu/no_mpi))$(MPI_CFLAGS)
 MPI_LIBS = $(if $(filter -Icpu/no_mpi,$(MPI_CFLAGS)),,$(eval MPI_LIBS := $(shell $(MPICC) --showme:link))$(MPI_LIBS))
 
-# NCCL_HOME, CUDA's folder, or the system's
+# The folder of NCCL: NCCL_HOME, CUDA's folder, or the system's
 NCCL = $(eval NCCL := $(patsubst %/include/nccl.h,%,$(firstword $(wildcard $(addsuffix /include/nccl.h,$(NCCL_HOME) $(patsubst %/bin/nvcc,%, \
   $(realpath $(shell command -v $(NVCC) 2>/dev/null))) /usr /usr/local)))))$(NCCL)
 NCCL_LIB = $(firstword $(wildcard $(addsuffix /libnccl.so,$(addprefix $(NCCL)/,lib64 lib lib/*-linux-gnu))))
 NCCL_CFLAGS = $(if $(NCCL_LIB),$(filter-out -I/usr/include,-I$(NCCL)/include),-Icpu/no_nccl)
 NCCL_LIBS = $(if $(NCCL_LIB),-L$(patsubst %/libnccl.so,%,$(NCCL_LIB)) -lnccl)
 
-# Changes where they come or go: what was built without them is built again.
+# Changes when MPI or NCCL is installed or removed: what depends on them is then built again.
 RANK_FLAGS := $(if $(filter cpu,$(DEVICE)),$(BUILD)/cpu/ranks.flags)
 .PHONY: FORCE
 $(RANK_FLAGS) build/ranks.flags: FORCE
@@ -90,7 +91,7 @@ endif
 
 .PHONY: olmoe test_olmoe setup cuda ptx clean
 
-# The program that was asked for last lies at the top.
+# ./olmoe and ./test_olmoe are links to the build that was asked for last.
 olmoe test_olmoe: %: $(BUILD)/%
 	@ln -sf $< $@
 
@@ -101,15 +102,15 @@ clean:
 	rm -rf $(filter-out build/train% build/venv build/llama.cpp,$(wildcard build/*)) olmoe test_olmoe
 
 # ------------------------------------------------------------------------------------------------
-# CPU: preprocess, rewrite the launches, compile. The .d file of the preprocessor names the headers.
+# CPU: preprocess, rewrite the launches, compile. The preprocessor's .d file lists the headers.
 
 ifeq ($(DEVICE),cpu)
 CXX := g++
-# -g1 has the lines that sanitizers and backtraces name; all of -g takes half as long again to compile.
+# -g1 has the line numbers that sanitizers and backtraces print; with all of -g compiling takes 1.5 times as long.
 CXXFLAGS := -std=c++17 -g1 -fopenmp -fno-math-errno -Wall -Wextra
 ifeq ($(STRICT),1)
   DEFINES += -DCUDA_STRICT -DWARP=32 -DSEPARATE_ALLOCATIONS=1
-  CXXFLAGS += -O1                               # -O2 compiles for twice as long, and runs no faster: fibers take the time
+  CXXFLAGS += -O1                               # -O2 takes twice as long to compile and runs no faster: fibers take the time
   MACHINE := strict
 else
   # Not -ffast-math: it may delete isnan, and turn !(error <= tolerance) into error > tolerance.
@@ -122,7 +123,7 @@ MACHINE_FLAGS := $(CXXFLAGS)
 ifneq ($(SANITIZE),)
   SANITIZE_FLAGS := -fsanitize=$(SANITIZE) -fno-omit-frame-pointer $(if $(filter undefined,$(SANITIZE)),-fno-sanitize-recover=all)
   CXXFLAGS += $(SANITIZE_FLAGS)
-  # TSan must not see the scheduler of the fibers, only what they do.
+  # TSan has to see what the fibers do, but not their scheduler.
   MACHINE_FLAGS += $(if $(filter thread,$(SANITIZE)),-DCUDA_TSAN,$(SANITIZE_FLAGS))
 endif
 LDLIBS := -ldnnl -lutf8proc -lz -lmvec -lm
@@ -138,7 +139,7 @@ $(BUILD)/cpu/%.o: cpu/%.cpp Makefile
 	@mkdir -p $(@D)
 	$(CXX) $(MACHINE_FLAGS) $(DEFINES) -Icpu $(if $(filter nccl,$*),$(MPI_CFLAGS)) -MMD -MP -c $< -o $@
 $(BUILD)/cpu/nccl.o: $(RANK_FLAGS)
-# Sums over ranks are added in the order of the ranks, whatever the other files may do.
+# Sums over ranks are added in the order of the ranks. Other files may reorder their sums.
 $(BUILD)/cpu/nccl.o: MACHINE_FLAGS += -fno-associative-math
 
 $(BUILD)/%: $(BUILD)/%.o $(MACHINE_OBJECTS)
@@ -160,7 +161,7 @@ $(BUILD)/%: %.cu Makefile build/ranks.flags
 	$(NVCC) $(NVCCFLAGS) -lineinfo -arch=native $(DEFINES) -MMD -MP -MF $@.d $< -o $@ $(LIBRARIES)
 endif
 
-# Compiled for each generation of GPUs, run on none. ptxas's lines are printed; a spilled register is an error.
+# Compiled for each generation of GPUs, but not run. ptxas's lines are printed; a spilled register is an error.
 GENCODE := $(foreach sm,80 90 100,-gencode arch=compute_$(sm),code=sm_$(sm))
 CUDA_CHECKS := $(foreach p,fp32 bf16,$(foreach t,olmoe test_olmoe,build/cuda-all-$(p)/$(t)))
 cuda: $(CUDA_CHECKS)
@@ -178,7 +179,7 @@ define compile_for_all
 	@mv $@.log $@.ptxas
 endef
 
-# Kernels as PTX and cuBLAS by shared libraries, for tools that put their own below the program.
+# Kernels as PTX, CUDA's runtime and cuBLAS as shared libraries: a tool can put its own libraries in their place.
 ptx: $(foreach p,fp32 bf16,$(foreach t,olmoe test_olmoe,build/ptx-$(p)/$(t)))
 build/ptx-fp32/%: %.cu Makefile build/ranks.flags
 	$(call compile_to_ptx,)
@@ -192,7 +193,7 @@ endef
 -include $(wildcard build/cuda-*/*.d build/ptx-*/*.d)
 
 # ------------------------------------------------------------------------------------------------
-# Train on the embedded corpus, or on any text: make train DATA=my.txt. What is saved goes on when it is called again.
+# Train on the generated corpus, or on any text: make train DATA=my.txt. Called again, it continues from what is saved.
 
 ifdef DATA
 ifneq ($(words $(DATA)),1)
@@ -227,7 +228,7 @@ endif
 # ------------------------------------------------------------------------------------------------
 # Tests
 
-# Each ends with a table and: N passed, M failed. TALLY=FILE adds the counts to a file.
+# Each test command ends with a table and a line: N passed, M failed. TALLY=FILE adds the counts to a file.
 RUN_TESTS = $(PYTHON) tests/run.py $(if $(TALLY),--tally $(TALLY))
 
 .PHONY: test test-peers test-full-size test-ptx test-mutants
@@ -240,7 +241,7 @@ test: olmoe
 test-parallel: olmoe
 	OLMOE=$(BUILD)/olmoe OLMOE_LAYOUTS=all $(RUN_TESTS) tests/test_parallel.py tests/test_ranks.py
 
-# Against transformers on PyTorch, and `tokenizers`, in an environment of its own
+# Against transformers on PyTorch, and `tokenizers`, in a Python environment of their own, build/venv
 build/venv/made: scripts/requirements.txt
 	$(PYTHON) -m venv build/venv
 	build/venv/bin/pip install -q --disable-pip-version-check -r scripts/requirements.txt
@@ -258,16 +259,17 @@ test-full-size: build/venv/made
 	$(MAKE) DEVICE=cpu PRECISION=BF16 olmoe
 	OLMOE=build/cpu-bf16/olmoe build/venv/bin/python tests/run.py -s $(if $(TALLY),--tally $(TALLY)) tests/test_full_size.py
 
-# The nvcc-built tests on an emulator of PTX: PTXRUN=FOLDER
+# The nvcc-built programs on an emulator of PTX: PTXRUN=FOLDER
 export OLMOE_DATA ?= $(wildcard ../shared/data)
 export PTXRUN ?= $(wildcard ../shared/tools/ptxrun)
 test-ptx: ptx
 	$(RUN_TESTS) tests/test_ptxrun.py
 
-# One-line faults, each of which has to turn a named test red. MUTANTS_FOR_CI=SECONDS since CI started: a choice of them.
+# Faults of one line, each of which a named test has to notice. MUTANTS_FOR_CI=SECONDS (since .ci/run started): those of
+# the files that the change touches, and as many of the others as fit (tests/ci_mutants.py).
 test-mutants:
 	$(RUN_TESTS) tests/test_mutants.py $(if $(MUTANTS_FOR_CI),-p ci_mutants --ci-seconds $(MUTANTS_FOR_CI))
 
-# Times per kernel, matmuls alone, transformers, tokenizers, llama.cpp; on an idle machine
+# Times of kernels, of matmuls alone, and of transformers, tokenizers and llama.cpp; on an idle machine
 bench: build/venv/made
 	$(PYTHON) scripts/bench.py
