@@ -643,12 +643,13 @@ def test_tokenizer_json(data, tmp_path):
 FIXTURE = FIXTURES / "normalized"
 
 
-def edited_reference(tmp_path, edit, **more_metadata):
-    """The fixture's reference file with its header and tensors changed by `edit(header, tensors)`."""
-    raw = (FIXTURE / "reference.safetensors").read_bytes()
+def edited_reference(tmp_path, edit, fixture=FIXTURE, **more_metadata):
+    """The fixture's reference file with its header and tensors changed by `edit(header, tensors)`. Metadata that are
+    None are left out."""
+    raw = (fixture / "reference.safetensors").read_bytes()
     length = struct.unpack("<Q", raw[:8])[0]
     header = json.loads(raw[8:8 + length])
-    metadata = {**header.pop("__metadata__"), **more_metadata}
+    metadata = {k: v for k, v in {**header.pop("__metadata__"), **more_metadata}.items() if v is not None}
     tensors = {n: raw[8 + length + t["data_offsets"][0]: 8 + length + t["data_offsets"][1]] for n, t in header.items()}
     edit(header, tensors)
     at = 0
@@ -753,6 +754,141 @@ def test_verify_bad_references(tmp_path):
     for edit, word in [(drop_all, "nothing to compare"), (unknown, "grad.model.layers.9.nothing"), (shape, "logits"),
                        (no_inputs, "inputs")]:
         refused("verify", "--model", FIXTURE, "--reference", edited_reference(tmp_path, edit), words=[word])
+
+
+# Names that a micro-batch's tokens index: all but the model's tensors and the scalars
+def is_of_tokens(name):
+    return name in ("inputs", "targets", "logits") or name.startswith("router.")
+
+
+def put(header, tensors, name, dtype, shape, values):
+    tensors[name] = struct.pack(f"<{len(values)}{'f' if dtype == 'F32' else 'i'}", *values)
+    header[name] = {"dtype": dtype, "shape": shape}
+
+
+def put_lengths(header, tensors, lengths):
+    """The same tokens as sequences one after another."""
+    for name, t in header.items():
+        if is_of_tokens(name):
+            t["shape"] = [1, t["shape"][0] * t["shape"][1], *t["shape"][2:]]
+    put(header, tensors, "lengths", "I32", [len(lengths)], lengths)
+
+
+@pytest.mark.parametrize("name", ["regular", "odd", "all_experts", "normalized"])
+def test_verify_lengths_of_rows(tmp_path, name):
+    """B rows of T tokens are B sequences of this length: not one digit of the output is another. Sequences that end
+    elsewhere are others."""
+    model = FIXTURES / name
+    rows = ok("verify", "--model", model, "--reference", model / "reference.safetensors")
+
+    def edit(header, tensors):
+        B, T = header["inputs"]["shape"]
+        put_lengths(header, tensors, [T] * B)
+    assert ok("verify", "--model", model, "--reference", edited_reference(tmp_path, edit, model)) == rows
+
+    def edit_wrong(header, tensors):
+        B, T = header["inputs"]["shape"]
+        put_lengths(header, tensors, [T - 1, 1] + [T] * (B - 1))
+    result = run("verify", "--model", model, "--reference", edited_reference(tmp_path, edit_wrong, model))
+    assert result.returncode == 1 and result.stdout.splitlines()[1].startswith("logits")
+    assert "FAILED" in result.stdout.splitlines()[1]
+
+
+def test_verify_lengths_of_prefixes(tmp_path):
+    """What a token computes depends on those before it alone: parts of the fixture's rows, in any order, from each
+    row's first token on."""
+    model, taken = FIXTURES / "odd", [(1, 7), (0, 1), (2, 33), (0, 1), (1, 1), (0, 20)]         # row, tokens
+
+    def edit(header, tensors):
+        T = header["inputs"]["shape"][1]
+        N = sum(n for _, n in taken)
+        for name in list(header):
+            if name == "targets" or not is_of_tokens(name):
+                del header[name], tensors[name]
+                continue
+            bytes = len(tensors[name]) // math.prod(header[name]["shape"][:2])                  # of a token
+            tensors[name] = b"".join(tensors[name][row * T * bytes:][:n * bytes] for row, n in taken)
+            header[name]["shape"] = [1, N, *header[name]["shape"][2:]]
+        put(header, tensors, "lengths", "I32", [len(taken)], [n for _, n in taken])
+    out = ok("verify", "--model", model, "--reference", edited_reference(tmp_path, edit, model))
+    assert out.splitlines()[-1].startswith("5 tensors compared, 5 in the reference")
+
+
+@pytest.mark.parametrize("name, divisor", [("regular", "valid"), ("odd", "all")])
+def test_verify_weights(tmp_path, name, divisor):
+    """All of them one over the number of targets, or over the number of tokens: that is ce_divisor. Another weight of
+    one target is another loss."""
+    model = FIXTURES / name
+
+    def verify(factor):
+        def edit(header, tensors):
+            B, T = header["inputs"]["shape"]
+            targets = struct.unpack(f"<{B * T}i", tensors["targets"])
+            valid = [i for i in range(B * T) if targets[i] >= 0]
+            weights = [1e9] * (B * T)                           # an ignored target's weight does not count
+            for i in valid:
+                weights[i] = 1 / (B * T if divisor == "all" else len(valid))
+            weights[valid[5]] *= factor
+            put(header, tensors, "weights", "F32", [B, T], weights)
+        path = edited_reference(tmp_path, edit, model, ce_divisor=None)
+        return run("verify", "--model", model, "--reference", path)
+
+    assert verify(1).stdout.splitlines()[-1].endswith("they agree")
+    result = verify(1.5)
+    failed = [line.split()[0] for line in result.stdout.splitlines() if "FAILED" in line]
+    assert result.returncode == 1 and {"loss", "ce_loss", "grad.lm_head.weight", "losses"} <= set(failed)
+    assert not {"logits", "lb_loss", "z_loss"} & set(failed)
+
+
+def test_verify_bad_lengths_and_weights(tmp_path):
+    """A line that says what is wrong, and no other."""
+    def lengths(values, dtype="I32", shape=None):
+        def edit(header, tensors):
+            put_lengths(header, tensors, [])
+            put(header, tensors, "lengths", dtype, shape or [len(values)], values)
+        return edit
+
+    def rows(header, tensors):
+        put(header, tensors, "lengths", "I32", [2], [3, 3])
+
+    def no_inputs(header, tensors):
+        put_lengths(header, tensors, [3, 3])
+        del header["inputs"], tensors["inputs"]
+
+    for edit, words in [
+            (lengths([3.0, 3.0], "F32"), ["lengths is F32", "I32"]),
+            (lengths([3, 3], shape=[1, 2]), ["lengths should be I32 [S]"]),
+            (lengths([], shape=[0]), ["lengths should be I32 [S]"]),
+            (lengths([3, 0, 3]), ["lengths[1] is 0"]),
+            (lengths([3, 4, -1]), ["lengths[2] is -1"]),
+            (lengths([65, -59]), ["lengths[0] is 65", "max_position_embeddings", "64"]),
+            (lengths([-2147483648]), ["lengths[0] is -2147483648"]),
+            (lengths([3, 2]), ["sum to 5", "6 tokens"]),
+            (lengths([3, 3, 1]), ["sum to 7", "6 tokens"]),
+            (lengths([64] * 50), ["sum to 3200", "6 tokens"]),
+            (rows, ["[1, N]", "[2, 3]"]), (no_inputs, ["needs a tensor `inputs`"])]:
+        refused("verify", "--model", FIXTURE, "--reference", edited_reference(tmp_path, edit), words=words)
+
+    def weights(values, dtype="F32", shape=(2, 3), without=()):
+        def edit(header, tensors):
+            put(header, tensors, "weights", dtype, list(shape), values)
+            for name in without:
+                del header[name], tensors[name]
+        return edit
+
+    good = [1 / 6] * 6
+    for edit, divisor, words in [
+            (weights([1] * 6, "I32"), None, ["weights is I32", "F32"]),
+            (weights(good, shape=[1, 6]), None, ["weights has shape [1,6]", "[2,3]"]),
+            (weights(good[1:], shape=[5]), None, ["weights has shape [5]"]),
+            (weights([*good[1:], math.nan]), None, ["weights has nan at 5"]),
+            (weights([math.inf, *good[1:]]), None, ["weights has inf at 0"]),
+            (weights(good, without=["targets"]), None, ["`targets`"]),
+            (weights(good), "valid", ["ce_divisor", "`weights`"])]:
+        path = edited_reference(tmp_path, edit, ce_divisor=divisor)
+        refused("verify", "--model", FIXTURE, "--reference", path, words=words)
+    path = edited_reference(tmp_path, weights(good), ce_divisor=None)
+    assert ok("verify", "--model", FIXTURE, "--reference", path).splitlines()[-1].endswith("they agree")
 
 
 def test_info():
