@@ -2,9 +2,9 @@
 OLMoE in one file of CUDA: the model of "OLMoE: Open Mixture-of-Experts Language Models" (Muennighoff et al. 2024,
 arXiv 2409.02060), trained by hand-written forward and backward passes.
 
-Read it from the top: the model in memory as structs of named pointers; then each layer's forward beside its backward;
-then olmoe_forward and olmoe_backward as short lists of calls, and AdamW; then a training run, from opening its files to
-its last checkpoint. docs/tour.md follows a token through the model and a step through the program.
+Read it from the top: collectives between GPUs; the model in memory as structs of named pointers; each layer's forward
+beside its backward, and AdamW; olmoe_forward and olmoe_backward as short lists of calls; then a training run, from
+opening its files to its last checkpoint. docs/tour.md follows a token through the model and a step through the program.
 
 Letters, used everywhere:
     N  tokens of a micro-batch          C  channels (hidden size)     E  experts of a layer
@@ -64,7 +64,7 @@ constexpr int DISPATCH_SLAB = 256;          // assignments to experts that one w
 constexpr int SQUARE_SUM_RUN = 4096;        // gradients whose squares one warp adds up
 
 #include "lib/cuda.h"           // die, checked calls, streams, memory, copies, warps, random numbers
-#include "lib/trace.h"          // launches, and where the program is, for --trace and for messages
+#include "lib/trace.h"          // LAUNCH of a kernel, and where the program is, for --trace and for messages
 #include "tokenizer.h"          // text <-> token ids
 #include "dataloader.h"         // token files -> batches, in OLMo's order
 
@@ -75,8 +75,8 @@ constexpr int SQUARE_SUM_RUN = 4096;        // gradients whose squares one warp 
 //                      compute. All else is data parallel, and so are the experts over ranks that hold the same ones
 //   ZeRO-1             --zero 1: of each tensor a rank keeps AdamW's state for an even share, updates it, and gathers
 //                      the others' (Rajbhandari et al. 2020)
-// All collectives run in one stream, in the program's order, which is the same on all ranks: of two at the same time
-// NCCL promises no progress. The main stream goes on meanwhile; events hold back what has to wait.
+// All collectives run in one stream, in the program's order, which is the same on all ranks: where two run at the same
+// time, NCCL does not promise that either ends. The main stream goes on meanwhile; events hold back what has to wait.
 
 struct Group { ncclComm_t comm = nullptr; int rank = 0, size = 1; };
 static Group world;             // all ranks
@@ -120,7 +120,7 @@ void comm_close() {
     cudaCheck(cudaStreamDestroy(comm_stream));
 }
 
-// The collectives go on from where the main stream is, and the main stream from where the collectives are.
+// Later collectives wait for the work that is in the main stream now; main_after_comm is the reverse.
 void comm_after_main() {
     cudaCheck(cudaEventRecord(main_stream.event, main_stream.stream));
     cudaCheck(cudaStreamWaitEvent(comm_stream, main_stream.event, 0));
@@ -143,7 +143,7 @@ template <typename Body> void collective(const char* name, int layer, Traffic pu
     launched(name, comm_stream, layer);
 }
 
-// Adds x up over all ranks, on the host; all get the same bits.
+// Adds up x, which is on the host, over all ranks; all get the same bits.
 void host_sum(std::vector<double>* x) {
     if (world.size == 1) return;
     for (size_t begin = 0; begin < x->size(); begin += COMM_BUFFER) {
@@ -212,8 +212,8 @@ struct TensorRow {
     const char* group;              // under which `olmoe info` counts it
 };
 
-// The tensors of the model, in their order in memory and in files. Whatever is done with all tensors follows from this
-// table: a tensor is added to the model by its pointer in the struct and its line here.
+// The tensors of the model, in their order in memory and in files; those of the layers are together. Whatever is done
+// with all tensors follows from this table: a tensor is added by its pointer in the struct and its line here.
 std::vector<TensorRow> tensor_table(const OlmoeConfig& c) {
     using M = Parameters; using P = LayerParameters;
     const int64_t V = c.V, C = c.C, E = c.E, F = c.F;
@@ -304,7 +304,7 @@ struct MicroBatch {
     std::vector<int> starts = {0};          // (B+1) first token of each sequence, then N
     std::vector<int> inputs;                // (N) token ids
     std::vector<int> targets;               // (N) the token to predict at each position, or IGNORED
-    std::vector<double> weights;            // (N) what its -log p counts in the loss: 1 / number of tokens, say
+    std::vector<double> weights;            // (N) the factor of its -log p in the loss, as 1 / number of tokens
     std::vector<int> positions;             // (N) of a token in its sequence, for RoPE
 
     int B() const { return (int)starts.size() - 1; }
@@ -348,17 +348,17 @@ struct LayerActivations {
     floatX* attn;           // (N, C)    2 attention's output, heads side by side
     floatX* x_mid;          // (N, C)    2 residual stream after attention
     floatX* ffn_in;         // (N, C)    1 rmsnorm(x_mid)
-    float* ffn_r;           // (N)
+    float* ffn_r;           // (N)         its 1/rms
     float* router_logits;   // (N, E)    2
     float* router_probs;    // (N, E)    2
     float* router_lse;      // (N)         one array for all layers: the host reads it
-    float* router_partial;  // (SLABS, E)  likewise
+    float* router_partial;  // (SLABS, E)  sums of router_probs over slabs of tokens; likewise
     int* experts;           // (N, K)      ids, by probability; likewise
-    float* weights;         // (N, K)      their probabilities
+    float* weights;         // (N, K)      their probabilities; with norm_topk_prob over their sum
     int* counts;            // (E)         rows of each expert; likewise
     int* row_of;            // (R)         row of an assignment
     int* assignment_of;     // (R)         assignment of a row
-    floatX* expert_in;      // (R, C)    1 rows of ffn_in by expert; with --ep the rows that arrived, as (R, ...) below
+    floatX* expert_in;      // (R, C)    1 rows of ffn_in by expert. With --ep, R here and below is the rows that arrive
     floatX* gate_up;        // (R, 2F)   2
 };
 
@@ -369,7 +369,7 @@ struct Activations {
     int* positions;         // (N)
     std::vector<LayerActivations> layers;
     floatX* x;              // (N, C) residual stream after the last layer
-    floatX* final_out;      // (N, C) rmsnorm of it
+    floatX* final_out;      // (N, C) rmsnorm of it; in generation here, and in the next three, (S, ...) of S tokens
     float* final_r;         // (N)
     floatX* logits;         // (N, V)
     floatX* dlogits;        // (N, V)  in the place of the logits
@@ -378,8 +378,8 @@ struct Activations {
 
 // What all layers share. A buffer that serves twice has a name for each use; the second use ends the first.
 struct Scratch {
-    float* cosine;          // (T, D/2) RoPE's tables
-    float* sine;            // (T, D/2)
+    float* cosine;          // (positions, D/2) RoPE's tables, see Capacity
+    float* sine;            // (positions, D/2)
     float* scores;          // (H, ATTENTION_BLOCK, T)
     floatX* probs;          // (H, ATTENTION_BLOCK, T)
     int* histogram;         // (ceil(R / DISPATCH_SLAB), E)
@@ -387,9 +387,10 @@ struct Scratch {
     floatX* weighted_h;     // (R, F)  in the place of h: times the router's weight, in backward
     floatX* expert_out;     // (R, C)
     floatX* dexpert_in;     // (R, C)  in the place of expert_out
+    int* global_counts;     // (L, E)  with --lb global: rows of each expert over all ranks
     // of backward
     int* touched;           // (N) ids that occur in the micro-batch, ...
-    int* touched_start;     // (N+1) ... where each one's tokens begin in
+    int* touched_start;     // (N+1) ... where in touched_tokens the tokens of each begin
     int* touched_tokens;    // (N) the tokens sorted by id
     floatX* dx;             // (N, C)  gradient of the residual stream, all the way down
     floatX* dbranch;        // (N, C)  gradient inside a branch
@@ -408,12 +409,12 @@ struct Scratch {
     float* square_sums;     // one for each run of SQUARE_SUM_RUN gradients
     // of expert parallelism
     floatX* home_rows;      // (R, C)  rows of this rank's tokens, on their way to the experts or back
-    int* arrivals;          // (E)     see exchange_counts
+    floatX* dhome_rows;     // (R, C)  their gradients, in the place of the rows
+    int* arrivals;          // (G, E/G) RowCounts::arrived, on the device
     float* home_weights;    // (R)     weights of this rank's rows
     float* home_dweights;   // (R)     their gradients, in the place of the weights
     float* arrived_weights; // (R)     of the rows that arrived
     float* arrived_dweights;// (R)
-    int* global_counts;     // (L, E)  with --lb global: rows of each expert over all ranks
 };
 
 // Rows of one layer, on the host, because it gives the experts' matmuls their shapes
@@ -501,14 +502,14 @@ void embedding_forward(floatX* x /* (N, C) */, const int* ids /* (N) */, const f
     LAUNCH(embedding_forward_kernel, blocks_for_rows(N), x, ids, w, N, C);
 }
 
-void embedding_backward(floatX* dw /* (V, C) += */, const Scratch& s, int touched /* different ids */, int C) {
-    LAUNCH(embedding_backward_kernel, blocks_for_rows(touched), dw, s.dx, s.touched, s.touched_start, s.touched_tokens,
-           touched, C);
+void embedding_backward(floatX* dw /* (V, C) += */, const Scratch& s, int num_touched, int C) {
+    LAUNCH(embedding_backward_kernel, blocks_for_rows(num_touched), dw, s.dx, s.touched, s.touched_start,
+           s.touched_tokens, num_touched, C);
 }
 
 // ------------------------------------------------------------------------------------------------
 // Sums over rows without atomics: a warp adds a slab of consecutive rows into a line of its own, then a thread for each
-// column adds the lines in order. The first half is each layer's own; this is the second.
+// column adds the lines in order. The first half is norm_backward_weight_kernel, below; this is the second.
 
 inline int slabs_for(int rows) { return std::min(SLABS, ceil_div(rows, 16)); }
 
@@ -603,8 +604,8 @@ void rmsnorm_backward(floatX* dx /* (N, C) += */, floatX* dw /* (C) += */, float
 // ------------------------------------------------------------------------------------------------
 // QK-norm and RoPE.  q and k are normalised over the whole projection, all heads together (Dehghani et al. 2023; OLMoE
 // §4.2.5), and then rotated in pairs (j, j + D/2) of each head by the angle  t theta^(-2j/D)  at position t of the
-// sequence (Su et al. 2021). Statistics, tables and rotation are fp32; it is rounded where OLMo rounds: after r, after
-// w, after the rotation.
+// sequence (Su et al. 2021). Statistics, tables and rotation are fp32; results are rounded where OLMo rounds: after r,
+// after w, after the rotation.
 
 // One warp per token. qk (N, 2C) receives q and k; v stays where the projection left it.
 __global__ void qk_norm_rope_forward_kernel(floatX* qk, float* r, const floatX* qkv, const floatX* q_norm,
@@ -685,7 +686,7 @@ void qk_norm_rope_backward(Scratch& s, LayerParameters& g /* += */, const LayerA
 // ------------------------------------------------------------------------------------------------
 // Causal attention of each sequence:   S = q k^T / sqrt(D),   P_ij = exp(S_ij - lse_i) for j <= i, else 0,   o = P v
 // In blocks of ATTENTION_BLOCK queries against all keys up to the block's end: no T x T matrix ever exists, and the
-// causal half of the work is left out but for the blocks on the diagonal. lse is kept, the rest is recomputed by
+// causal half of the work is left out, except in the blocks on the diagonal. lse is kept, the rest is recomputed by
 // backward.
 
 // One warp per query row i of a head: scores (H, n, S) of the queries t0 .. t0+n-1, keys 0 .. S-1.
@@ -708,7 +709,7 @@ __global__ void attention_softmax_forward_kernel(floatX* probs, float* lse, cons
 }
 
 // dS_ij = P_ij (dP_ij - delta_i) / sqrt(D),   delta_i = sum_j P_ij dP_ij    (the factor is in the matmuls that read dS)
-// One warp per query row. Recomputes P; rounded to floatX it is only for dv, whose forward met the rounded P.
+// One warp per query row. Recomputes P. Only dv takes it rounded to floatX, because forward multiplied v by that.
 __global__ void attention_softmax_backward_kernel(floatX* probs, floatX* dscores, const float* dprobs,
                                                   const float* scores, const float* lse, int H, int n, int S, int t0,
                                                   int T) {
@@ -781,8 +782,8 @@ void attention_backward(Scratch& s, const LayerActivations& a, const MicroBatch&
 }
 
 // ------------------------------------------------------------------------------------------------
-// Router:   z = m Wr^T,   p = softmax(z) over all E experts,   the K largest p are the token's experts and their
-// weights (OLMoE eq. 1). The weights are not renormalised, unless norm_topk_prob. Of equal z the lower id comes first.
+// Router:   z = m Wr^T,   p = softmax(z) over all E experts; m is ffn_in. The K largest p are the token's experts and
+// their weights (OLMoE eq. 1), not renormalised, unless norm_topk_prob. Of equal z the lower id comes first.
 //
 // Auxiliary losses, for one micro-batch (as trained, which is not quite as printed in the paper):
 //     LB = alpha E / (L N K) sum_l sum_i c_li Pbar_li     c: tokens sent to expert i, a constant; Pbar: mean p
@@ -834,8 +835,8 @@ __global__ void router_forward_kernel(float* probs, float* lse, int* experts, fl
 //             g_k = (dw_k - sum_i w_i dw_i) / s
 //     term 2: load balancing, g_i = alpha E c_i / (L N^2 K), the same for every token
 //     term 3: the z-loss
-// One warp per token; g (N, E) is its scratch. lb_scale = alpha E / (L N^2 K) and z_scale = 2 beta / (L N K), both over
-// the number of micro-batches.
+// One warp per token; g (N, E) is its scratch. lb_scale = alpha E / (L N^2 K) and z_scale = 2 beta / (L N K), both
+// divided by the micro-batches of a step on all ranks; with --lb global N^2 is N times the N of all ranks.
 __global__ void router_backward_kernel(floatX* dlogits, float* g, const float* dweights, const float* probs,
                                        const float* lse, const int* experts, const float* weights, const int* counts,
                                        int N, int E, int K, bool normalize, float lb_scale, float z_scale) {
@@ -955,8 +956,8 @@ __global__ void dispatch_place_kernel(int* row_of, int* assignment_of, int* hist
     }
 }
 
-// out_row = x_i with i = index_row / K: of the rows' assignments the tokens, and so the experts' input, and in backward
-// the gradient of their output; with K = 1 rows in another order. One warp per row.
+// out_row = x_i with i = index_row / K. Where index is assignment_of, i is the row's token: so the experts get their
+// input, and in backward the gradient of their output. With K = 1 it is rows in another order. One warp per row.
 template <typename T> __global__ void gather_kernel(T* out, const T* x, const int* index, int R, int C, int K) {
     size_t row = thread_index() / WARP;
     int lane = threadIdx.x % WARP;
@@ -984,9 +985,9 @@ void gather(T* out /* (R, C) */, const T* x /* (N, C) */, const int* index /* (R
 // ordered by expert, and within it by rank, so that an expert's rows are one matrix. Nothing is padded, nothing
 // dropped.
 
-// Fills in rows->arrived from rows->sent and, on the device, counts (E). Waits, because the next calls need it on the
-// host. The counts have been copied to the host, so the main stream is done with them.
-void exchange_counts(RowCounts* rows, int* arrivals /* (G, E/G) */, const int* counts, int E, int layer) {
+// Fills in rows->arrived (G, E/G) from the counts of all ranks of the group, and waits: the next calls need it on the
+// host. Needs no comm_after_main: count_rows has copied counts to the host, so the main stream is done with them.
+void exchange_counts(RowCounts* rows, int* arrivals /* (G, E/G) */, const int* counts /* (E) */, int E, int layer) {
     int G = expert_group.size, mine = E / G;
     collective("exchange of counts", layer, COUNTS, (size_t)(E - mine) * sizeof(int), [&] {
         for (int g = 0; g < G; g++) {
@@ -1121,17 +1122,18 @@ void experts_down(Scratch& s, const LayerParameters& p, const RowCounts& rows, c
 }
 
 // dgate_up, weighted_h and dweights, from dh and gate_up; R rows
-void swiglu_backward(Scratch& s, float* dweights, const LayerActivations& a,
+void swiglu_backward(Scratch& s, float* dweights /* as weights */, const LayerActivations& a,
                      const float* weights /* (N, K), or by row */, const int* assignment_of /* or null */, int R,
                      int F) {
     LAUNCH(swiglu_backward_kernel, blocks_for_rows(R), s.dgate_up, s.weighted_h, dweights, s.dh, a.gate_up, weights,
            assignment_of, R, F);
 }
 
-// dexpert_in, and into the weights' gradients, from dexpert_out, which is not yet weighted by the router
+// dexpert_in and dweights, and into g's gate_up and down, from dexpert_out, which is not yet weighted by the router.
+// weights and dweights are (N, K), or by row where assignment_of is null.
 void experts_backward(Scratch& s, LayerParameters& g /* += */, float* dweights, const LayerActivations& a,
-                      const LayerParameters& p, const float* weights /* (N, K), or by row */,
-                      const int* assignment_of /* or null */, const RowCounts& rows, const OlmoeConfig& c) {
+                      const LayerParameters& p, const float* weights, const int* assignment_of, const RowCounts& rows,
+                      const OlmoeConfig& c) {
     const int R = rows.total();
     const size_t C = c.C, F = c.F;
     if (R == 0) return;
@@ -1151,7 +1153,7 @@ void experts_backward(Scratch& s, LayerParameters& g /* += */, float* dweights, 
 // Combine:   out_t = residual_t + sum_k w_tk y_tk,   y_tk the row of assignment t K + k
 
 // One warp per token; sums in fp32, k by k, and rounds once. Null weights are all 1 and a null residual is 0: the
-// backward of gather, dm_t = sum_k dx_tk.
+// backward of gather, where the gradient of ffn_in is the sum of its K rows of dexpert_in.
 __global__ void combine_kernel(floatX* out, const floatX* residual, const floatX* y, const float* weights,
                                const int* row_of, int N, int C, int K) {
     size_t token = thread_index() / WARP;
@@ -1185,7 +1187,7 @@ void combine(floatX* out /* (N, C) */, const floatX* residual /* (N, C) or null 
 // w_t is what the target counts. The softmax goes over all V columns, padding included, as OLMoE trained. An IGNORED
 // target has no loss and no gradient.
 
-// One warp per token. Writes the losses, not weighted. The gradient overwrites the logits, but for null weights.
+// One warp per token. Writes the losses, not weighted. The gradient overwrites the logits, unless weights is null.
 __global__ void cross_entropy_kernel(float* losses, floatX* logits, const int* targets, const float* weights, int N,
                                      int V) {
     size_t row = thread_index() / WARP;
@@ -1314,8 +1316,8 @@ __global__ void square_sum_kernel(float* sums, const floatX* x, size_t n) {
 // ------------------------------------------------------------------------------------------------
 // Initialisation:   weights ~ normal(0, std) truncated at 3 std, norms 1 (OLMoE Table 10)
 
-// One thread per element. Each gets four normal deviates (Box & Muller 1958) and takes the first within 3 std; that
-// none of them is has probability 5e-11, and gives 0.
+// One thread per element. Each gets four normal deviates (Box & Muller 1958) and takes the first within 3 std. With
+// probability 5e-11 there is none, and the value is 0.
 template <typename T> __global__ void init_normal_kernel(T* p, size_t n, size_t position, uint64_t seed, float std) {
     size_t i = thread_index();
     if (i >= n) return;
@@ -1340,8 +1342,8 @@ template <typename T> __global__ void fill_kernel(T* p, size_t n, float value) {
 // ------------------------------------------------------------------------------------------------
 // The model in memory
 
-// Buffers of rows whose number follows the routing, under expert parallelism; an item is a row. They grow when more
-// rows arrive than ever before.
+// Buffers of rows whose number follows the routing, under expert parallelism; an item has the bytes of one row. They
+// grow when more rows arrive than ever before.
 struct RowBuffers : Memory { size_t rows = 0; };
 
 enum class Use { inference, gradients, training };      // training: gradients and AdamW's state
@@ -1358,13 +1360,13 @@ struct Capacity {
 struct Olmoe {
     OlmoeConfig config;
     Capacity capacity;
-    Parameters params, grads;
+    Parameters params = {}, grads = {};
     std::vector<Tensor> tensors;
     Masters masters = BF16 ? Masters::fp32 : Masters::none;
     bool narrow_moments = false;
     void *moment1 = nullptr, *moment2 = nullptr, *master_weights = nullptr;     // AdamW's state, flat; see with_state
-    Activations acts;
-    Scratch scratch;
+    Activations acts = {};
+    Scratch scratch = {};
     Memory params_memory, grads_memory, optimizer_memory, acts_memory, backward_memory, cache_memory;
     std::vector<RowBuffers> layer_rows;     // (L) with --ep: expert_in and gate_up of a layer, where each keeps its own
     RowBuffers scratch_rows;                // with --ep: what all layers share
@@ -1372,7 +1374,7 @@ struct Olmoe {
 
     MicroBatch batch;                       // whose activations these are
     int N = 0, R = 0;                       // its tokens, and rows routed to experts
-    int touched = 0;                        // different ids in it
+    int num_touched = 0;                    // different ids in it
     std::vector<RowCounts> rows;            // (L)
     std::vector<float> losses, router_lse, router_partial;      // (N), (L, N), (L, SLABS, E) on the host
 
@@ -1511,6 +1513,7 @@ void share_activations(Olmoe* m) {
     s.weighted_h = s.h;
     s.dexpert_in = s.expert_out;
     s.home_dweights = s.home_weights;
+    s.dhome_rows = s.home_rows;
 }
 
 // What the plan needs, part by part
@@ -1548,8 +1551,8 @@ void memory_allocate(const Olmoe& m, Memory* memory, const std::string& what, si
         human((double)memory->bytes(times), "B").c_str(), plan.c_str());
 }
 
-// Room for so many rows, and a quarter more, in the row buffers of layer l and in those that all layers share. What is
-// in them is lost. Waits for the device: growing is rare.
+// Room for so many rows, and a quarter more, in the row buffers of layer l and in those that all layers share. What
+// was in a buffer that grows is lost. Growing waits for the device: it is rare.
 void reserve_rows(Olmoe* m, int l, size_t rows) {
     for (RowBuffers* b : {&m->layer_rows[l], &m->scratch_rows}) {
         if (rows <= b->rows || b->items.empty()) continue;
@@ -1710,18 +1713,19 @@ void experts_block(Olmoe* m, int l) {
     const LayerParameters& p = m->params.layers[l];
     LayerActivations& a = m->acts.layers[l];
     Scratch& s = m->scratch;
-    floatX *next = l + 1 < c.L ? m->acts.layers[l + 1].x : m->acts.x, *rows = s.expert_out;
+    floatX* next = l + 1 < c.L ? m->acts.layers[l + 1].x : m->acts.x;
     route(m, l);
     count_rows(m, l);
     rows_to_experts(m, l);
     experts_gate_up(a, p, m->rows[l], c);
     swiglu_forward(s, a, m->rows[l].total(), c.F);
     experts_down(s, p, m->rows[l], c);
+    const floatX* y = s.expert_out;         // only now: count_rows may have moved it
     if (expert_group.size > 1) {
-        exchange_rows(s.home_rows, s.expert_out, m->rows[l], c.C, Way::home, "return from the experts", l);
-        rows = s.home_rows;
+        exchange_rows(s.home_rows, y, m->rows[l], c.C, Way::home, "return from the experts", l);
+        y = s.home_rows;
     }
-    combine(next, a.x_mid, rows, a.weights, a.row_of, m->N, c.C, c.K);
+    combine(next, a.x_mid, y, a.weights, a.row_of, m->N, c.C, c.K);
 }
 
 // What backward needs of a layer and --recompute has not kept
@@ -1776,6 +1780,7 @@ void olmoe_set_batch(Olmoe* m, const MicroBatch& batch) {
 void olmoe_classify(Olmoe* m, const floatX* x /* (rows, C) */, int rows) {
     const OlmoeConfig& c = m->config;
     Activations& a = m->acts;
+    at_layer(-1);
     rmsnorm_forward(a.final_out, a.final_r, x, m->params.final_norm, rows, c.C, c.rms_norm_eps);
     matmul_forward(main_stream, a.logits, a.final_out, m->params.lm_head, rows, c.C, c.V);
 }
@@ -1801,8 +1806,8 @@ void olmoe_forward(Olmoe* m) {
     olmoe_classify(m, a.x, m->N);
 }
 
-// Waits for the device and returns the losses of the micro-batch, after cross_entropy; lb and z by the formulas above
-// router_forward_kernel, lb with lb_global over the rows of all ranks.
+// After cross_entropy: waits for the device and returns the losses of the micro-batch. The formulas of lb and z are
+// above router_forward_kernel; with lb_global, lb is that of the tokens of all ranks.
 Losses olmoe_losses(Olmoe* m, double lb_coef = 0, double z_coef = 0) {
     const OlmoeConfig& c = m->config;
     const size_t N = m->N, E = c.E, stride = m->capacity.N;
@@ -1841,8 +1846,8 @@ Losses olmoe_losses(Olmoe* m, double lb_coef = 0, double z_coef = 0) {
 // ------------------------------------------------------------------------------------------------
 // Backward: the same blocks in reverse. dx is the gradient of the residual stream, all the way down.
 
-// The inverse of the embedding's look-up: which ids occur, and where. By the host, because a sort by id keeps the
-// positions in order.
+// The inverse of the embedding's look-up: which ids occur, and where. The host sorts by id; the sort is stable, so that
+// the positions of an id stay in order.
 void index_tokens(Olmoe* m) {
     const std::vector<int>& inputs = m->batch.inputs;
     std::vector<int> tokens(inputs.size()), touched, start;
@@ -1854,26 +1859,26 @@ void index_tokens(Olmoe* m) {
             start.push_back((int)i);
         }
     start.push_back((int)tokens.size());
-    m->touched = (int)touched.size();
+    m->num_touched = (int)touched.size();
     copy_to_device(m->scratch.touched, touched);
     copy_to_device(m->scratch.touched_start, start);
     copy_to_device(m->scratch.touched_tokens, tokens);
 }
 
-// dexpert_in in the order of this rank's rows (home_rows) and dweights, from dx, by the ranks that have the experts
+// dexpert_in in the order of this rank's rows (dhome_rows) and dweights, from dx, by the ranks that have the experts
 void experts_backward_over_ranks(Olmoe* m, int l) {
     const OlmoeConfig& c = m->config;
     const RowCounts& rows = m->rows[l];
     LayerActivations& a = m->acts.layers[l];
     Scratch& s = m->scratch;
     const size_t C = c.C;
-    gather(s.home_rows, s.dx, a.assignment_of, m->R, c.C, c.K);
+    gather(s.dhome_rows, s.dx, a.assignment_of, m->R, c.C, c.K);
     gather(s.home_weights, a.weights, a.assignment_of, m->R, 1, 1);
-    exchange_rows(s.dexpert_out, s.home_rows, rows, C, Way::to_experts, "gradients to the experts", l);
+    exchange_rows(s.dexpert_out, s.dhome_rows, rows, C, Way::to_experts, "gradients to the experts", l);
     exchange_rows(s.arrived_weights, s.home_weights, rows, 1, Way::to_experts, "weights to the experts", l);
     experts_backward(s, m->grads.layers[l], s.arrived_dweights, a, m->params.layers[l], s.arrived_weights, nullptr,
                      rows, c);
-    exchange_rows(s.home_rows, s.dexpert_in, rows, C, Way::home, "gradients from the experts", l);
+    exchange_rows(s.dhome_rows, s.dexpert_in, rows, C, Way::home, "gradients from the experts", l);
     exchange_rows(s.home_dweights, s.arrived_dweights, rows, 1, Way::home, "weight gradients from the experts", l);
     gather(s.dweights, s.home_dweights, a.row_of, m->R, 1, 1);
 }
@@ -1893,7 +1898,7 @@ template <typename Body> void experts_block_backward(Olmoe* m, int l, float lb_s
         experts_backward(s, g, s.dweights, a, p, a.weights, a.assignment_of, m->rows[l], c);
     } else {
         experts_backward_over_ranks(m, l);
-        dexpert_in = s.home_rows;
+        dexpert_in = s.dhome_rows;
         exchanged();
     }
     combine(s.dbranch, nullptr, dexpert_in, nullptr, a.row_of, N, C, c.K);
@@ -1921,9 +1926,9 @@ void attention_block_backward(Olmoe* m, int l) {
     rmsnorm_backward(s.dx, g.attn_norm, s.partial, s.dbranch, a.x, p.attn_norm, a.attn_r, N, C);
 }
 
-// For the groups of several ranks that hold a layer's tensors (-1 and L: those before and after the layers), all ranks
-// for most tensors and replica_group for experts: body(group, its tensors, experts or not, the layer as messages count
-// it).
+// The tensors of a layer (-1 and L: those before and after the layers) by the ranks that hold them: all ranks, or of
+// experts replica_group. Calls body(group, tensors, are they experts, layer or -1 for messages) where a group has
+// several ranks.
 template <typename Body> void for_groups(const Olmoe& m, int layer, Body body) {
     const auto [first, last] = layer_range(m.tensors, layer);
     for (bool experts : {false, true}) {
@@ -1956,8 +1961,8 @@ void reduce_gradients(Olmoe* m, int layer) {
 // Adds the micro-batch's gradients to grads, after olmoe_forward and cross_entropy with a gradient. The auxiliary
 // losses count 1 / (micro_batches * ranks) each. In the `last` micro-batch of a step each layer's gradients are summed
 // over the ranks as soon as they are complete, while the main stream goes on with the layer below. With --ep they are
-// summed a little later, after the exchanges of the layer below: these, in the same stream, would wait for the sum, and
-// the main stream for them.
+// summed a little later, after the exchanges of the layer below: an exchange after a sum in the same stream would wait
+// for it, and the main stream for the exchange.
 void olmoe_backward(Olmoe* m, double lb_coef, double z_coef, int micro_batches, bool last = false) {
     const OlmoeConfig& c = m->config;
     Activations& a = m->acts;
@@ -1982,7 +1987,8 @@ void olmoe_backward(Olmoe* m, double lb_coef, double z_coef, int micro_batches, 
         if (!later) complete(l);
     }
     if (later) complete(0);
-    embedding_backward(m->grads.embed, s, m->touched, c.C);
+    at_layer(-1);
+    embedding_backward(m->grads.embed, s, m->num_touched, c.C);
     complete(-1);
     if (last) main_after_comm();
 }
@@ -2044,9 +2050,8 @@ void gather_parameters(Olmoe* m, int layer) {
 
 // One AdamW step, step = 1, 2, ...; clips as torch.nn.utils.clip_grad_norm_ does.
 void olmoe_update(Olmoe* m, int64_t step, double grad_norm, const AdamWOptions& o) {
-    const int L = m->config.L;
     float grad_scale = o.grad_clip > 0 ? (float)std::min(1.0, o.grad_clip / (grad_norm + 1e-6)) : 1.f;
-    for (int layer = -1; layer <= L; layer++) {
+    for (int layer = -1; layer <= m->config.L; layer++) {
         const auto [first, last] = layer_range(m->tensors, layer);
         for (size_t i = first; i < last; i++) {
             const Tensor& t = m->tensors[i];
@@ -2057,10 +2062,8 @@ void olmoe_update(Olmoe* m, int64_t step, double grad_norm, const AdamWOptions& 
                 adamw(p, master, g, moment1, moment2, n, step, grad_scale, o, t.offset + begin);
             });
         }
-        if (layer >= 0 && layer < L) gather_parameters(m, layer);
+        gather_parameters(m, layer);
     }
-    gather_parameters(m, -1);
-    gather_parameters(m, L);
     if (shard_optimizer) main_after_comm();
 }
 
@@ -2101,8 +2104,8 @@ double learning_rate(const Schedule& s, double step) {
 // ------------------------------------------------------------------------------------------------
 // A training run
 
-// Defaults are OLMoE-1B-7B's (configs/OLMoE-1B-7B-0924.yml of allenai/OLMoE), as far as they don't depend on the
-// machine.
+// train_options in lib/run.h says what each is. Defaults are OLMoE-1B-7B's (configs/OLMoE-1B-7B-0924.yml of
+// allenai/OLMoE), as far as they don't depend on the machine.
 struct TrainOptions {
     std::string config, model, out, tokenizer, prompt, trace, rendezvous;
     std::vector<std::string> data, val;
@@ -2118,7 +2121,7 @@ struct TrainOptions {
     bool no_filter = false, profile = false;
 };
 
-// The last losses and gradient norms. They are part of a checkpoint, so that resuming decides alike.
+// The last losses and gradient norms. They are part of a checkpoint, so that a resumed run decides the same.
 constexpr size_t SPIKE_WINDOW = 128;
 struct SpikeWindow { std::vector<double> losses, norms; };
 
@@ -2138,7 +2141,7 @@ struct TrainingRun;
 // What a run trains for; `pretraining` below is one. In each step run_step asks for the micro-batches, and in each
 // micro-batch, between forward and backward, for the gradient of the loss.
 struct Objective {
-    // Of this rank, in the next step: tokens, targets, and what each target counts. As many on each rank.
+    // This rank's in the next step, as many as on each other rank; with --lb global of as many tokens, too
     std::vector<MicroBatch> (*micro_batches)(TrainingRun* run);
     // The logits are there: fills in the losses, and turns the logits into their gradient
     void (*gradient)(TrainingRun* run);
@@ -2147,7 +2150,7 @@ struct Objective {
 struct TrainingRun {
     TrainOptions o;
     OlmoeConfig config;
-    const Objective* objective;
+    const Objective* objective = nullptr;
     Schedule schedule;
     DataLoader data, val;
     Tokenizer tokenizer;
@@ -2167,7 +2170,7 @@ struct TrainingRun {
     int64_t step = 0, first_step = 0;       // steps done; when this process started
     int64_t updates = 0;                    // steps that were not skipped: AdamW's count
     SpikeWindow spikes;
-    Balance balance;                        // of the steps since the last report
+    Balance balance;                        // of the steps since the last run_validate; in it, of the validation data
     FILE* log = nullptr;
     double started = 0;
     bool stop = false;                      // a signal asked for it
@@ -2229,8 +2232,8 @@ void run_check_options(TrainingRun* run) {
     s.total = o.decay_steps.empty() ? run->steps : steps_of("decay-steps", o.decay_steps, run->tokens_per_step);
 }
 
-// Options, ranks, files; nothing of the device. The ranks meet before the files are opened: an error of all is then one
-// line.
+// Options, ranks, files; nothing of the device. The ranks meet before the files are opened: an error that all of
+// them find is then one line.
 void run_open(TrainingRun* run, int argc, char** argv) {
     TrainOptions& o = run->o;
     ranks.rank = ranks_number();            // until they have met
@@ -2295,7 +2298,7 @@ void run_start(TrainingRun* run) {
 }
 
 // Sums the losses over the ranks, and finds out together whether to stop, or who met a NaN: the same numbers on each
-// rank, so that all decide alike.
+// rank, so that all decide the same.
 void run_agree(TrainingRun* run, Losses* l, const std::string& not_finite /* where this rank met the first, or "" */) {
     std::vector<double> sums = {l->loss, l->lb, l->z, l->nll, (double)l->valid, (double)stop_requested};
     const size_t n = sums.size();
@@ -2382,7 +2385,6 @@ Validation validate(TrainingRun* run, bool by_domain) {
         const int64_t batch = round + world.rank;
         const size_t first = (size_t)batch * B;
         const int rows = batch < batches ? (int)dataloader_rows(&run->val, first, B, inputs.data(), targets.data()) : 0;
-        if (rows == 0) std::fill(inputs.begin(), inputs.begin() + T, 0);
         olmoe_set_batch(m, batch_of_rows(inputs.data(), rows > 0 ? targets.data() : nullptr, std::max(rows, 1), T));
         olmoe_forward(m);
         if (rows == 0) continue;

@@ -483,8 +483,8 @@ static void test_embedding() {
         m.scratch.dx = d_dx;
         m.scratch.touched = touched; m.scratch.touched_start = start; m.scratch.touched_tokens = tokens;
         index_tokens(&m);
-        check_true(name + "ids", m.touched == (int)std::set<int>(ids.begin(), ids.end()).size());
-        embedding_backward(d_dw, m.scratch, m.touched, C);
+        check_true(name + "ids", m.num_touched == (int)std::set<int>(ids.begin(), ids.end()).size());
+        embedding_backward(d_dw, m.scratch, m.num_touched, C);
         check(name + "dw +=", d_dw.get(), dw, roundings(1, 2 + sqrt(N)));
     }
 }

@@ -235,7 +235,7 @@ void print_domains(const DomainTable& d, const OlmoeConfig& c) {
         }
     }
     int best = (int)(std::max_element(bits.begin(), bits.end()) - bits.begin());
-    printf("experts by domain: an assignment's expert tells, of %.2f bits of domain,", log2((double)M));
+    printf("experts by domain: an assignment's expert shows, of %.2f bits of domain,", log2((double)M));
     for (int l = 0; l < c.L; l++) printf("%s %.2f in layer %d", l ? "," : "", bits[l], l);
     printf("\nlayer %d, %% of a domain's assignments (%.1f = no preference; * = twice that or more):\n  expert", best,
            100.0 / E);
