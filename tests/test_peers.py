@@ -1,6 +1,7 @@
 """olmoe against transformers on PyTorch, on shapes drawn by a seed, both ways:
 
-  their directory -> our logits, routing, losses, gradients, AdamW steps (olmoe verify)
+  their directory -> our logits, routing, losses, gradients, AdamW steps (olmoe verify), of rows of equal length and of
+  sequences of several lengths, which transformers runs one by one; prompts of several lengths (olmoe generate)
   our training -> a directory that transformers opens whole, and their logits, losses and gradients from it are ours
 
 Run by `make test-peers`: build/venv/bin/python -m pytest tests/test_peers.py. PEER_SEED repeats a run, PEER_SHAPES sets
@@ -107,6 +108,127 @@ def test_theirs_in_ours(peers, tmp_path, number):
     losses = tmp_path / "losses.safetensors"
     without_gradients(peers, model / "reference.safetensors", losses, lambda name: True)
     olmoe("verify", "--model", model, "--reference", losses, "--rtol", "1e-5")
+
+
+def draw_ragged(number, precision):
+    """Options of reference.py for sequences of several lengths. 128 is a CPU build's ATTENTION_BLOCK."""
+    r = random.Random(f"{SEED} ragged {number} {precision}")
+    lengths = [1, 1, 1, r.randint(129, 170), *(r.randint(2, 60) for _ in range(r.randint(1, 3)))]
+    ones = [1] * (r.randint(5, 20) if precision == "fp32" else 64)      # bf16's errors are those of many numbers
+    special = [lengths, ones, [128, 1, r.randint(257, 280), 129], [r.randint(130, 200)], lengths]
+    lengths = list(special[number]) if number < len(special) else lengths
+    r.shuffle(lengths)
+    options = {**draw(100 + number), "lengths": ",".join(map(str, lengths)), "ignore": 0.3,
+               "weights": number != 4, "norm_topk_prob": number % 2 == 0, "steps": 3}
+    del options["batch"], options["seq"]
+    # Every token has to have its margin at all layers and ranks. bf16's has to be wide.
+    options["topk"] = min(options["topk"], 4)
+    if sum(lengths) > 300:
+        options.update(layers=1, topk=min(options["topk"], 2))
+    if precision == "bf16":
+        options.update(bf16=True, margin=0.2, topk=min(options["topk"], 2), layers=min(options["layers"], 2), steps=0)
+    return lengths, options
+
+
+def edited(peers, source, path, edit):
+    """The same reference after edit(tensors)."""
+    with peers.safe_open(str(source), "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        edit(tensors)
+        peers.write_safetensors(str(path), tensors, file.metadata())
+    return path
+
+
+def failures(model, reference):
+    """Names of the tensors that differ: at least one must."""
+    words = [OLMOE, "verify", "--model", str(model), "--reference", str(reference)]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 1 and result.stdout.endswith("they DIFFER\n"), result.stdout + result.stderr
+    return {line.split()[0] for line in result.stdout.splitlines() if "FAILED" in line}
+
+
+@pytest.mark.parametrize("number", range(SHAPES))
+def test_ragged(peers, tmp_path, number):
+    """Sequences of several lengths in one micro-batch, with weights of the targets: transformers runs each sequence
+    alone. Faults are seen: tokens that see another sequence, a weight that is another target's. (Positions that go on
+    over the sequences' ends would be no fault: RoPE depends on their differences.)"""
+    import torch
+    lengths, options = draw_ragged(number, "fp32")
+    print(f"PEER_SEED={SEED} {json.dumps(options)}")
+    model = reference_directory(peers, tmp_path / "model", options)
+    full = model / "reference.safetensors"
+    print(olmoe("verify", "--model", model, "--reference", full))
+    losses = tmp_path / "losses.safetensors"
+    without_gradients(peers, full, losses, lambda name: True)
+    olmoe("verify", "--model", model, "--reference", losses, "--rtol", "1e-5")
+
+    def other_ends(tensors):
+        i = min(range(len(lengths) - 1), key=lambda i: lengths[i] + lengths[i + 1], default=0)
+        joined = [*lengths[:i], sum(lengths[i:i + 2]), *lengths[i + 2:]]
+        wrong = joined if len(lengths) > 1 else [lengths[0] // 2, lengths[0] - lengths[0] // 2]
+        tensors["lengths"] = torch.tensor(wrong, dtype=torch.int32)
+
+    def other_weights(tensors):
+        tensors["weights"] = tensors["weights"].roll(1)
+
+    wrong = tmp_path / "wrong.safetensors"
+    assert "logits" in failures(model, edited(peers, full, wrong, other_ends))
+    if options["weights"]:
+        failed = failures(model, edited(peers, full, wrong, other_weights))
+        assert {"ce_loss", "grad.lm_head.weight"} <= failed and not {"logits", "lb_loss", "z_loss"} & failed
+
+
+@pytest.mark.skipif("bf16" not in PROGRAMS, reason="OLMOE_BF16 names no program")
+@pytest.mark.parametrize("number", range((SHAPES + 1) // 2))
+def test_ragged_bf16(peers, tmp_path, number):
+    """Logits and losses as close as test_ours_in_theirs wants them; the gradients' limit is three times the error of
+    the worst tensor of PyTorch's own bf16 runs."""
+    options = draw_ragged(number, "bf16")[1]
+    print(f"PEER_SEED={SEED} {json.dumps(options)}")
+    model = reference_directory(peers, tmp_path / "model", options)
+    full, logits = model / "reference.safetensors", tmp_path / "logits.safetensors"
+    without_gradients(peers, full, logits, lambda name: True)
+    print(olmoe("verify", "--model", model, "--reference", logits, program=PROGRAMS["bf16"]))
+    with peers.safe_open(str(full), "pt") as file:
+        worst = max(float(file.metadata()[f"bf16_{attention}_worst_grad"]) for attention in ("eager", "sdpa"))
+    rtol = ["--rtol", max(0.03, 3 * worst)]
+    print(olmoe("verify", "--model", model, "--reference", full, *rtol, program=PROGRAMS["bf16"]))
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_prompts_of_several_lengths(peers, tmp_path, number):
+    """Prompts in one batch, drawn tokens after them: their log-probabilities are those of transformers, which reads
+    each text alone and whole."""
+    import torch
+    lengths, options = draw_ragged(4 * number, "fp32")
+    model = reference_directory(peers, tmp_path / "model", {**options, "steps": 0})
+    with peers.safe_open(str(model / "reference.safetensors"), "pt") as file:
+        prompts = [part.tolist() for part in file.get_tensor("inputs")[0].long().split(lengths)]
+    config = json.loads((model / "config.json").read_text())
+    config["max_position_embeddings"] = max(lengths) + 8
+    (model / "config.json").write_text(json.dumps(config))
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"ids": ids}) + "\n" for ids in prompts))
+    theirs = peers.OlmoeForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager",
+                                                    experts_implementation="eager", local_files_only=True)
+    with peers.Float64():
+        theirs = peers.twin(theirs, torch.float64)
+    compared = 0
+    for batch in (3, len(prompts)):
+        lines = olmoe("generate", "--model", model, "--input", tmp_path / "in.jsonl", "--batch", batch, "--json",
+                      "--logprobs", "--temperature", 1, "--max-tokens", 8, "--seed", options["seed"]).splitlines()
+        assert len(lines) == len(prompts)
+        for prompt, sample in zip(prompts, map(json.loads, lines)):
+            text = torch.tensor([prompt + sample["ids"]])
+            with torch.no_grad(), peers.Float64():
+                logits, routers, _ = peers.forward(theirs, text)
+            expected = logits[0].log_softmax(dim=-1)[:-1].gather(1, text[0, 1:, None])[len(prompt) - 1:, 0]
+            # Up to the first token, if any, that either of two experts could have: prompts are drawn without such.
+            ties = (peers.margins(routers, options["topk"])[0, len(prompt):] < 1e-4).nonzero()
+            sure = int(ties[0]) + 1 if len(ties) else len(expected)
+            for ours, wanted in zip(sample["logprobs"][:sure], expected.tolist()):
+                assert abs(ours - wanted) < 1e-4, (prompt, sample, expected)
+                compared += 1
+    assert compared > 8 * len(prompts)
 
 
 @pytest.mark.parametrize("precision", PROGRAMS)
