@@ -777,7 +777,7 @@ static void check_experts(const std::vector<ExpertsShape>& shapes) {
                 append(&sorted, slice(v, row[a] * width, width));
             return sorted;
         };
-        // Rounded on the way: gate and up, h (twice felt, in its two factors), y; dh, dgate and dup, dx
+        // Rounded on the way: gate and up, h (once for each of its two factors), y; dh, dgate and dup, dx
         double t = 24 + 2 * sqrt(C) + 2 * sqrt(F);
         check(name + "y", by_assignment(d_y.get()), y, roundings(4, t));
         check(name + "dx", by_assignment(d_dx.get()), dx, roundings(6, t));
@@ -833,7 +833,7 @@ static void test_swiglu() {
     }
 }
 
-// Null weights are drawn, some of them negative and one of them 0
+// Where weights_given is null, weights are drawn, some of them negative and one of them 0.
 static void check_cross_entropy(const std::string& name, int N, int V, const Vec* weights_given) {
     Vec logits = random_vec((size_t)N * V, 3), losses, dlogits;
     for (int i = 0; i < V; i++) logits[i] += 96;                // exp would overflow
@@ -2330,9 +2330,9 @@ static void batch_rows() {
                            && capacity.recompute == 2 && capacity.classified == 0 && capacity.positions == 0);
 }
 
-// What the program prints when body() ends it, and "" where it does not. In a process of its own, which must not touch
-// the device.
-template <typename Body> static std::string last_words(Body body) {
+// The message with which body() ends the program, and "" where it does not. body() runs in a process of its own and
+// must not touch the device.
+template <typename Body> static std::string error_message(Body body) {
     int ends[2];
     if (pipe(ends) != 0) die("test: no pipe");
     fflush(stdout);
@@ -2344,12 +2344,12 @@ template <typename Body> static std::string last_words(Body body) {
         _exit(0);
     }
     close(ends[1]);
-    std::string words;
+    std::string message;
     char buffer[4096];
-    for (ssize_t n; (n = read(ends[0], buffer, sizeof buffer)) > 0; ) words.append(buffer, n);
+    for (ssize_t n; (n = read(ends[0], buffer, sizeof buffer)) > 0; ) message.append(buffer, n);
     close(ends[0]);
     waitpid(child, nullptr, 0);
-    return words;
+    return message;
 }
 
 // What olmoe_set_batch refuses, each time of a batch that is good but for one thing. It checks before it copies: the
@@ -2358,11 +2358,11 @@ static void batch_checks() {
     OlmoeConfig c = model_shape(1, 4, 1, 11, 2, 1, 2);
     Olmoe m;
     olmoe_plan(&m, c, {7, 4, Use::training, 0, 0, 6});
-    auto refused = [&](const char* name, const std::string& message, auto change) {
+    auto refused = [&](const char* name, const char* message, auto change) {
         MicroBatch b = random_sequences({4, 2}, c.V, 0.1);
         change(&b);
-        std::string words = last_words([&] { olmoe_set_batch(&m, b); });
-        check_true(std::string("refused: ") + name, words.find(message) != std::string::npos);
+        const std::string printed = error_message([&] { olmoe_set_batch(&m, b); });
+        check_true(std::string("refused: ") + name, printed.find(message) != std::string::npos);
     };
     const int V = c.V;
     refused("no token", "a micro-batch of 0 tokens", [](MicroBatch* b) { *b = {}; });
@@ -2837,7 +2837,7 @@ static void check_ranks_model(const RanksModel& r) {
                             r.one_token ? ", one token" : "", r.lb_global ? ", --lb global" : "");
     olmoe_zero_grad(&model.m);
     model.forward(rows_of(self));
-    // to look waits for all streams, and would hide that nobody waits for the counts of all ranks
+    // Reading the logits waits for all streams, and would hide a missing wait for the counts of all ranks.
     if (!r.lb_global) check(name + "logits", model.logits(), want_logits, model_tolerance(c, 1e-5));
     model.backward(rows_of(self), 1, true);
     Vec got, want;
