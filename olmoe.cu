@@ -1752,6 +1752,7 @@ void olmoe_set_batch(Olmoe* m, const MicroBatch& batch) {
     const int N = batch.N(), V = m->config.V;
     for (size_t n : {batch.inputs.size(), batch.targets.size(), batch.weights.size(), batch.positions.size()})
         if (N < 1 || n != (size_t)N) die("a micro-batch of %d tokens has arrays of %zu", N, n);
+    if (batch.starts[0] != 0) die("the first sequence of a micro-batch begins at token %d", batch.starts[0]);
     if (N > m->capacity.N) die("a micro-batch of %d tokens, where there is room for %d", N, m->capacity.N);
     for (int b = 0; b < batch.B(); b++)
         if (batch.length(b) < 1 || batch.length(b) > m->capacity.T)

@@ -2366,6 +2366,7 @@ static void batch_checks() {
     };
     const int V = c.V;
     refused("no token", "a micro-batch of 0 tokens", [](MicroBatch* b) { *b = {}; });
+    refused("a first sequence that begins late", "begins at token 1", [](MicroBatch* b) { b->starts[0] = 1; });
     refused("no input for a token", "6 tokens has arrays of 5", [](MicroBatch* b) { b->inputs.pop_back(); });
     refused("a target too many", "6 tokens has arrays of 7", [](MicroBatch* b) { b->targets.push_back(1); });
     refused("no weight for a token", "6 tokens has arrays of 5", [](MicroBatch* b) { b->weights.pop_back(); });

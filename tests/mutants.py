@@ -179,6 +179,32 @@ MUTANTS = [
      "size_t begin = t.update_begin(), n = t.update_count();",
      "size_t begin = shard_optimizer ? 0 : t.update_begin(), n = t.update_count();", "ranks: ranks zero"),
 
+    # ---- Micro-batches of sequences of any lengths, and the table of tensors
+    ("length_of_the_first_sequence", "olmoe.cu",
+     "const int T = batch.length(b);\n        const floatX *k = a.qk + first * 2 * C + C, *v = a.qkv + first * 3 "
+     "* C + 2 * C;\n        float* lse",
+     "const int T = batch.length(0);\n        const floatX *k = a.qk + first * 2 * C + C, *v = a.qkv + first * 3 "
+     "* C + 2 * C;\n        float* lse", "fast: kernel attention"),
+    ("key_gradients_to_the_first_sequence", "olmoe.cu",
+     "float *dk = s.dqkv32 + first * 3 * C + C, *dv = dk + C;",
+     "float *dk = s.dqkv32 + C, *dv = dk + C;", "fast: kernel attention"),
+    ("loss_without_weights", "olmoe.cu",
+     "r.ce += m->batch.weights[t] * m->losses[t];",
+     "r.ce += m->batch.weights.back() * m->losses[t];", "fast: batch ragged"),
+    ("positions_from_the_first_token", "olmoe.cu",
+     "b->positions.push_back(position + t);",
+     "b->positions.push_back(t);", "fast: batch rows"),
+    ("infinite_weights", "olmoe.cu",
+     "if (!std::isfinite(batch.weights[t]))",
+     "if (std::isnan(batch.weights[t]))", "fast: batch checks"),
+    ("two_tensors_at_one_pointer", "olmoe.cu", "{&P::k_norm,     {", "{&P::q_norm,     {", "fast: table of tensors"),
+    ("files_in_the_order_of_matrices", "lib/weights.h",
+     "std::string name = t.names[i % t.names.size()];",
+     "std::string name = t.names[i * t.names.size() / parts];", "fast: table of tensors"),
+    ("prompts_share_a_slot", "commands/generate.h",
+     "row_slots.insert(row_slots.end(), prompts.length(b), slots[b]);",
+     "row_slots.insert(row_slots.end(), prompts.length(b), slots[0]);", "fast: model cache"),
+
     # ---- Generation
     ("cache_of_another_slot", "commands/generate.h",
      "*v = values + cached",
