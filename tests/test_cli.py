@@ -236,8 +236,27 @@ def test_fine_tune_from_directory(data, straight, tmp_path):
 # ------------------------------------------------------------------------------------------------
 # Stops and faults
 
+started = []
+
+
+def popen(command, **options):
+    started.append(subprocess.Popen(command, **options))
+    return started[-1]
+
+
 def start(*args):
-    return subprocess.Popen([OLMOE, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return popen([OLMOE, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(autouse=True)
+def end_what_was_started():
+    """A test that fails must not leave a training of a million steps that slows all others."""
+    yield
+    while started:
+        process = started.pop()
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 def wait_for_step(out, step):
@@ -994,7 +1013,7 @@ def test_tokenize_two_at_a_time(tmp_path):
     command = ["tokenize", "--tokenizer", "bytes", "--out", tmp_path / "x.npy"]
     ok(*command, tmp_path / "a.jsonl")
     before = files(tmp_path)
-    first = subprocess.Popen([OLMOE, *map(str, command), tmp_path / "a.jsonl"], stdout=subprocess.DEVNULL)
+    first = popen([OLMOE, *map(str, command), tmp_path / "a.jsonl"], stdout=subprocess.DEVNULL)
     first.send_signal(signal.SIGSTOP)
     while not (tmp_path / "x.npy.tmp").exists() and first.poll() is None:
         first.send_signal(signal.SIGCONT)
@@ -1015,7 +1034,7 @@ def test_tokenize_progress(tmp_path):
             f.write("{\n")
     command = [OLMOE, "tokenize", "--tokenizer", "bytes", "--out", tmp_path / "x.npy", tmp_path / "a.jsonl"]
     terminal, end = pty.openpty()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=end, text=True,
+    process = popen(command, stdout=subprocess.PIPE, stderr=end, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     os.close(end)
     shown = b""
