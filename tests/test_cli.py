@@ -1035,7 +1035,7 @@ def test_tokenize_progress(tmp_path):
     command = [OLMOE, "tokenize", "--tokenizer", "bytes", "--out", tmp_path / "x.npy", tmp_path / "a.jsonl"]
     terminal, end = pty.openpty()
     process = popen(command, stdout=subprocess.PIPE, stderr=end, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+                    env={**os.environ, "OMP_NUM_THREADS": "1"})
     os.close(end)
     shown = b""
     while True:
