@@ -1,12 +1,27 @@
 # make                       the program for this machine: ./olmoe
 # make setup                 install what is missing
 # make DEVICE=cpu|cuda PRECISION=FP32|BF16 [STRICT=1] [SANITIZE=address|undefined|thread] olmoe test_olmoe
+# make MARCH=haswell         for another processor than this one (the fast build of the CPU; g++ -march)
+# make CXXFLAGS="-g ..."     further options of g++, after those of the build
 # make cuda                  compile for all GPUs, warnings and register spills are errors
 # make clean                 remove what was built; runs (build/train*), build/venv and build/llama.cpp stay
 
 .DEFAULT_GOAL := olmoe
 .DELETE_ON_ERROR:
 .SUFFIXES:
+
+# The name of a text is never expanded, by no make and for no command: a $ in it is a $.
+override DATA := $(value DATA)
+
+# Where setup or clean is one of several goals, they run one after another, setup first, also with -j (which then holds
+# within each). Each has its own make, which sees what those before it have installed or removed.
+ifneq ($(and $(filter setup clean,$(MAKECMDGOALS)),$(word 2,$(MAKECMDGOALS))),)
+.NOTPARALLEL:
+.PHONY: $(sort $(MAKECMDGOALS))
+$(sort $(MAKECMDGOALS)):
+	+@$(MAKE) --no-print-directory $@
+$(sort $(filter-out setup,$(MAKECMDGOALS))): $(sort $(filter setup,$(MAKECMDGOALS)))
+else
 
 # ------------------------------------------------------------------------------------------------
 # Machine: CUDA where there are an NVIDIA device and nvcc, else the CPU.
@@ -60,8 +75,7 @@ endif
 
 # ------------------------------------------------------------------------------------------------
 # Several ranks: MPI starts them. Their collectives go through MPI on CPUs, and through NCCL on GPUs. Where one of them is
-# missing, a header of cpu/ takes its place, and the program has one rank. MPI is looked up at its first use, because in
-# `make setup train` it is installed first.
+# missing, a header of cpu/ takes its place, and the program has one rank. They are looked up at their first use.
 
 MPICC ?= mpicc
 MPI_CFLAGS = $(eval MPI_CFLAGS := $(or $(shell flags=$$($(MPICC) --showme:compile 2>/dev/null) && g++ $$flags -include mpi.h -E -x c++ /dev/null \
@@ -82,9 +96,7 @@ $(RANK_FLAGS) build/ranks.flags: FORCE
 	@mkdir -p $(@D)
 	@echo '$(MPI_CFLAGS) $(MPI_LIBS) $(NCCL_CFLAGS) $(NCCL_LIBS)' | cmp -s - $@ || echo '$(MPI_CFLAGS) $(MPI_LIBS) $(NCCL_CFLAGS) $(NCCL_LIBS)' > $@
 
-ifeq ($(filter setup,$(MAKECMDGOALS)),)
-  WITHOUT = $(if $(filter -Icpu/no_mpi,$(MPI_CFLAGS)),$(comma) without MPI)$(if $(filter cuda,$(DEVICE)),$(if $(NCCL_LIB),,$(comma) without NCCL))
-endif
+WITHOUT = $(if $(filter -Icpu/no_mpi,$(MPI_CFLAGS)),$(comma) without MPI)$(if $(filter cuda,$(DEVICE)),$(if $(NCCL_LIB),,$(comma) without NCCL))
 ifneq ($(if $(MAKECMDGOALS),$(filter olmoe test_olmoe train test bench,$(MAKECMDGOALS)),olmoe),)
   $(info Building for $(if $(filter cuda,$(DEVICE)),CUDA,the CPU) in $(PRECISION)$(if $(filter 1,$(STRICT)), (strict$(if $(SANITIZE),$(comma) $(SANITIZE) sanitizer)))$(WITHOUT): $(WHY).)
 endif
@@ -106,44 +118,58 @@ clean:
 
 ifeq ($(DEVICE),cpu)
 CXX := g++
+MARCH := native
+CXXFLAGS :=
 # -g1 has the line numbers that sanitizers and backtraces print; with all of -g compiling takes 1.5 times as long.
-CXXFLAGS := -std=c++17 -g1 -fopenmp -fno-math-errno -Wall -Wextra
+OPTIONS := -g1 -fno-math-errno -Wall -Wextra
 ifeq ($(STRICT),1)
   DEFINES += -DCUDA_STRICT -DWARP=32 -DSEPARATE_ALLOCATIONS=1
-  CXXFLAGS += -O1                               # -O2 takes twice as long to compile and runs no faster: fibers take the time
+  OPTIONS += -O1                                # -O2 takes twice as long to compile and runs no faster: fibers take the time
   MACHINE := strict
 else
   # Not -ffast-math: it may delete isnan, and turn !(error <= tolerance) into error > tolerance.
   # Packs of 16 bytes (4 or 8 iterations) must stay loops for the thread loop around them to vectorise.
   DEFINES += -DWARP=1 -DATTENTION_BLOCK=128
-  CXXFLAGS += -O3 -march=native -fassociative-math -fno-signed-zeros -fno-trapping-math --param max-completely-peel-times=4
+  OPTIONS += -O3 -march=$(MARCH) -fassociative-math -fno-signed-zeros -fno-trapping-math --param max-completely-peel-times=4
   MACHINE := fast
 endif
-MACHINE_FLAGS := $(CXXFLAGS)
+# CXXFLAGS of the command line (not of the environment) come after what they may change and before what the build needs.
+MACHINE_FLAGS := $(OPTIONS) $(CXXFLAGS) -std=c++17 -fopenmp -fno-finite-math-only
+FLAGS := $(MACHINE_FLAGS)
 ifneq ($(SANITIZE),)
   SANITIZE_FLAGS := -fsanitize=$(SANITIZE) -fno-omit-frame-pointer $(if $(filter undefined,$(SANITIZE)),-fno-sanitize-recover=all)
-  CXXFLAGS += $(SANITIZE_FLAGS)
+  FLAGS += $(SANITIZE_FLAGS)
   # TSan has to see what the fibers do, but not their scheduler.
   MACHINE_FLAGS += $(if $(filter thread,$(SANITIZE)),-DCUDA_TSAN,$(SANITIZE_FLAGS))
 endif
 LDLIBS := -ldnnl -lutf8proc -lz -lmvec -lm
-MACHINE_OBJECTS := $(addprefix $(BUILD)/cpu/,$(MACHINE).o gemm.o nccl.o device.o)
+MACHINE_OBJECTS := $(addprefix $(BUILD)/cpu/,$(MACHINE).o gemm.o nccl.o device.o $(if $(filter fast,$(MACHINE)),processor.o))
 
-$(BUILD)/%.o: %.cu cpu/rewrite Makefile $(RANK_FLAGS)
+# Changes with the options, the compiler, and what -march=native means on this processor: all is then compiled again.
+COMPILER := $(BUILD)/cpu/compiler.flags
+$(COMPILER): FORCE
 	@mkdir -p $(@D)
-	$(CXX) $(CXXFLAGS) $(DEFINES) -Icpu -I. $(MPI_CFLAGS) -MMD -MP -MT $@ -MF $(@:.o=.d) -E -x c++ $< -o $(@:.o=.i)
-	cpu/rewrite < $(@:.o=.i) > $(@:.o=.ii)
-	$(CXX) $(CXXFLAGS) -fpreprocessed -x c++ -c $(@:.o=.ii) -o $@
+	@macros=$$($(CXX) $(FLAGS) -dM -E -x c++ /dev/null) && \
+	now='$(subst ','\'',$(CXX) $(FLAGS) $(MACHINE_FLAGS) $(DEFINES))'" $$(echo "$$macros" | cksum)" && \
+	{ echo "$$now" | cmp -s - $@ || echo "$$now" > $@; }
 
-$(BUILD)/cpu/%.o: cpu/%.cpp Makefile
+$(BUILD)/%.o: %.cu cpu/rewrite Makefile $(RANK_FLAGS) $(COMPILER)
+	@mkdir -p $(@D)
+	$(CXX) $(FLAGS) $(DEFINES) -Icpu -I. $(MPI_CFLAGS) -MMD -MP -MT $@ -MF $(@:.o=.d) -E -x c++ $< -o $(@:.o=.i)
+	cpu/rewrite < $(@:.o=.i) > $(@:.o=.ii)
+	$(CXX) $(FLAGS) -fpreprocessed -x c++ -c $(@:.o=.ii) -o $@
+
+$(BUILD)/cpu/%.o: cpu/%.cpp Makefile $(COMPILER)
 	@mkdir -p $(@D)
 	$(CXX) $(MACHINE_FLAGS) $(DEFINES) -Icpu $(if $(filter nccl,$*),$(MPI_CFLAGS)) -MMD -MP -c $< -o $@
 $(BUILD)/cpu/nccl.o: $(RANK_FLAGS)
 # Sums over ranks are added in the order of the ranks. Other files may reorder their sums.
 $(BUILD)/cpu/nccl.o: MACHINE_FLAGS += -fno-associative-math
+# Runs on any processor, whatever CXXFLAGS say, to report that the rest does not.
+$(BUILD)/cpu/processor.o: MACHINE_FLAGS := -std=c++17 -O1 -g1 -Wall -Wextra $(if $(filter x86_64,$(shell uname -m)),-march=x86-64)
 
 $(BUILD)/%: $(BUILD)/%.o $(MACHINE_OBJECTS)
-	$(CXX) $(CXXFLAGS) $^ $(LDLIBS) $(MPI_LIBS) -o $@
+	$(CXX) $(FLAGS) $^ $(LDLIBS) $(MPI_LIBS) -o $@
 
 .SECONDARY:
 -include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d)
@@ -194,14 +220,24 @@ endef
 
 # ------------------------------------------------------------------------------------------------
 # Train on the generated corpus, or on any text: make train DATA=my.txt. Called again, it continues from what is saved.
+# A text's name is no name of make's, which could not hold all of them: split_text.py itself looks whether the text has
+# changed, and names its folder. In a shell's command the name is in quotes.
 
-ifdef DATA
-ifneq ($(words $(DATA)),1)
-  $(error DATA="$(DATA)": one file, and no spaces in its name)
-endif
-RUN := build/train-$(subst /,_,$(DATA))
-else
 RUN := build/train
+ifneq ($(and $(DATA),$(filter train build/train-%,$(MAKECMDGOALS))),)
+define line_break
+
+
+endef
+ifneq ($(findstring $(line_break),$(DATA)),)
+  $(error DATA: a line break in the name of a text. Rename it, or make a link to it)
+endif
+TEXT := '$(subst ','\'',$(DATA))'
+FOLDER := $(shell $(PYTHON) scripts/split_text.py --folder $(TEXT) 2>&1)
+ifneq ($(filter-out 0,$(.SHELLSTATUS)),)
+  $(error $(FOLDER))
+endif
+RUN := build/train-$(FOLDER)
 endif
 TRAIN_OPTIONS ?= --steps 2200 --batch 8 --lr 4e-3 --warmup 100
 
@@ -211,9 +247,9 @@ train: olmoe $(RUN)/train.npy $(RUN)/val.npy
 	  --val-every 200 --sample-every 550 --save-every 550 --keep-last 2 --log-every 25 $(TRAIN_OPTIONS)
 	$(PYTHON) scripts/learned.py $(RUN) $(RUN)/run
 
-ifdef DATA
-$(RUN)/train.txt: $(DATA) scripts/split_text.py
-	$(PYTHON) scripts/split_text.py $(DATA) $(RUN)
+ifdef TEXT
+$(RUN)/train.txt: FORCE
+	$(PYTHON) scripts/split_text.py $(TEXT) $(RUN)
 $(RUN)/val.txt: $(RUN)/train.txt
 $(RUN)/%.npy: $(RUN)/%.txt | olmoe
 	./olmoe tokenize --tokenizer bytes --out $@ $<
@@ -273,3 +309,5 @@ test-mutants:
 # Times of kernels, of matmuls alone, and of transformers, tokenizers and llama.cpp; on an idle machine
 bench: build/venv/made
 	$(PYTHON) scripts/bench.py
+
+endif   # setup or clean among other goals

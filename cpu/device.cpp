@@ -1,5 +1,6 @@
 // What both machines report about the device: the processor and its memory.
 #include "cuda_runtime.h"
+#include "processor.h"
 #include <omp.h>
 #include <stdio.h>
 #include <string.h>
@@ -57,3 +58,16 @@ const char* cudaGetErrorString(cudaError_t error) {
     }
     return "unknown error";
 }
+
+// A macro of g++ is 1 where the build uses its feature; else the name is no macro, and remains a name.
+#define TEXT_OF(x) #x
+#define F(name, macro) TEXT_OF(macro)[0] == '1',
+static constexpr bool used[] = {PROCESSOR_FEATURES(F) false};
+#undef F
+static constexpr unsigned long long set_of_used() {
+    unsigned long long set = 0;
+    for (unsigned long i = 0; i < sizeof used; i++) set |= (unsigned long long)used[i] << i;
+    return set;
+}
+static_assert(sizeof used <= 64, "a set has 64 bits");
+constexpr unsigned long long processor_needs = set_of_used();

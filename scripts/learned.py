@@ -13,32 +13,49 @@ import sys
 from pathlib import Path
 
 
-def main():
-    if len(sys.argv) != 3:
-        sys.exit(__doc__.strip())
-    folder, run = Path(sys.argv[1]), Path(sys.argv[2])
+class Unreadable(Exception):
+    """What of the folder or of the run is not as training leaves it."""
+
+
+def read(folder, run):
+    """The texts, the log's steps, its last line with a validation, and the entropy of the source or None."""
     try:
         train, val = (folder / "train.txt").read_bytes(), (folder / "val.txt").read_bytes()
         lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        sys.exit(f"learned.py: {error}")
-    with_val = [line for line in lines if "val_bpb" in line]
-    if not with_val or not val:
-        sys.exit(f"learned.py: no validation in {run / 'log.jsonl'}, or an empty {folder / 'val.txt'}")
-    last, steps = with_val[-1], [line for line in lines if "step" in line]
+        entropy = json.loads((folder / "entropy.json").read_text())["bits_per_byte"]["all"] \
+            if (folder / "entropy.json").exists() else None
+        steps = [line for line in lines if "step" in line]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Unreadable(f"{folder}, {run / 'log.jsonl'}: {type(error).__name__}: {error}")
+    if not val:
+        raise Unreadable(f"{folder / 'val.txt'} is empty")
+    if not any("val_loss" in line for line in steps):
+        raise Unreadable(f"no validation in {run / 'log.jsonl'}")
+    last = [line for line in steps if "val_loss" in line][-1]
+    if last.get("val_bpb") is None:
+        raise Unreadable(f"the last validation in {run / 'log.jsonl'} has no bits per byte: "
+                         f"its text has nothing to predict, or its loss is not finite")
+    return train, val, steps, last, entropy
+
+
+def xz(data):
+    return len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))
+
+
+def report(folder, run):
+    """Prints it. True where no bar is missed."""
+    train, val, steps, last, entropy = read(folder, run)
     seconds = sum(line["ms"] for line in steps) / 1000
     bpb = last["val_bpb"]
-
-    def xz(data):
-        return len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))
-
     xz_bpb = (xz(train + val) - xz(train)) * 8 / len(val)
-    entropy_path = folder / "entropy.json"
-    entropy = json.loads(entropy_path.read_text())["bits_per_byte"]["all"] if entropy_path.exists() else None
     load = max(layer["max_over_mean"] for layer in last["balance"])
     dead = sum(layer["dead"] for layer in last["balance"])
-    rows = [(f"{bpb / xz_bpb:.2f} x", f"of the {xz_bpb:.3f} that xz -9e spends on the same text",
-             bpb <= 0.7 * xz_bpb)]
+    rows = []
+    if xz_bpb > 0:
+        rows.append((f"{bpb / xz_bpb:.2f} x", f"of the {xz_bpb:.3f} that xz -9e spends on the same text",
+                     bpb <= 0.7 * xz_bpb))
+    else:
+        rows.append(("-", "nothing to compare with: xz -9e spends no byte on this text after the training text", False))
     if entropy:
         rows.append((f"{bpb / entropy:.2f} x", f"of the {entropy:.3f} of the source's own choices",
                      bpb <= 1.6 * entropy))
@@ -48,8 +65,16 @@ def main():
     print(f"\nstep {last['step']}, {seconds:.0f} s of training: validation {bpb:.4f} bits per byte")
     for value, what, good in rows:
         print(f"  {value:>8} {what}" + ("" if entropy is None else "  ok" if good else "  MISSED"))
-    if entropy is not None and not all(good for _, _, good in rows):
-        sys.exit(1)
+    return entropy is None or all(good for _, _, good in rows)
+
+
+def main():
+    if len(sys.argv) != 3:
+        sys.exit(__doc__.strip())
+    try:
+        sys.exit(0 if report(Path(sys.argv[1]), Path(sys.argv[2])) else 1)
+    except (Unreadable, KeyError, TypeError, ValueError) as error:      # a log of another program
+        sys.exit(f"learned.py: {error if isinstance(error, Unreadable) else repr(error)}")
 
 
 if __name__ == "__main__":

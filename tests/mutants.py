@@ -6,7 +6,7 @@ A test is one of test_olmoe in a build of the CPU machine, fast, strict (with se
 bf16, or strict on two ranks, or one of pytest's.
 """
 CLI, DATA, TOKENIZER = "tests/test_cli.py::test_", "tests/test_data.py::test_", "tests/test_tokenizer.py::test_"
-CHECKPOINT = "tests/test_checkpoint.py::test_group"
+CHECKPOINT, MAKE = "tests/test_checkpoint.py::test_group", "tests/test_make.py::test_"
 
 MUTANTS = [
     # ---- Embedding, norms, rotation
@@ -314,4 +314,27 @@ MUTANTS = [
     ("validation_data_is_read_too_late", "olmoe.cu",
      "dataloader_check(&run->val, instances, ranks_alive);",
      "", CLI + "validation_is_checked_before_training"),
+
+    # ---- make, and the scripts that launch ranks
+    ("setup_where_it_is_named", "Makefile", ": $(sort $(filter setup,$(MAKECMDGOALS)))", ":",
+     MAKE + "setup_is_first[last]"),
+    ("goals_beside_setup", "Makefile", ".NOTPARALLEL:\n", "", MAKE + "clean_and_build_do_not_overlap"),
+    ("names_are_expanded", "Makefile", "override DATA := $(value DATA)", "", MAKE + "a_name_is_not_run_beside_setup"),
+    ("folders_are_shared", "scripts/split_text.py", 'b"+" if match[0]', 'b"_" if match[0]',
+     MAKE + "two_texts_never_share_a_folder"),
+    ("older_text_is_not_noticed", "scripts/split_text.py", "if before.read() == source", "if before",
+     MAKE + "a_changed_text_is_cut_again"),
+    ("divided_by_what_xz_spends", "scripts/learned.py", "if xz_bpb > 0:", "if True:",
+     MAKE + "what_was_learned_of_a_degenerate_text[xz]"),
+    ("needed_options_may_be_changed", "Makefile",
+     "$(OPTIONS) $(CXXFLAGS) -std=c++17 -fopenmp -fno-finite-math-only",
+     "$(OPTIONS) -std=c++17 -fopenmp -fno-finite-math-only $(CXXFLAGS)", MAKE + "cxxflags_add_options"),
+    ("processor_is_not_looked_at_again", "Makefile", '$$(echo "$$macros" | cksum)', "",
+     MAKE + "another_processor_is_built_for_again"),
+    ("processor_is_checked_too_late", "cpu/processor.cpp", "\".preinit_array\"", "\".init_array\"",
+     MAKE + "the_check_is_before_initialisers"),
+    ("all_that_is_used_is_missing", "cpu/processor.cpp", "if (!((needs & ~has) >> i & 1))", "if (!(needs >> i & 1))",
+     MAKE + "features_of_made_up_processors"),
+    ("launching_changes_folder", "scripts/launch_node.sh", "root=();", 'cd "$(dirname "$olmoe")"; root=();',
+     MAKE + "scripts_do_not_change_folder"),
 ]
