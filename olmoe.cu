@@ -2245,7 +2245,6 @@ void run_open(TrainingRun* run, int argc, char** argv) {
     ranks = ranks_start(o.rendezvous, NCCL_BY_MPI);
     ranks_watch(o.timeout);
     stopping_saves = ranks.size > 1;        // a signal to one rank must not end the others: they make one step
-    if (ranks.rank > 0 && !freopen("/dev/null", "w", stdout)) die("cannot open /dev/null: %s", strerror(errno));
     if (ranks.size % o.ep != 0) die("%d ranks can't be divided into groups of --ep %ld", ranks.size, o.ep);
     layout_set(ranks.rank, ranks.size, (int)o.ep, o.zero == 1);
 
@@ -2483,7 +2482,7 @@ int main(int argc, char** argv) {
         if (argc > 1 && strcmp(argv[1], c.name) == 0) {
             int code = 1;
             try { code = c.run(argc, argv); } catch (const std::bad_alloc&) { die("out of memory"); }
-            if (fflush(stdout) != 0 || ferror(stdout)) die("cannot write to standard output: %s", strerror(errno));
+            print_check();
             return code;
         }
     bool help = false;
@@ -2491,6 +2490,7 @@ int main(int argc, char** argv) {
     if (argc > 1 && !help) die("unknown command '%s'; see olmoe --help", argv[1]);
     printf("usage: olmoe COMMAND [options]; olmoe COMMAND --help lists them\n");
     for (auto& c : commands) printf("  %-10s %s\n", c.name, c.help);
+    print_check();
     return help ? 0 : 1;
 }
 #endif

@@ -406,6 +406,7 @@ struct GenerateCommand {
     OlmoeConfig config;
     Tokenizer tokenizer;
     std::vector<Sequence> sequences;
+    std::vector<std::string> too_long;      // prompts that leave no room for a token after them
     std::vector<ChatMessage> messages;      // before each prompt of --chat
     Olmoe olmoe;
     Cache cache;
@@ -497,8 +498,11 @@ std::vector<int> text_ids(const GenerateCommand& g, const std::string& prompt) {
     return chat_ids(g, messages);
 }
 
-void add_prompt(GenerateCommand* g, const std::vector<int>& ids, const Json& id = nullptr) {
+// A prompt that leaves no room for a token after it is noted in g->too_long; `where` names it there.
+void add_prompt(GenerateCommand* g, const std::vector<int>& ids, const std::string& where, const Json& id = nullptr) {
     int number = g->sequences.empty() ? 0 : g->sequences.back().number + 1;
+    if (ids.size() >= (size_t)g->config.max_T)
+        g->too_long.push_back(where + " (" + std::to_string(ids.size()) + " tokens)");
     for (int i = 0; i < g->samples; i++) {
         Sequence s;
         s.ids = ids; s.prompt = ids.size(); s.number = number; s.sample = i; s.id = id;
@@ -506,42 +510,66 @@ void add_prompt(GenerateCommand* g, const std::vector<int>& ids, const Json& id 
     }
 }
 
+// The text of a JSON value: a string, or where there may be `parts` a list of them, [{"type": "text", "text": ...}]
+std::string json_words(const Json& j, const std::string& where, const char* name, bool parts) {
+    if (j.is_string()) return j;
+    const char* at = where.c_str();
+    if (!parts || !j.is_array())
+        die("%s: %s is no text%s: %s", at, name, parts ? " and no list of parts" : "", json_shown(j).c_str());
+    std::string joined;
+    for (const Json& part : j) {
+        const Json type = part.is_object() && part.contains("type") ? part["type"] : part;
+        if (type != "text" || !part.is_object())
+            die("%s: a part of %s is not of type \"text\": %s", at, name, json_shown(type).c_str());
+        if (!part.contains("text")) die("%s: a part of %s has no \"text\": %s", at, name, json_shown(part).c_str());
+        joined += json_words(part["text"], where, "the text of a part", false);
+    }
+    return joined;
+}
+
+std::vector<ChatMessage> json_messages(const Json& list, const std::string& where) {
+    const char* at = where.c_str();
+    std::vector<ChatMessage> messages;
+    if (!list.is_array() || list.empty()) die("%s: messages is no list of messages", at);
+    for (const Json& message : list) {
+        for (const char* name : {"role", "content"})
+            if (!message.is_object() || !message.contains(name))
+                die("%s: a message has no \"%s\": %s", at, name, json_shown(message).c_str());
+        messages.push_back({json_words(message["role"], where, "a message's role", false),
+                            json_words(message["content"], where, "a message's content", true)});
+        const std::string& role = messages.back().role;
+        if (role != "system" && role != "user" && role != "assistant")
+            die("%s: the role %s is not one of system, user, assistant", at, json_shown(role).c_str());
+    }
+    return messages;
+}
+
 // A line of --input; `where` names it in messages
 void add_line(GenerateCommand* g, const std::string& line, const std::string& where) {
     const bool texts = g->o.tokenizer;
     const char* at = where.c_str();
     const Json j = json_parse(line);
-    try {
-        std::vector<int> tokens;
-        if (j.is_object() && j.contains("ids")) {
-            const Json& list = j["ids"];
-            if (!list.is_array() || list.empty()) die("%s: ids is no list of token ids", at);
-            for (const Json& id : list) {
-                if (!id.is_number_integer() || id < 0 || id >= g->config.V)
-                    die("%s: the id %s is none from 0 to %d", at, json_shown(id).c_str(), g->config.V - 1);
-                tokens.push_back(id);
-            }
-        } else if (texts && j.is_object() && j.contains("messages")) {
-            const Json& list = j["messages"];
-            std::vector<ChatMessage> messages;
-            if (!list.is_array() || list.empty()) die("%s: messages is no list of messages", at);
-            for (const Json& message : list) messages.push_back({message.at("role"), message.at("content")});
-            tokens = chat_ids(*g, messages);
-        } else if (texts && j.is_object() && j.contains("prompt")) {
-            tokens = text_ids(*g, j["prompt"]);
-        } else {
-            die("%s: not a JSON object with %s", at,
-                texts ? "\"prompt\", \"ids\" or \"messages\"" : "\"ids\" (there is no tokenizer)");
+    std::vector<int> tokens;
+    if (j.is_object() && j.contains("ids")) {
+        const Json& list = j["ids"];
+        if (!list.is_array() || list.empty()) die("%s: ids is no list of token ids", at);
+        for (const Json& id : list) {
+            if (!id.is_number_integer() || id < 0 || id >= g->config.V)
+                die("%s: the id %s is none from 0 to %d", at, json_shown(id).c_str(), g->config.V - 1);
+            tokens.push_back(id);
         }
-        add_prompt(g, tokens, j.value("id", Json()));
-    } catch (const Json::exception& e) { die("%s: %s", at, e.what()); }
+    } else if (texts && j.is_object() && j.contains("messages")) {
+        tokens = chat_ids(*g, json_messages(j["messages"], where));
+    } else if (texts && j.is_object() && j.contains("prompt")) {
+        tokens = text_ids(*g, json_words(j["prompt"], where, "prompt", false));
+    } else {
+        die("%s: not a JSON object with %s", at,
+            texts ? "\"prompt\", \"ids\" or \"messages\"" : "\"ids\" (there is no tokenizer)");
+    }
+    add_prompt(g, tokens, where, j.value("id", Json()));
 }
 
-void generate_prompts(GenerateCommand* g) {
-    if (!g->system.empty()) g->messages.push_back({"system", g->system});
-    for (const std::string& prompt : g->prompts) add_prompt(g, text_ids(*g, prompt));
-    if (!g->ids.empty()) add_prompt(g, parse_ids(g->ids, g->config.V));
-    if (g->input.empty()) return;
+void read_input(GenerateCommand* g) {
     std::ifstream file;
     if (g->input != "-") file.open(g->input);
     std::istream& in = g->input == "-" ? std::cin : file;
@@ -554,6 +582,28 @@ void generate_prompts(GenerateCommand* g) {
     if (g->sequences.empty()) die("%s: no prompt in it", g->input.c_str());
 }
 
+// Names all prompts that are too long, on the error's line or, where they are many, on a line each before it.
+void check_lengths(const GenerateCommand& g) {
+    std::string names;
+    for (const std::string& name : g.too_long) names += (names.empty() ? "" : ", ") + name;
+    const bool many = names.size() > 3000;
+    if (many) for (const std::string& name : g.too_long) fprintf(stderr, "%s\n", name.c_str());
+    if (!names.empty())
+        die("too long a prompt, max_position_embeddings is %d: %s", g.config.max_T,
+            many ? (std::to_string(g.too_long.size()) + " prompts").c_str() : names.c_str());
+}
+
+void generate_prompts(GenerateCommand* g) {
+    if (!g->system.empty()) g->messages.push_back({"system", g->system});
+    for (size_t i = 0; i < g->prompts.size(); i++)
+        add_prompt(g, text_ids(*g, g->prompts[i]), "prompt " + std::to_string(i));
+    if (!g->ids.empty()) add_prompt(g, parse_ids(g->ids, g->config.V), "--ids");
+    if (!g->input.empty()) read_input(g);
+    if (g->talk) add_prompt(g, text_ids(*g, ""), g->system.empty() ? "an empty message" : "--system");
+    check_lengths(*g);
+    if (g->talk) g->sequences.clear();
+}
+
 // Device, memory and weights, for the prompts that there are
 void generate_start(GenerateCommand* g) {
     const OlmoeConfig& c = g->config;
@@ -563,8 +613,6 @@ void generate_start(GenerateCommand* g) {
         total += s.sample == 0 ? s.ids.size() : 0;
     }
     if (g->talk) longest = c.max_T - 1;
-    if (longest >= (size_t)c.max_T)
-        die("a prompt of %zu tokens leaves no room: max_position_embeddings is %d", longest, c.max_T);
     const int S = g->talk ? 1 : (int)std::min<int64_t>(g->batch, g->sequences.size());
     const int P = (int)std::min<int64_t>(c.max_T, longest + g->o.max_tokens);
     const int rows = (int)std::max({longest, std::min<size_t>(total, 2048), (size_t)S});
@@ -589,6 +637,30 @@ void print_stream(const Sequence& s, const std::vector<std::string>& stops, size
     fflush(stdout);
 }
 
+// The tokens of the conversation so far. Where they leave no room for an answer, the oldest messages are forgotten, and
+// where the newest alone leaves none, it is taken back, and there are no tokens.
+std::vector<int> talk_ids(GenerateCommand* g) {
+    const size_t most = g->config.max_T, first = !g->system.empty();
+    std::vector<int> ids = chat_ids(*g, g->messages);
+    if (ids.size() < most) return ids;
+    const size_t room = std::min<size_t>(g->o.max_tokens, most / 4);
+    std::vector<ChatMessage> kept = g->messages;
+    while (ids.size() + room > most && kept.size() > first + 1) {
+        kept.erase(kept.begin() + first, kept.begin() + first + 2);     // a message and its answer
+        ids = chat_ids(*g, kept);
+    }
+    if (ids.size() >= most) {
+        fprintf(stderr, "note: this message is too long and is left out: %zu tokens, max_position_embeddings is %zu\n",
+                ids.size(), most);
+        g->messages.pop_back();
+        return {};
+    }
+    fprintf(stderr, "note: the conversation is too long, max_position_embeddings is %zu: its oldest %zu messages are "
+            "forgotten\n", most, g->messages.size() - kept.size());
+    g->messages = kept;
+    return ids;
+}
+
 // A conversation, until the end of standard input
 void generate_talk(GenerateCommand* g) {
     for (std::string line; ; ) {
@@ -596,13 +668,13 @@ void generate_talk(GenerateCommand* g) {
         if (!std::getline(std::cin, line)) return;
         g->messages.push_back({"user", line});
         g->sequences.clear();
-        add_prompt(g, chat_ids(*g, g->messages));
-        const size_t tokens = g->sequences[0].ids.size();
-        if (tokens >= (size_t)g->config.max_T)
-            die("the conversation has grown to %zu tokens: max_position_embeddings is %d", tokens, g->config.max_T);
+        const std::vector<int> ids = talk_ids(g);
+        if (ids.empty()) continue;
+        add_prompt(g, ids, "");
         size_t printed = 0;
         generate(&g->olmoe, g->cache, &g->sequences, g->o, [&](Sequence* s) { print_stream(*s, g->o.stop, &printed); });
         printf("\n");
+        print_check();
         g->messages.push_back({"assistant", g->sequences[0].text});
     }
 }
@@ -636,7 +708,7 @@ void generate_all(GenerateCommand* g) {
         else
             for (; reported < g->sequences.size() && !g->sequences[reported].finish.empty(); reported++)
                 print_sequence(*g, g->sequences[reported], reported == 0);
-        fflush(stdout);
+        print_check();
     });
     if (streaming) printf("\n");
     if (g->stats)

@@ -1,5 +1,6 @@
 // Command-line options: one table parses them, checks them, and prints --help, so that these can't differ.
 #pragma once
+#include <cctype>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -10,6 +11,7 @@
 #include <vector>
 
 [[noreturn]] void die(const char* format, ...) __attribute__((format(printf, 1, 2)));
+void print_check();         // ends the program if something that it printed was not written
 
 // Kinds of text, told apart by their types
 struct Choice : std::string { using std::string::string; };     // one of the words that the option lists
@@ -45,6 +47,7 @@ inline void options_help(const char* usage, const std::vector<Option>& options) 
         std::string fallback = option_default(o);
         printf("  %-34s %s%s\n", left.c_str(), o.help, fallback.empty() ? "" : (" (" + fallback + ")").c_str());
     }
+    printf("--name=VALUE is --name VALUE, also where VALUE reads like an option\n");
 }
 
 // The value `given` of an option that takes one
@@ -67,35 +70,78 @@ inline void option_set(const Option& o, const char* given) {
     *o.as<int64_t>() = (int64_t)number;
 }
 
-// Fills the values of `options` from the arguments after the command. `rest` takes what belongs to no option, or is
-// null.
+// The option that an argument names, as --name or --name=VALUE, or null. *value: what follows the =, or null.
+inline const Option* option_named(const std::vector<Option>& options, const char* arg, const char** value) {
+    if (strncmp(arg, "--", 2) != 0) return nullptr;
+    const char* end = strchr(arg, '=');
+    const std::string name = end ? std::string(arg + 2, end) : std::string(arg + 2);
+    *value = end ? end + 1 : nullptr;
+    for (const Option& o : options) if (name == o.name) return &o;
+    return nullptr;
+}
+
+// --word: if no option has this name, it is a mistyped one rather than a text.
+inline bool option_spelling(const char* arg) {
+    if (strncmp(arg, "--", 2) != 0 || !isalpha((unsigned char)arg[2])) return false;
+    for (arg += 2; *arg && *arg != '='; arg++) if (!isalnum((unsigned char)*arg) && *arg != '-') return false;
+    return true;
+}
+
+// How a text is given to option o that reads like an option, or nothing where o takes no texts
+inline std::string text_after_equals(const Option& o, const char* arg) {
+    const bool texts = o.as<std::string>() || o.as<std::vector<std::string>>();
+    return texts ? std::string("; as a value: --") + o.name + "=" + arg : "";
+}
+
+// Gives option o its values: `value`, if it came with a =, else what follows argv[i]. A value is what is no option's
+// name, so it may begin with dashes; where it may be left out, or others come before it, it is not --word either.
+// Returns the last argument that was used.
+inline int option_take(const Option& o, const char* value, int argc, char** argv, int i,
+                       const std::vector<Option>& options) {
+    auto is_value = [&](int at) {
+        const char* unused;
+        return at < argc && strcmp(argv[at], "--help") != 0 && !option_named(options, argv[at], &unused);
+    };
+    if (auto flag = o.as<bool>()) {
+        if (value) die("option --%s takes no value", o.name);
+        *flag = true;
+    } else if (auto optional = o.as<Optional>()) {
+        if (!value && is_value(i + 1) && !option_spelling(argv[i + 1])) value = argv[++i];
+        optional->assign(value ? value : "newest");
+    } else {
+        auto list = o.as<std::vector<std::string>>();
+        const bool attached = value;
+        if (!attached && !is_value(i + 1))
+            die("option --%s needs %s: %s%s", o.name, list ? "at least one value" : "a value", o.values,
+                i + 1 < argc ? text_after_equals(o, argv[i + 1]).c_str() : "");
+        if (!attached) value = argv[++i];
+        if (list) list->push_back(value);
+        else option_set(o, value);
+        if (!list || attached) return i;
+        for (; is_value(i + 1); list->push_back(argv[++i]))
+            if (option_spelling(argv[i + 1]))
+                die("unknown option '%s'; see olmoe %s --help%s", argv[i + 1], argv[1],
+                    text_after_equals(o, argv[i + 1]).c_str());
+    }
+    return i;
+}
+
+// Fills the values of `options` from the arguments after the command. `rest` takes what belongs to no option, and all
+// that follows --, or is null.
 inline void options_parse(int argc, char** argv, const char* usage, const std::vector<Option>& options,
                           std::vector<std::string>* rest = nullptr) {
-    auto is_option = [&](int i) { return strncmp(argv[i], "--", 2) == 0; };
     for (int i = 2; i < argc; i++) {
-        std::string arg = argv[i];
-        if (arg == "--help" || arg == "-h") { options_help(usage, options); exit(0); }
-        if (!is_option(i)) {
-            if (!rest) die("unexpected argument '%s'; see olmoe %s --help", argv[i], argv[1]);
-            rest->push_back(arg);
+        const std::string arg = argv[i];
+        const char* value = nullptr;
+        if (arg == "--help" || arg == "-h") { options_help(usage, options); print_check(); exit(0); }
+        if (rest && arg == "--") { rest->insert(rest->end(), argv + i + 1, argv + argc); return; }
+        if (const Option* o = option_named(options, argv[i], &value)) {
+            i = option_take(*o, value, argc, argv, i, options);
             continue;
         }
-        const Option* o = nullptr;
-        for (const Option& candidate : options) if (arg == std::string("--") + candidate.name) o = &candidate;
-        if (!o) die("unknown option '%s'; see olmoe %s --help", argv[i], argv[1]);
-        bool another = i + 1 < argc && !is_option(i + 1);
-        if (auto flag = o->as<bool>()) {
-            *flag = true;
-        } else if (auto optional = o->as<Optional>()) {
-            optional->assign(another ? argv[++i] : "newest");
-        } else if (auto list = o->as<std::vector<std::string>>()) {
-            if (!another) die("option %s needs at least one value", argv[i]);
-            while (i + 1 < argc && !is_option(i + 1)) list->push_back(argv[++i]);
-        } else {
-            bool missing = i + 1 >= argc || (!another && !o->as<std::string>());
-            if (missing) die("option %s needs a value: %s", argv[i], o->values);
-            option_set(*o, argv[++i]);
-        }
+        if (arg.compare(0, 2, "--") == 0) die("unknown option '%s'; see olmoe %s --help", argv[i], argv[1]);
+        if (!rest) die("unexpected argument '%s'; see olmoe %s --help", argv[i], argv[1]);
+        rest->push_back(arg);
     }
 }
 

@@ -10,10 +10,34 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+// Standard output goes through output_write, which keeps why it failed: when a command ends and asks, errno is another
+// call's. Only rank 0 prints.
+static int output_error = 0;
+
+ssize_t output_write(void*, const char* bytes, size_t n) {
+    size_t written = ranks.rank > 0 ? n : 0;
+    while (written < n) {
+        ssize_t more = write(STDOUT_FILENO, bytes + written, n - written);
+        if (more < 0 && errno == EINTR) continue;
+        if (more < 0 && output_error == 0) output_error = errno;
+        if (more < 0) break;
+        written += (size_t)more;
+    }
+    return (ssize_t)written;
+}
+
+// Ends the program if something that it printed was not written.
+void print_check() {
+    fflush(stdout);
+    if (output_error != 0) die("cannot write to standard output: %s", strerror(output_error));
+}
+
 // Before anything is opened. Where standard input, output or error is closed, a file would take its number, and the
 // messages.
 void process_prepare() {
     for (int fd : {0, 1, 2}) if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDWR) < 0) exit(1);
+    cookie_io_functions_t functions = {nullptr, output_write, nullptr, nullptr};
+    if (FILE* f = fopencookie(nullptr, "w", functions)) stdout = f;
     setvbuf(stdout, nullptr, _IOLBF, 1 << 16);
     signal(SIGXFSZ, SIG_IGN);               // a limit on file sizes is an error of the write, not the program's end
     signal(SIGBUS, [](int) {

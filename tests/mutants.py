@@ -6,7 +6,8 @@ A test is one of test_olmoe in a build of the CPU machine, fast, strict (with se
 bf16, or strict on two ranks, or one of pytest's.
 """
 CLI, DATA, TOKENIZER = "tests/test_cli.py::test_", "tests/test_data.py::test_", "tests/test_tokenizer.py::test_"
-CHECKPOINT, MAKE = "tests/test_checkpoint.py::test_group", "tests/test_make.py::test_"
+CHECKPOINT, MAKE, GENERATE = ("tests/test_checkpoint.py::test_group", "tests/test_make.py::test_",
+                              "tests/test_generate.py::test_")
 
 MUTANTS = [
     # ---- Embedding, norms, rotation
@@ -229,6 +230,17 @@ MUTANTS = [
     ("top_p_forgets_the_temperature", "commands/generate.h",
      "kept >= o.top_p * total",
      "kept >= o.top_p", "fast: sampling"),
+    ("only_the_first_long_prompt_is_named", "commands/generate.h",
+     "if (ids.size() >= (size_t)g->config.max_T)\n        g->too_long",
+     "if (ids.size() >= (size_t)g->config.max_T && g->too_long.empty())\n        g->too_long",
+     GENERATE + "prompts_that_are_too_long"),
+    ("parts_of_other_types_are_left_out", "commands/generate.h",
+     "        if (type != \"text\" || !part.is_object())\n",
+     "        if (part.is_object() && type != \"text\") continue;\n        if (!part.is_object())\n",
+     GENERATE + "content_in_parts"),
+    ("a_long_message_stays_in_the_conversation", "commands/generate.h",
+     "        g->messages.pop_back();\n",
+     "", GENERATE + "chat_that_grows"),
 
     # ---- Training
     ("recompute_forgets_to_gather", "olmoe.cu",
@@ -305,6 +317,16 @@ MUTANTS = [
      "true", CHECKPOINT + "[roundtrip]"),
 
     # ---- The command line
+    ("values_that_begin_with_dashes_are_options", "lib/options.h",
+     '!option_named(options, argv[at], &unused);',
+     'strncmp(argv[at], "--", 2) != 0 && !option_named(options, argv[at], &unused);',
+     GENERATE + "texts_that_begin_with_dashes"),
+    ("mistyped_options_are_values", "lib/options.h",
+     "            if (option_spelling(argv[i + 1]))\n",
+     "            if (false)\n", CLI + "mistyped_options"),
+    ("reason_of_another_call", "lib/output.h",
+     'standard output: %s", strerror(output_error)',
+     'standard output: %s", strerror(errno)', CLI + "output_that_cannot_be_written[train--config]"),
     ("screen_that_goes_away_ends_training", "lib/output.h",
      "signal(SIGPIPE, SIG_IGN);",
      "", CLI + "screen_that_goes_away"),

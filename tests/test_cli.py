@@ -559,11 +559,24 @@ def test_file_that_shrinks(data, tmp_path):
     assert stderr == "olmoe: a file became shorter while it was read, or shared memory is full\n"
 
 
-def test_output_that_cannot_be_written(data):
+@pytest.mark.parametrize("args", [
+    [], ["--help"], ["info", "--help"], ["train", "--help"], ["info", "--config", "DATA/config.json"],
+    ["verify", "--model", "ODD", "--reference", "ODD/reference.safetensors"],
+    ["generate", "--model", "ODD", "--ids", "1,2", "--max-tokens", 3],
+    ["tokenize", "--tokenizer", "bytes", "--out", "OUT/x.npy", "DATA/text.jsonl"],
+    ["train", "--config", "DATA/config.json", "--data", "DATA/train.npy", "--out", "OUT/run", "--steps", 2,
+     "--batch", 2, "--warmup", 0, "--peak-tflops", 1]], ids=lambda args: "".join(map(str, args[:2])) or "nothing")
+def test_output_that_cannot_be_written(data, tmp_path, args):
+    """The reason is that of the write that failed, not of whatever was called after it; what was asked for is done."""
+    places = {"DATA": data, "OUT": tmp_path, "ODD": FIXTURES / "odd"}
+    words = [re.sub("^(DATA|OUT|ODD)", lambda m: str(places[m[1]]), str(word)) for word in args]
     with open("/dev/full", "w") as full:
-        result = subprocess.run([OLMOE, "info", "--config", data / "config.json"], stdout=full, stderr=subprocess.PIPE,
-                                text=True)
-    assert result.returncode == 1 and "standard output" in result.stderr
+        result = subprocess.run([OLMOE, *words], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 1
+    assert result.stderr == "olmoe: cannot write to standard output: No space left on device\n"
+    made = {"tokenize": "x.npy", "train": "run/step-00000002"}
+    if args[:1] and args[0] in made and args[1] != "--help":
+        assert (tmp_path / made[args[0]]).exists()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -590,6 +603,17 @@ def test_output_that_cannot_be_written(data):
     (["train", "--eps", "0"], ["--eps"]),
     (["tokenize", "--tokenizer", "bytes", "--out", "text.txt", "text.txt"], ["text.txt", ".npy"]),
     (["train", "extra"], ["extra"]),
+    (["train", "--batch=two"], ["--batch", "two"]),
+    (["train", "--batch="], ["--batch", "''"]),
+    (["train", "--batch", "---"], ["--batch", "'---'"]),
+    (["train", "--profile=1"], ["--profile", "no value"]),
+    (["train", "--bogus=1"], ["--bogus"]),
+    (["train", "--config=x.json", "--data=d.npy", "--out=o"], ["x.json"]),
+    (["train", "--sample-prompt", "--steps", "1"], ["--sample-prompt needs a value", "--sample-prompt=--steps"]),
+    (["train", "--config", "--help"], ["--config needs a value"]),
+    (["train", "--data", "--val", "x.npy"], ["--data", "at least one value"]),
+    (["generate", "--prompt=a", "b"], ["unexpected argument 'b'"]),
+    (["tokenize", "--tokenizer", "bytes", "--out", "x.npy", "--", "--help"], ["--help", ".txt"]),
     (["verify"], ["--model", "--reference"]),
     (["info"], ["--config"]),
     (["info", "--config", "/nonexistent/config.json"], ["/nonexistent/config.json"]),
@@ -601,6 +625,14 @@ def test_output_that_cannot_be_written(data):
 def test_bad_options(args, words, tmp_path):
     refused(*args, words=words, cwd=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_mistyped_options(tmp_path):
+    """After a value they are no further values; nor where the value may be left out."""
+    for args in (["train", "--data", "d.npy", "--bogus", "1"], ["train", "--resume", "--bogus"],
+                 ["train", "--profile", "--bogus"], ["generate", "--prompt", "a", "--bogus=5"]):
+        refused(*args, words=["unknown option '--bogus"], cwd=tmp_path)
+    refused("generate", "--prompt", "a", "--bogus=5", words=["--prompt=--bogus=5"])
 
 
 def test_bad_combinations(data, tmp_path):
@@ -1058,9 +1090,10 @@ def test_tokenize_progress(tmp_path):
 
 
 def test_help():
-    for command in ["train", "verify", "info", "tokenize"]:
+    for command in ["train", "verify", "info", "tokenize", "generate"]:
         out = ok(command, "--help")
         assert out.startswith(f"usage: olmoe {command}") and "--" in out
+        assert "--name=VALUE" in out
     assert "train" in ok("--help")
 
 

@@ -144,6 +144,24 @@ def test_stop_strings(model):
     refused("generate", *options, "--stop", "", words=["--stop"])
 
 
+def test_texts_that_begin_with_dashes(model):
+    """A value is what is no option's name; after = it may be that also."""
+    options = ["--model", model, "--tokenizer", "bytes", "--max-tokens", 40, "--seed", 4]
+    for text in ("-- SELECT", "--", "--bogus", "-h", "--x=1"):
+        (by_json,) = samples(*options, "--input", "-", input=json.dumps({"prompt": text}))
+        for given in (["--prompt", text], [f"--prompt={text}"]):
+            assert samples(*options, *given) == [by_json]
+    assert samples(*options, "--prompt=--json")[0]["prompt_tokens"] == len("--json")
+    two = samples(*options, "--prompt", "a", "-- b", "--prompt=--seed")
+    assert [s["prompt_tokens"] for s in two] == [1, 4, 6]
+    refused("generate", *options, "--prompt", "--json", words=["--prompt needs", "--prompt=--json"])
+    # as what ends a text
+    text = samples(*options, "--prompt", "the ")[0]["text"]
+    stop = text[10:13]
+    for given in (["--stop", "---", stop], [f"--stop={stop}", "--stop=---"], ["--stop", "never", "---", stop]):
+        assert samples(*options, "--prompt", "the ", *given)[0]["text"] == text[:text.index(stop)]
+
+
 def test_end_of_text_and_of_the_window(model):
     """A sequence ends at eos, which is no text, or where its positions end."""
     many = samples("--model", model, "--tokenizer", "bytes", "--prompt", "and the dog ran. ", "--n", 20,
@@ -174,6 +192,70 @@ def test_chat(model):
     assert ok("generate", *options, "--chat", input="Hi\n") == expected + "\n"
     with_system = samples(*options, "--prompt", "<|system|>\nS\n" + text)[0]["text"]
     assert samples(*options, "--chat", "--system", "S", "--prompt", "Hi")[0]["text"] == with_system
+
+
+def test_content_in_parts(model):
+    """The text parts of a message are one text; others are refused by type, other values by what they are."""
+    options = ["generate", "--model", model, "--tokenizer", "bytes", "--temperature", 0, "--max-tokens", 5,
+               "--input", "-"]
+
+    def line(content, role="user"):
+        return json.dumps({"messages": [{"role": role, "content": content}]}) + "\n"
+
+    expected = ok(*options, "--json", input=line("Hi you"))
+    parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": " you", "cache_control": None}]
+    assert ok(*options, "--json", input=line(parts)) == expected
+    image = {"type": "image_url", "image_url": {"url": "data:"}}
+    for content, word in (([parts[0], image], '"image_url"'), ([{"text": "Hi"}], '{"text":"Hi"}'), (["Hi"], '"Hi"'),
+                          (["text"], '"text"'), ([{"type": "text"}], 'no "text"'),
+                          ([{"type": "text", "text": 3}], "no text: 3"), (None, "null"), (3, "3"), ({}, "{}")):
+        refused(*options, input=line("Hi") + line(content), words=["-:2: ", word])
+    for messages, word in (([3], "3"), ([{"content": "Hi"}], '"role"'), ([{"role": "user"}], '"content"'),
+                           ([{"role": 3, "content": "Hi"}], "role"), ([{"role": "tool", "content": "Hi"}], '"tool"')):
+        refused(*options, input=json.dumps({"messages": messages}), words=["-:1: ", word])
+    refused(*options, input='{"prompt": ["a"]}', words=["-:1: ", "prompt", '["a"]'])
+
+
+def test_prompts_that_are_too_long(model, tmp_path):
+    """All of them are named, before the weights are read."""
+    shutil.copy(model / "config.json", tmp_path)
+    options = ["generate", "--model", tmp_path, "--tokenizer", "bytes"]
+    path, long = tmp_path / "in.jsonl", {"prompt": "x" * 64}
+    messages = {"messages": [{"role": "user", "content": "x" * 60}]}
+    lines = [{"prompt": "a"}, long, {"prompt": "x" * 63}, {"ids": [1] * 70}, messages]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = run(*options, "--input", path, "--n", 2).stderr
+    assert said == ("olmoe: too long a prompt, max_position_embeddings is 64: "
+                    f"{path}:2 (64 tokens), {path}:4 (70 tokens), {path}:5 (84 tokens)\n")
+    refused(*options, "--prompt", "a", "x" * 99, words=["prompt 1 (99 tokens)"])
+    refused(*options, "--ids", ",".join(["1"] * 64), words=["--ids (64 tokens)"])
+    refused(*options, "--chat", "--system", "x" * 60, words=["--system"], input="")
+    path.write_text((json.dumps(long) + "\n") * 500)
+    *each, last = run(*options, "--input", path).stderr.splitlines()
+    assert each == [f"{path}:{i} (64 tokens)" for i in range(1, 501)] and "500 prompts" in last
+
+
+def test_chat_that_grows(model):
+    """Where its tokens are more than the model's positions, the person is told, and it goes on."""
+    options = ["generate", "--model", model, "--tokenizer", "bytes", "--temperature", 0, "--max-tokens", 5, "--chat"]
+
+    def answers(*texts, more=()):
+        result = run(*options, *more, input="".join(text + "\n" for text in texts))
+        assert result.returncode == 0
+        return result.stdout, result.stderr.splitlines()
+
+    first, said = answers("Hi")
+    assert said == []
+    out, said = answers("Hi", "x" * 50, "y" * 20)
+    assert len(said) == 2 and "74 tokens" in said[0] and "left out" in said[0] and "2 messages are forgotten" in said[1]
+    assert out == first + answers("y" * 20)[0]      # the long message is no part of it, and then both are too much
+    system = answers("Hi", more=["--system", "SSSSSS"])[0]
+    out, said = answers("Hi", "Hi", "Hi", more=["--system", "SSSSSS"])
+    assert out == system * 3 and len(said) == 2
+    with open("/dev/full", "w") as full:
+        result = subprocess.run([OLMOE, *map(str, options)], input="Hi\nHi\n", stdout=full, stderr=subprocess.PIPE,
+                                text=True)
+    assert result.returncode == 1 and result.stderr.endswith("standard output: No space left on device\n")
 
 
 def test_round_trip(tmp_path):
