@@ -16,6 +16,7 @@ struct OlmoeConfig {
 };
 #include "../lib/checkpoint.h"
 #include <atomic>
+#include <chrono>
 #include <csignal>
 #include <sys/resource.h>
 #include <sys/syscall.h>
@@ -756,11 +757,15 @@ static void test_kill(const string& dir) {
     kill_by_the_clock(out);
 }
 
-// The same by the clock: a child saves and prunes again and again, and reports what it finished.
+// The same by the clock: a child saves and prunes again and again, and reports what it finished. It is killed some time
+// after its first, second or third report or after its start; how long a save takes is measured, as it depends on what
+// else the machine does.
 static void kill_by_the_clock(const string& out) {
     srand(1);
     fresh(out);
     int finished = 0, last = 0, rounds = 40;
+    int64_t took = 20000;                   // microseconds of the last save
+    auto clock = [] { return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::microseconds(1); };
     for (int round = 0; round < rounds; round++) {
         int ends[2];
         if (pipe(ends) != 0) abort();
@@ -773,10 +778,16 @@ static void kill_by_the_clock(const string& out) {
             }
         }
         close(ends[1]);
-        usleep((useconds_t)(rand() % 40000));
+        int step;
+        for (int reports = rand() % 4; reports > 0; reports--) {
+            const int64_t start = clock();
+            if (read(ends[0], &step, sizeof step) != sizeof step) break;
+            last = step, finished++;
+            took = clock() - start;
+        }
+        usleep((useconds_t)(rand() % std::min<int64_t>(1 + 2 * took, 999999)));
         kill(pid, SIGKILL);
         waitpid(pid, nullptr, 0);
-        int step;
         while (read(ends[0], &step, sizeof step) == sizeof step) last = step, finished++;
         close(ends[0]);
         string printed;

@@ -2,6 +2,7 @@
 
 The program is ./olmoe, or what the variable OLMOE names.
 """
+import fcntl
 import hashlib
 import json
 import math
@@ -244,8 +245,10 @@ def popen(command, **options):
     return started[-1]
 
 
-def start(*args):
-    return popen([OLMOE, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(*args, hangup=signal.SIG_DFL):
+    """What SIGHUP does is not as pytest has it: nohup ignores it."""
+    return popen([OLMOE, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                 preexec_fn=lambda: signal.signal(signal.SIGHUP, hangup))
 
 
 @pytest.fixture(autouse=True)
@@ -1039,6 +1042,25 @@ def test_tokenize(tmp_path):
     assert result.returncode == 1 and "standard output" in result.stderr.splitlines()[-1]
 
 
+def pause(process):
+    """Stops a process, and returns when it has stopped or ended: on a busy machine that takes a while."""
+    if process.poll() is None:
+        os.kill(process.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+
+
+def is_locked(path):
+    """By a process that is stopped. One that was stopped between creating the file and locking it has no lock."""
+    try:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def test_tokenize_two_at_a_time(tmp_path):
     """A second run into the same file is refused, and does the first no harm."""
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(30000)))
@@ -1046,12 +1068,12 @@ def test_tokenize_two_at_a_time(tmp_path):
     ok(*command, tmp_path / "a.jsonl")
     before = files(tmp_path)
     first = popen([OLMOE, *map(str, command), tmp_path / "a.jsonl"], stdout=subprocess.DEVNULL)
-    first.send_signal(signal.SIGSTOP)
-    while not (tmp_path / "x.npy.tmp").exists() and first.poll() is None:
+    pause(first)
+    while not is_locked(tmp_path / "x.npy.tmp") and first.poll() is None:
         first.send_signal(signal.SIGCONT)
         time.sleep(0.001)
-        first.send_signal(signal.SIGSTOP)
-    if (tmp_path / "x.npy.tmp").exists():
+        pause(first)
+    if is_locked(tmp_path / "x.npy.tmp"):
         refused(*command, tmp_path / "a.jsonl", words=["x.npy.tmp", "another run"])
     first.send_signal(signal.SIGCONT)
     assert first.wait(60) == 0 and files(tmp_path) == before
@@ -1122,5 +1144,17 @@ def test_hangup_saves(data, tmp_path):
     process = start(*train_args(data, tmp_path, "--steps", 4000, "--schedule", "constant"))
     wait_for_step(tmp_path, 3)
     process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=60)
+    assert process.returncode == 0 and list(tmp_path.glob("step-*"))
+
+
+def test_hangup_under_nohup(data, tmp_path):
+    """nohup ignores SIGHUP, and so does what it starts."""
+    process = start(*train_args(data, tmp_path, "--steps", 4000, "--schedule", "constant"), hangup=signal.SIG_IGN)
+    wait_for_step(tmp_path, 3)
+    process.send_signal(signal.SIGHUP)
+    wait_for_step(tmp_path, steps(tmp_path)[-1]["step"] + 3)
+    assert process.poll() is None and not list(tmp_path.glob("step-*"))
+    process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 0 and list(tmp_path.glob("step-*"))
