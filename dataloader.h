@@ -1,8 +1,8 @@
 // Token files in, batches out: the data of a training run, in OLMo's order, bit for bit.
 //
-// A data set is a list of files of uint16 tokens. A file of n tokens holds floor(n / T) instances: instance j is its
-// tokens [jT, (j+1)T). The tail is dropped, and an instance never crosses files. The numbers of the instances go on
-// from file to file. An epoch visits them in the order of NumPy's Generator(PCG64(seed + epoch)).shuffle, which is
+// A data set is a list of files of uint16 or uint32 tokens. A file of n tokens holds floor(n / T) instances: instance j
+// is its tokens [jT, (j+1)T). The tail is dropped, and an instance never crosses files. The numbers of the instances go
+// on from file to file. An epoch visits them in the order of NumPy's Generator(PCG64(seed + epoch)).shuffle, which is
 // written out below: each batch is the same as in a run of OLMo's. Batch b of G instances is positions [bG, (b+1)G) of
 // that order, on any number of ranks.
 //
@@ -22,6 +22,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 #include <zlib.h>
+
+#include "lib/file_kinds.h"
 
 [[noreturn]] void die(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
@@ -101,7 +103,7 @@ inline void pcg64_shuffle(Pcg64* g, std::vector<uint32_t>* order) {
 // ------------------------------------------------------------------------------------------------
 // The repetition filter of OLMoE's run: an instance trains nothing if it holds a pattern of p = 1 .. 13 tokens about 32
 // times in a row: a run of m >= 31 p positions with x[i] == x[i - p].
-inline bool repetition_filter_hits(const uint16_t* tokens, int T) {
+inline bool repetition_filter_hits(const int32_t* tokens, int T) {
     for (int p = 1; p <= std::min(13, T / 3); p++) {
         int run = 0;
         for (int i = p; i < T; i++) {
@@ -123,11 +125,15 @@ struct TokenFile {
     std::string path;
     const unsigned char* map = nullptr; // the whole file, memory-mapped: it may be larger than the memory
     size_t bytes = 0, header = 0;       // sizes of the file, and of what is before the tokens
+    int width = 2;                      // bytes of a token
     size_t tokens = 0, instances = 0;
     size_t first = 0;                   // number of its first instance in the data set
 };
 
-inline const uint16_t* token_file_tokens(const TokenFile& f) { return (const uint16_t*)(f.map + f.header); }
+inline uint32_t token_at(const TokenFile& f, size_t i) {
+    const unsigned char* p = f.map + f.header;
+    return f.width == 2 ? ((const uint16_t*)p)[i] : ((const uint32_t*)p)[i];
+}
 
 // A real .npy file: magic, version, length of the header (2 bytes in version 1, 4 in 2 and 3), a Python dict as text:
 //     {'descr': '<u2', 'fortran_order': False, 'shape': (1000,), }
@@ -149,25 +155,44 @@ inline void token_file_read_npy(TokenFile* f) {
         return dict.substr(begin + 1, end - begin - 1);
     };
     std::string descr = value("descr", "'", "'"), shape = value("shape", "(", ")");
-    if (descr != "<u2") die("%s: dtype %s, where tokens are uint16; save it with .astype('<u2')", path, descr.c_str());
+    if (descr != "<u2" && descr != "<u4")
+        die("%s: dtype %s, where tokens are uint16 or uint32; save it with .astype('<u2') or .astype('<u4')", path,
+            descr.c_str());
+    f->width = descr == "<u2" ? 2 : 4;
     char* end;
     f->tokens = strtoull(shape.c_str(), &end, 10);
     if (end == shape.c_str() || (*end && strcmp(end, ",") != 0))
         die("%s: shape (%s), where one dimension is needed; save it with .reshape(-1)", path, shape.c_str());
-    if (f->header % 2 != 0) die("%s: its tokens start at an odd byte; write the file again", path);
+    if (f->header % f->width != 0)
+        die("%s: its tokens start at byte %zu, %s; write the file again", path, f->header,
+            f->width == 2 ? "an odd byte" : "no multiple of 4");
+}
+
+// Refuses what is no file of tokens by its name, or by how it begins.
+inline void token_file_refuse(const std::string& name, std::string_view begin) {
+    const char* path = name.c_str();
+    for (const char* text : {".txt", ".jsonl", ".json", ".txt.gz", ".jsonl.gz", ".json.gz"})
+        if (ends_with(name, text))
+            die("%s: text where tokens are needed; first: olmoe tokenize --tokenizer NAME --out FILE.npy %s", path,
+                path);
+    if (ends_with(name, ".csv.gz"))
+        die("%s: a list of documents, not their tokens; name the .npy beside it", path);
+    if (ends_with(name, ".npy.tmp") || ends_with(name, ".npy.state"))
+        die("%s: of a tokenization that is not complete; let it finish", path);
+    const FileFormat* other = file_format(name, begin);
+    if (other && other->suffix != std::string(".npy"))
+        die("%s: not tokens, but %s", path, format_advice(*other, name).c_str());
 }
 
 // Finds out which of the three formats the file is, and where its tokens are:
 //   a real .npy file, known by its magic bytes;
-//   llm.c's .bin: 256 int32 (magic 20240520, version 1, number of tokens, zeros), then uint16;
-//   anything else: uint16 from the first byte on, as dolma writes it under the name .npy.
-inline void token_file_open(TokenFile* f, const std::string& name) {
+//   llm.c's .bin: 256 int32 (magic, version, number of tokens, zeros), then uint16 (GPT-2) or uint32 (Llama 3);
+//   anything else: tokens of `width` bytes from the first byte on, as dolma writes them under the name .npy.
+inline void token_file_open(TokenFile* f, const std::string& name, int width) {
     f->path = name;
+    f->width = width;
     const char* path = f->path.c_str();
-    if (ends_with(name, ".txt") || ends_with(name, ".jsonl") || ends_with(name, ".json") || ends_with(name, ".gz"))
-        die("%s: text where tokens are needed; first: olmoe tokenize --tokenizer bytes --out FILE.npy %s", path, path);
-
-    int file = open(path, O_RDONLY | O_CLOEXEC);
+    int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     struct stat info;
     if (file < 0 || fstat(file, &info) != 0) die("%s: cannot be read: %s", path, strerror(errno));
     if (!S_ISREG(info.st_mode)) die("%s: not a regular file; name the token files themselves", path);
@@ -179,29 +204,29 @@ inline void token_file_open(TokenFile* f, const std::string& name) {
         f->map = (const unsigned char*)map;
     }
     close(file);
+    token_file_refuse(name, std::string_view((const char*)f->map, std::min<size_t>(f->bytes, 512)));
 
     int32_t word[3] = {0, 0, 0};
     if (f->map) memcpy(word, f->map, std::min(f->bytes, sizeof word));
     if (f->bytes >= 6 && memcmp(f->map, "\x93NUMPY", 6) == 0) {
         token_file_read_npy(f);
-    } else if (word[0] == 20240520) {
-        if (word[1] != 1)
-            die("%s: version %d of llm.c's .bin; only version 1 (uint16 tokens) can be read", path, word[1]);
+    } else if (word[0] == 20240520 || word[0] == 20240801) {
+        f->width = word[0] == 20240520 ? 2 : 4;
+        if (word[1] != (f->width == 2 ? 1 : 7))
+            die("%s: version %d of llm.c's .bin; only version 1 of uint16 and 7 of uint32 can be read", path, word[1]);
         if (f->bytes < 1024 || word[2] < 0) die("%s: damaged .bin header; write the file again", path);
         f->header = 1024;
         f->tokens = (size_t)word[2];
     } else {
         if (ends_with(name, ".bin"))
-            die("%s: a .bin without llm.c's header (magic 20240520); "
-                "if it holds plain uint16 tokens, rename it to .npy", path);
-        if (f->bytes % 2 != 0)
-            die("%s: %zu bytes, an odd number, cannot be uint16 tokens; write the file again", path, f->bytes);
-        f->tokens = f->bytes / 2;
+            die("%s: a .bin without llm.c's header (magic 20240520 or 20240801); "
+                "if it holds plain tokens, rename it to .npy", path);
+        f->tokens = f->bytes / f->width;
     }
     size_t data = f->bytes - f->header;
-    if (data % 2 != 0 || f->tokens != data / 2)
-        die("%s: its header says %zu tokens (2 bytes each), but %zu bytes follow it; write the file again",
-            path, f->tokens, data);
+    if (f->header > 0 && (data % f->width != 0 || f->tokens != data / f->width))
+        die("%s: its header says %zu tokens (%d bytes each), but %zu bytes follow it; write the file again",
+            path, f->tokens, f->width, data);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -276,16 +301,20 @@ inline std::vector<std::string> csv_fields(const std::string& line) {
     return fields;
 }
 
-// The documents of a token file, from the .csv.gz next to it; none where there is no such file.
-inline std::vector<Document> documents_read(const std::string& npy) {
-    std::string path = documents_path(npy), line;
+// The documents of a .csv.gz. None where there is no such file, and none, with the reason in `problem`, where it can't
+// be read or is damaged.
+inline std::vector<Document> documents_list(const std::string& path, std::string* problem) {
     std::vector<Document> documents;
     LineReader lines;
-    if (!lines_open(&lines, path)) {
-        if (errno == ENOENT) return documents;
-        die("%s: cannot be read: %s", path.c_str(), strerror(errno));
-    }
-    while (lines_next(&lines, &line)) {
+    std::string line;
+    struct stat info;
+    problem->clear();
+    bool there = stat(path.c_str(), &info) == 0;
+    if (!there && (errno == ENOENT || errno == ENOTDIR)) return documents;
+    if (there && !S_ISREG(info.st_mode)) *problem = path + ": not a regular file";
+    else if (!there || !lines_open(&lines, path)) *problem = path + ": cannot be read: " + strerror(errno);
+    if (!problem->empty()) return documents;
+    while (problem->empty() && lines_next(&lines, &line)) {
         std::vector<std::string> fields = csv_fields(line);
         bool valid_row = fields.size() > 2;
         auto number = [&](size_t i) {
@@ -301,12 +330,92 @@ inline std::vector<Document> documents_read(const std::string& npy) {
         }
         size_t previous = documents.empty() ? 0 : documents.back().end;
         if (!valid_row || d.start < previous || d.end < d.start)
-            die("%s:%zu: not a line of start,end,id,src,loc; tokenize again", path.c_str(), documents.size() + 1);
+            *problem = path + ":" + std::to_string(documents.size() + 1) + ": not a line of start,end,id,src,loc";
         documents.push_back(d);
     }
-    if (lines.failed) die("%s: damaged after %zu documents; tokenize again", path.c_str(), documents.size());
+    if (lines.failed) *problem = path + ": damaged after " + std::to_string(documents.size()) + " documents";
     gzclose(lines.file);
+    if (problem->empty() && documents.empty()) *problem = path + ": holds no documents";
+    if (!problem->empty()) documents.clear();
     return documents;
+}
+
+// The documents of a token file, from the .csv.gz next to it, where that is its own.
+inline std::vector<Document> documents_read(const TokenFile& f, std::string* problem) {
+    std::string path = documents_path(f.path);
+    std::vector<Document> documents = documents_list(path, problem);
+    if (documents.empty() || documents.back().end == f.tokens) return documents;
+    *problem = path + ": its documents have " + std::to_string(documents.back().end) + " tokens, and " + f.path
+        + " has " + std::to_string(f.tokens);
+    return {};
+}
+
+// ------------------------------------------------------------------------------------------------
+// Is a file without a header what it is read as?
+
+constexpr size_t BLOCK_BYTES = 4096;
+
+// The blocks of the file's tokens, or `most` of them, spread evenly, with the first and the last.
+inline Sample token_file_blocks(const TokenFile& f, size_t most) {
+    size_t bytes = f.width * f.tokens, blocks = (bytes + BLOCK_BYTES - 1) / BLOCK_BYTES, n = std::min(blocks, most);
+    Sample sample;
+    for (size_t i = 0; i < n; i++) {
+        size_t begin = BLOCK_BYTES * (n == 1 ? 0 : i * (blocks - 1) / (n - 1));
+        sample.emplace_back((const char*)f.map + f.header + begin, std::min(BLOCK_BYTES, bytes - begin));
+    }
+    return sample;
+}
+
+// Do the documents, whose numbers are `width` bytes wide, all end with the same one? Looks at some 64 of them; fewer
+// than eight could agree by chance.
+inline bool documents_end_alike(const TokenFile& f, const std::vector<Document>& documents, int width) {
+    const unsigned char* first = nullptr;
+    for (size_t i = 0, step = documents.size() / 64 + 1; i < documents.size(); i += step) {
+        if (documents[i].end == 0 || documents[i].end > f.bytes / width) return false;
+        const unsigned char* last = f.map + (documents[i].end - 1) * width;
+        if (first && memcmp(first, last, width) != 0) return false;
+        if (!first) first = last;
+    }
+    return documents.size() >= 8;
+}
+
+// The type of the file's numbers by the documents beside it: one whose width makes them as many as the documents have.
+// Where that is not the width that is read, every document has to end alike, too: the list may be that of another file.
+// "" where it says nothing.
+inline std::string documents_type(const TokenFile& f) {
+    std::string problem;
+    std::vector<Document> documents = documents_list(documents_path(f.path), &problem);
+    const size_t end = documents.empty() ? 0 : documents.back().end;
+    const char* types[] = {"uint8", "uint16", "uint32", "int64"};
+    for (int i = 0, width = 1; i < 4; i++, width *= 2) {
+        if (end == 0 || f.bytes % width != 0 || f.bytes / width != end) continue;
+        bool right = width == f.width, alike = documents_end_alike(f, documents, width);
+        if (right || (alike && !documents_end_alike(f, documents, f.width))) return types[i];
+    }
+    return "";
+}
+
+// Ends the program where the contents of a file without a header contradict what it is read as: text, or numbers of
+// another type. `sample` is of its blocks. What the .csv.gz beside it says is looked up where there is doubt, or where
+// `documents` is set.
+inline void token_file_check(const TokenFile& f, int V, const Sample& sample, bool documents) {
+    const char *path = f.path.c_str(), *read_as = f.width == 2 ? "uint16" : "uint32";
+    std::string type = looks_like_text(sample) ? "text" : other_type(sample, f.width, V);
+    const std::string listed = !type.empty() || documents ? documents_type(f) : "";
+    if (listed == read_as) return;
+    if (type.empty()) type = listed;
+    if (type == "text")
+        die("%s: text where tokens are needed; name it .txt, then: olmoe tokenize --tokenizer NAME --out FILE.npy TEXT",
+            path);
+    const char* remedy = type == "uint32" ? "give --token-type uint32"
+                       : type == "uint16" ? "give --token-type uint16"
+                       : "save them with .astype('<u2') or .astype('<u4')";
+    if (!type.empty())
+        die("%s: its numbers are %s, not %s; %s (what numpy.save writes is read as its header says)", path,
+            type.c_str(), read_as, remedy);
+    if (f.bytes % f.width != 0)
+        die("%s: %zu bytes, %s, cannot be %s tokens; write the file again", path, f.bytes,
+            f.width == 2 ? "an odd number" : "no multiple of 4", read_as);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -327,8 +436,27 @@ struct DataLoader {
     int64_t shuffled_epoch = -1;
 };
 
+// The blocks of a file that are looked at: about 4096 of the whole set
+inline size_t blocks_per_file(const DataLoader& d) { return std::max<size_t>(4, 4096 / d.files.size()); }
+
+// Checks what the files hold, by eight of the blocks of each that the fingerprint reads anyway, and by as many of the
+// lists of documents as are read in a moment.
+inline void dataloader_check_files(DataLoader* d) {
+    size_t left = 4 << 20;
+    for (const TokenFile& f : d->files) {
+        if (f.header > 0) continue;
+        Sample blocks = token_file_blocks(f, blocks_per_file(*d)), sample;
+        size_t n = std::min<size_t>(8, blocks.size());
+        for (size_t i = 0; i < n; i++) sample.push_back(blocks[n == 1 ? 0 : i * (blocks.size() - 1) / (n - 1)]);
+        struct stat info;
+        bool documents = stat(documents_path(f.path).c_str(), &info) == 0 && (size_t)info.st_size <= left;
+        if (documents) left -= (size_t)info.st_size;
+        token_file_check(f, d->V, sample, documents);
+    }
+}
+
 inline void dataloader_open(DataLoader* d, const std::vector<std::string>& files, int T, int V, DataOrder order,
-                            uint64_t seed, bool repetition_filter) {
+                            uint64_t seed, bool repetition_filter, const std::string& token_type = "uint16") {
     if (T < 1 || V < 1) die("data: sequence length %d and vocabulary %d have to be positive", T, V);
     *d = DataLoader();
     d->T = T;
@@ -339,7 +467,7 @@ inline void dataloader_open(DataLoader* d, const std::vector<std::string>& files
     size_t longest = 0;
     for (const std::string& path : files) {
         TokenFile f;
-        token_file_open(&f, path);
+        token_file_open(&f, path, token_type == "uint32" ? 4 : 2);
         f.instances = f.tokens / T;
         f.first = d->instances;
         d->instances += f.instances;
@@ -347,6 +475,7 @@ inline void dataloader_open(DataLoader* d, const std::vector<std::string>& files
         d->files.push_back(f);
     }
     if (files.empty()) die("data: no token file given; name one or more");
+    dataloader_check_files(d);
     if (d->instances == 0)
         die("data: no sequence of %d tokens in %s%s (the longest file has %zu tokens); shorten --seq or give more data",
             T, files[0].c_str(), files.size() > 1 ? " and the other files" : "", longest);
@@ -367,14 +496,14 @@ inline void dataloader_row(DataLoader* d, size_t instance, int32_t* inputs, int3
     auto before = [](size_t i, const TokenFile& file) { return i < file.first; };
     auto f = std::upper_bound(d->files.begin(), d->files.end(), instance, before) - 1;
     size_t start = (instance - f->first) * d->T;
-    const uint16_t* tokens = token_file_tokens(*f) + start;
     for (int t = 0; t < d->T; t++) {
-        if (tokens[t] >= d->V)
-            die("%s: token %zu has id %d, outside of the vocabulary of %d; was it written with another tokenizer?",
-                f->path.c_str(), start + t, tokens[t], d->V);
-        inputs[t] = tokens[t];
+        uint32_t id = token_at(*f, start + t);
+        if (id >= (uint32_t)d->V)
+            die("%s: token %zu has id %u, outside of the vocabulary of %d; was it written with another tokenizer?",
+                f->path.c_str(), start + t, id, d->V);
+        inputs[t] = (int32_t)id;
     }
-    bool hit = d->repetition_filter && repetition_filter_hits(tokens, d->T);
+    bool hit = d->repetition_filter && repetition_filter_hits(inputs, d->T);
     d->masked += hit;
     for (int t = 0; t < d->T; t++) targets[t] = hit || t + 1 == d->T ? -100 : inputs[t + 1];
 }
@@ -451,16 +580,11 @@ inline uint64_t dataloader_fingerprint(const DataLoader* d) {
     auto add = [&hash](const unsigned char* bytes, size_t n) {
         for (size_t i = 0; i < n; i++) hash = (hash ^ bytes[i]) * 0x100000001b3;
     };
-    const size_t BLOCK_BYTES = 4096, blocks_per_file = std::max<size_t>(4, 4096 / d->files.size());
     for (const TokenFile& f : d->files) {
         uint64_t tokens = f.tokens;
         add((const unsigned char*)&tokens, sizeof tokens);
-        size_t bytes = 2 * f.tokens, blocks = (bytes + BLOCK_BYTES - 1) / BLOCK_BYTES;
-        size_t sampled = std::min(blocks, blocks_per_file);
-        for (size_t i = 0; i < sampled; i++) {
-            size_t block = sampled == 1 ? 0 : i * (blocks - 1) / (sampled - 1);     // with the first and the last
-            add(f.map + f.header + block * BLOCK_BYTES, std::min(BLOCK_BYTES, bytes - block * BLOCK_BYTES));
-        }
+        for (std::string_view block : token_file_blocks(f, blocks_per_file(*d)))
+            add((const unsigned char*)block.data(), block.size());
     }
     return hash;
 }

@@ -2113,7 +2113,7 @@ struct TrainOptions {
     Optional resume;
     Steps steps = "1000", warmup = "2500", decay_steps;
     Choice schedule = "cosine", order = "global", ce_divisor = "all", lb = "rank";
-    Choice master_weights = "fp32", moments = "fp32";
+    Choice master_weights = "fp32", moments = "fp32", token_type = "uint16";
     int64_t B = 4, T = 0, global_batch = 0, seed = 6198, recompute = 0, ep = 1, zero = 0;
     int64_t save_every = 0, keep_last = 0, keep_every = 0, val_every = 0, val_batches = 0, sample_every = 0;
     int64_t sample_tokens = 200, log_every = 1;
@@ -2254,16 +2254,16 @@ void run_open(TrainingRun* run, int argc, char** argv) {
     const OlmoeConfig& c = run->config;
     if (!o.tokenizer.empty()) run_open_tokenizer(run);
     const DataOrder order = o.order == "global" ? DataOrder::global : DataOrder::sequential;
-    dataloader_open(&run->data, o.data, (int)o.T, c.V, order, o.seed, !o.no_filter);
+    dataloader_open(&run->data, o.data, (int)o.T, c.V, order, o.seed, !o.no_filter, o.token_type);
     if (o.global_batch > (int64_t)run->data.instances)
         die("--global-batch %ld is more than the %zu sequences of the data; use a smaller one, or a smaller --seq",
             o.global_batch, run->data.instances);
     if (!o.val.empty()) {                   // all of it is checked now, not after hours
-        dataloader_open(&run->val, o.val, (int)o.T, c.V, DataOrder::sequential, 0, false);
+        dataloader_open(&run->val, o.val, (int)o.T, c.V, DataOrder::sequential, 0, false, o.token_type);
         size_t instances = o.val_batches > 0 ? (size_t)(o.val_batches * o.B) : run->val.instances;
         dataloader_check(&run->val, instances, ranks_alive);
     }
-    if (o.val.size() == 1) domains_open(&run->domains, o.val[0], c);
+    if (o.val.size() == 1) domains_open(&run->domains, run->val.files[0], c);
 }
 
 // Device, memory, and weights: random, of a model, or of a checkpoint

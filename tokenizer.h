@@ -512,16 +512,16 @@ inline void tokenizer_read_added(TokenizerFile* f, Bpe* b) {
 // names of the tokens are swapped); where there is none, <|endoftext|>.
 inline int tokenizer_eos(const TokenizerFile& f, const Bpe& b) {
     nlohmann::json config = tokenizer_json(f.path.substr(0, f.path.rfind('/') + 1) + "config.json");
-    int eos = -1;
+    const nlohmann::json& field = config.is_object() ? f.part(config, "eos_token_id") : config;
     auto named = f.ids.find("<|endoftext|>");
-    if (config.is_object() && f.part(config, "eos_token_id").is_number_integer())
-        eos = config.at("eos_token_id").get<int>();
-    else if (named != f.ids.end())
-        eos = named->second;
-    if (eos < 0 || eos >= (int)b.present.size() || !b.present[eos])
+    if (!field.is_number_integer() && named == f.ids.end())
         f.refuse("it has no <|endoftext|>, and no config.json beside it names one of its ids as eos_token_id: "
                  "nothing ends a document");
-    return eos;
+    int64_t eos = field.is_number_integer() ? field.get<int64_t>() : named->second;
+    if (eos < 0 || eos >= (int64_t)b.present.size() || !b.present[eos])
+        f.refuse("the config.json beside it has eos_token_id " + field.dump() + ", but it has no token of this id: "
+                 "are they of two models?");
+    return (int)eos;
 }
 
 // Opens "bytes", a tokenizer.json, or the one in a directory. What is not of the family is refused by its name.

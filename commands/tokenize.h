@@ -1,6 +1,6 @@
-// Token files, as dolma writes them: FILE.npy holds uint16 tokens without a header, and FILE.csv.gz next to it has a
-// line for each document: start, end (offsets of its tokens, its end-of-document included), id, src (the input file),
-// loc (the line in it).
+// Token files, as dolma writes them: FILE.npy holds uint16 tokens without a header, uint32 where the tokenizer has ids
+// above 65,535, and FILE.csv.gz next to it has a line for each document: start, end (offsets of its tokens, its
+// end-of-document included), id, src (the input file), loc (the line in it).
 //
 // Threads take turns at reading: each takes a batch of documents, encodes it while others read the next ones, and adds
 // it to the encoded batches. The thread that adds the next batch in the order of the inputs writes it, so no byte of
@@ -107,7 +107,7 @@ struct TextPiece {
     std::string text;                       // of a .jsonl the line; empty after encoding
     std::string id;
     std::string damage;                     // why the line can't be read; else empty
-    std::vector<uint16_t> tokens;           // none where the text is empty
+    std::vector<int> tokens;                // none where the text is empty
 };
 
 struct TextBatch {
@@ -147,13 +147,20 @@ inline void inputs_check(InputReader* r, const std::vector<std::string>& paths) 
     r->paths = paths;
     r->starts = {0};
     for (const std::string& path : paths) {
-        if (!input_is_jsonl(path) && !ends_with(path, ".txt") && !ends_with(path, ".txt.gz"))
-            die("%s: neither .txt (a document) nor .jsonl (a document a line); rename it", path.c_str());
         int file = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
         struct stat info;
         if (file < 0 || fstat(file, &info) != 0) die("%s: cannot be read: %s", path.c_str(), strerror(errno));
         if (!S_ISREG(info.st_mode)) die("%s: not a regular file; name the text files themselves", path.c_str());
+        char begin[512];
+        ssize_t n = std::max<ssize_t>(0, pread(file, begin, sizeof begin, 0));
         close(file);
+        bool named = input_is_jsonl(path) || ends_with(path, ".txt") || ends_with(path, ".txt.gz");
+        const FileFormat* other = file_format(path, std::string_view(begin, (size_t)n));
+        if (other && !(named && other->suffix == std::string(".gz")))
+            die("%s: not text, but %s", path.c_str(), format_advice(*other, path).c_str());
+        if (!named)
+            die("%s: neither .txt (a document) nor .jsonl (a document a line); rename it if it is one of them",
+                path.c_str());
         r->stamps.push_back(file_stamp(path));
         r->starts.push_back(r->starts.back() + (size_t)info.st_size);
     }
@@ -222,8 +229,7 @@ inline void piece_encode(const Tokenizer& t, const std::string& path, TextPiece*
         if (!p->damage.empty()) return;
     }
     if (document.empty()) return;
-    std::vector<int> ids = tokenizer_encode(t, document);
-    p->tokens.assign(ids.begin(), ids.end());
+    p->tokens = tokenizer_encode(t, document);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -233,10 +239,10 @@ struct TokenizeCounts { size_t documents, tokens, files, damaged; };
 
 struct TokenWriter {
     std::string out, base;                  // FILE.npy, FILE
-    int eos = 0;
+    int eos = 0, width = 2;                 // width: bytes of a token
     size_t max_tokens = 0, save_every = 0;  // of a file, 0: no limit; between two saves
     FILE *npy = nullptr, *csv = nullptr;    // of the part being written; the .csv is packed when it is complete
-    std::vector<uint16_t> document;         // tokens of the document being written that are not yet in the .npy
+    std::vector<int> document;              // tokens of the document being written that are not yet in the .npy
     int previous = -1;                      // its last token, or -1
     size_t start = 0;                       // where it starts in the .npy
     size_t shown = 0, shown_file = 0;       // damaged lines of the file being written, and which file that is
@@ -289,14 +295,17 @@ inline FILE* writer_open(const std::string& path, size_t bytes) {
 }
 
 inline void writer_open_part(TokenWriter* w) {
-    w->npy = writer_open(part_tmp(*w, w->part, ".npy"), 2 * w->part_tokens);
+    w->npy = writer_open(part_tmp(*w, w->part, ".npy"), w->width * w->part_tokens);
     w->csv = writer_open(part_tmp(*w, w->part, ".csv"), w->csv_bytes);
 }
 
 // Writes n tokens of the document.
-inline void writer_put(TokenWriter* w, const uint16_t* tokens, size_t n) {
+inline void writer_put(TokenWriter* w, const int* tokens, size_t n) {
     if (!w->npy) writer_open_part(w);
-    if (fwrite(tokens, 2, n, w->npy) != n) writer_fails(part_tmp(*w, w->part, ".npy"));
+    std::vector<uint16_t> narrow;
+    if (w->width == 2) narrow.assign(tokens, tokens + n);
+    const void* bytes = w->width == 2 ? (const void*)narrow.data() : tokens;
+    if (fwrite(bytes, w->width, n, w->npy) != n) writer_fails(part_tmp(*w, w->part, ".npy"));
     w->part_tokens += n;
     w->tokens += n;
 }
@@ -385,8 +394,8 @@ inline void writer_piece(TokenWriter* w, const TextPiece& p, const std::string& 
     w->document.insert(w->document.end(), p.tokens.begin(), p.tokens.end());
     if (!p.tokens.empty()) w->previous = p.tokens.back();
     if (w->previous < 0) return;            // empty so far
-    if (p.last && w->previous != w->eos) w->document.push_back((uint16_t)w->eos);
-    const uint16_t* tokens = w->document.data();
+    if (p.last && w->previous != w->eos) w->document.push_back(w->eos);
+    const int* tokens = w->document.data();
     size_t left = w->document.size(), limit = w->max_tokens;
     if (limit > 0) {
         if (w->part_tokens > 0 && w->part_tokens + left >= limit && (p.last || left > limit)) writer_end_part(w);
@@ -619,8 +628,6 @@ inline void tokenize_watch(TokenizePool* pool) {
 // save.
 inline TokenizeCounts tokenize_files(const Tokenizer& t, const std::vector<std::string>& paths,
                                      const std::string& out_npy, const TokenizeOptions& o = {}) {
-    if (t.vocab > 65536)
-        die("tokenizer %s: its %d ids do not fit into the 16 bits of a token file", t.name.c_str(), t.vocab);
     InputReader r;
     inputs_check(&r, paths);
     TokenWriter w;
@@ -628,6 +635,7 @@ inline TokenizeCounts tokenize_files(const Tokenizer& t, const std::vector<std::
     w.base = documents_path(out_npy);
     w.base.resize(w.base.size() - strlen(".csv.gz"));
     w.eos = t.eos;
+    w.width = t.vocab > 65536 ? 4 : 2;
     w.max_tokens = o.max_tokens;
     w.save_every = o.save_every;
     w.bar = isatty(fileno(stderr));
@@ -674,7 +682,8 @@ inline int command_tokenize(int argc, char** argv) {
                   "(.txt: a document a file; .jsonl: a document a line; gzipped or not)", {
         {"tokenizer", &name, "NAME",
          "a tokenizer.json, or a directory that holds one; or bytes: an id is a byte, 256 ends a document"},
-        {"out", &out, "FILE.npy", "uint16 tokens without a header; FILE.csv.gz lists the documents"},
+        {"out", &out, "FILE.npy", "tokens without a header: uint16, or uint32 where the tokenizer has "
+         "ids above 65,535; FILE.csv.gz lists the documents"},
         {"max-tokens", &max_tokens, "N",
          "more than fit below N begin another file: FILE-00000.npy, FILE-00001.npy, ...; 0: one file", 0, 1e15},
         {"save-every", &save_every, "N",
@@ -694,6 +703,7 @@ inline int command_tokenize(int argc, char** argv) {
     o.threads = threads && atoi(threads) > 0 ? std::min<size_t>(atoi(threads), 4 * cores) : cores;
     TokenizeCounts counts = tokenize_files(t, inputs, out, o);
     std::string more = counts.files > 1 ? " in " + std::to_string(counts.files) + " files" : "";
+    if (t.vocab > 65536) more += " of uint32 (train with --token-type uint32)";
     if (counts.damaged > 0) more += ", " + std::to_string(counts.damaged) + " damaged lines left out";
     printf("%s: %zu documents, %zu tokens%s\n", out.c_str(), counts.documents, counts.tokens, more.c_str());
     return 0;

@@ -250,11 +250,31 @@ struct ModelWeights {
     std::vector<const SafeTensor*> tensors;       // as hf_tensors orders them; they point into files: don't copy
 };
 
+// What a directory without weights that can be read has in their place, for the message
+inline std::string weights_there(const std::string& dir) {
+    std::string shard, other;
+    std::error_code ec;
+    for (const auto& entry : std::filesystem::directory_iterator(dir, ec)) {
+        const std::string name = entry.path().filename().string(), end = entry.path().extension().string();
+        const bool weights = end == ".safetensors" && name != "optimizer.safetensors";
+        if (weights && (shard.empty() || name < shard)) shard = name;
+        const bool foreign = end == ".gguf" || end == ".pt" || end == ".pth" || end == ".h5" || end == ".msgpack"
+            || (end == ".bin" && name != "training_args.bin");
+        if (foreign && (other.empty() || name < other)) other = name;
+    }
+    if (!shard.empty())
+        return shard + " is there; the index says which file holds which tensor, so fetch it, too"
+            " (a single file is named model.safetensors)";
+    if (!other.empty()) return other + " is of another format: convert it to safetensors";
+    return "is it a model's directory?";
+}
+
 // The index of a model in several files: tensor -> file.
 inline std::map<std::string, std::string> weight_map_read(const std::string& dir) {
     const std::string path = dir + "/model.safetensors.index.json";
     if (access(path.c_str(), F_OK) != 0)
-        die("%s: neither model.safetensors nor model.safetensors.index.json; is it a model's directory?", dir.c_str());
+        die("%s: neither model.safetensors nor model.safetensors.index.json; %s", dir.c_str(),
+            weights_there(dir).c_str());
     const Json j = json_read(path);
     if (!j.contains("weight_map") || !j["weight_map"].is_object()) die("%s: weight_map is missing", path.c_str());
     std::map<std::string, std::string> map;

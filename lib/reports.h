@@ -184,8 +184,11 @@ struct DomainTable {
 };
 
 // None where the documents' ids name more than 64: they are numbers of documents then.
-void domains_open(DomainTable* d, const std::string& npy, const OlmoeConfig& c) {
-    d->documents = documents_read(npy);
+void domains_open(DomainTable* d, const TokenFile& f, const OlmoeConfig& c) {
+    std::string problem;
+    d->documents = documents_read(f, &problem);
+    if (!problem.empty() && world.rank == 0)
+        fprintf(stderr, "warning: %s; it is left out, and experts by domain are not reported\n", problem.c_str());
     for (const Document& doc : d->documents) {
         std::string name = document_domain(doc);
         size_t i = std::find(d->names.begin(), d->names.end(), name) - d->names.begin();

@@ -15,8 +15,9 @@ std::vector<Option> train_options(TrainOptions* o) {
     return {
         {"config", &o->config, "FILE", "start from random weights in the shape of this config.json"},
         {"model", &o->model, "DIR", "start from the weights of a Hugging Face directory"},
-        {"data", &o->data, "FILES", "token files to train on (.npy of uint16, or llm.c's .bin)"},
+        {"data", &o->data, "FILES", "token files to train on (.npy of uint16 or uint32, or llm.c's .bin)"},
         {"val", &o->val, "FILES", "token files to validate on"},
+        {"token-type", &o->token_type, "uint16|uint32", "what token files without a header hold"},
         {"out", &o->out, "DIR", "directory for log.jsonl and checkpoints"},
         {"resume", &o->resume, "[DIR]", "go on from the newest complete checkpoint in --out, or from DIR"},
         {"tokenizer", &o->tokenizer, "NAME",

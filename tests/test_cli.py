@@ -3,6 +3,7 @@
 The program is ./olmoe, or what the variable OLMOE names.
 """
 import fcntl
+import gzip
 import hashlib
 import json
 import math
@@ -485,11 +486,49 @@ def test_validation_is_checked_before_training(data, tmp_path):
     (tmp_path / "ids.npy").write_bytes(tokens[:1000] + struct.pack("<H", 9999) + tokens[1002:])
     args = train_args(data, tmp_path / "out", "--steps", 2)
     refused(*args, "--val", tmp_path / "ids.npy", words=["ids.npy", "token 500", "9999"])
-    (tmp_path / "documents.npy").write_bytes(tokens)
-    (tmp_path / "documents.csv.gz").write_bytes((data / "val.csv.gz").read_bytes()[:20])
-    refused(*args, "--val", tmp_path / "documents.npy", words=["documents.csv.gz", "damaged"])
     assert not (tmp_path / "out").exists()
     ok(*args, "--val", tmp_path / "ids.npy", "--val-batches", 5)                # 480 tokens, which are all right
+
+
+def test_documents_that_do_not_fit_are_left_out(data, tmp_path):
+    """The list of documents beside the validation data: training does not need it, and goes on with a warning."""
+    good, npy, lists = (data / "val.csv.gz").read_bytes(), tmp_path / "v.npy", tmp_path / "v.csv.gz"
+    npy.write_bytes((data / "val.npy").read_bytes())
+    for i, content in enumerate([good, good[:20], gzip.compress(b"0,5,a-1,b,1\n5,9,b-1,b,1\n"), b"hello"]):
+        lists.write_bytes(content)
+        result = run(*train_args(data, tmp_path / f"out{i}", "--steps", 1, "--val", npy))
+        assert result.returncode == 0 and ("by domain:" in result.stdout) == (i == 0)
+        assert result.stderr.count("\n") == (i > 0) and (i == 0 or f"warning: {lists}" in result.stderr)
+
+
+def test_token_type(data, tmp_path):
+    """uint32 trains as the same tokens in uint16 do, validation and all; what is not as it says is refused before."""
+    ids = struct.unpack(f"<{(data / 'train.npy').stat().st_size // 2}H", (data / "train.npy").read_bytes())
+    wide = tmp_path / "wide.npy"
+    wide.write_bytes(struct.pack(f"<{len(ids)}I", *ids))
+    args = [*train_args(data, tmp_path / "a", "--steps", 2), "--val", data / "train.npy", "--val-batches", 2]
+    ok(*args)
+    args = [tmp_path / "b" if a == tmp_path / "a" else wide if a == data / "train.npy" else a for a in args]
+    refused(*args, words=[str(wide), "uint32", "--token-type uint32"])
+    assert not (tmp_path / "b").exists()
+    ok(*args, "--token-type", "uint32")
+    drop = lambda lines: [{k: v for k, v in line.items() if k != "config"} for line in lines]
+    assert drop(steps(tmp_path / "a")) == drop(steps(tmp_path / "b"))
+    refused(*train_args(data, tmp_path / "c", "--steps", 2, "--token-type", "uint32"), words=["uint16"])
+    refused(*args, "--token-type", "int64", words=["'int64' is not one of uint16|uint32"])
+
+
+def test_weights_in_other_files(data, straight, tmp_path):
+    """The message says what is there in the place of the weights."""
+    shutil.copytree(straight / "step-00000020", tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors.index.json").unlink()
+    (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / "model-00001-of-00002.safetensors")
+    info = ["info", "--model", tmp_path / "m", "--json"]
+    refused(*info, words=["model-00001-of-00002.safetensors is there", "fetch it, too"])
+    (tmp_path / "m" / "model-00001-of-00002.safetensors").rename(tmp_path / "m" / "pytorch_model.bin")
+    refused(*info, words=["pytorch_model.bin is of another format"])
+    (tmp_path / "m" / "pytorch_model.bin").unlink()
+    refused(*info, words=["is it a model's directory?"])
 
 
 def test_tokenizer_that_goes_away(data, tmp_path):

@@ -76,12 +76,12 @@ int main() {
             pcg64_shuffle(&g, &order);
             for (uint32_t i : order) printf("%u ", i);
             printf("\n");
-        } else if (word == "open") {            // open T V global|sequential SEED FILTER FILE...
-            int T, V, filter; std::string order, file; uint64_t seed; std::vector<std::string> files;
+        } else if (word == "open") {            // open T V global|sequential SEED FILTER [uint32] FILE...
+            int T, V, filter; std::string order, file, type = "uint16"; uint64_t seed; std::vector<std::string> files;
             in >> T >> V >> order >> seed >> filter;
-            while (in >> file) files.push_back(file);
+            while (in >> file) if (file == "uint32") type = file; else files.push_back(file);
             DataOrder data_order = order == "global" ? DataOrder::global : DataOrder::sequential;
-            dataloader_open(&d, files, T, V, data_order, seed, filter);
+            dataloader_open(&d, files, T, V, data_order, seed, filter, type);
         } else if (word == "next") {            // next G RANK WORLD
             int G, rank, world; in >> G >> rank >> world;
             size_t rows = world > 0 && G > 0 ? G / world : 0;
@@ -133,9 +133,12 @@ int main() {
                 for (char c : piece) printf("%02x", (unsigned char)c);
             gzclose(lines.file);
         } else if (word == "documents") {       // documents NPY
-            std::string npy; in >> npy;
-            for (const Document& x : documents_read(npy))
+            std::string npy, problem; in >> npy;
+            TokenFile f;
+            token_file_open(&f, npy, 2);
+            for (const Document& x : documents_read(f, &problem))
                 printf("%zu\t%zu\t%s\t%s\n", x.start, x.end, x.id.c_str(), document_domain(x).c_str());
+            if (!problem.empty()) printf("left out: %s\n", problem.c_str());
         } else if (word == "decode") {          // decode ID...: the bytes, in hexadecimal
             Tokenizer t; tokenizer_open(&t, "bytes");
             int id;

@@ -47,8 +47,8 @@ def drive(program):
     return run
 
 
-def tokens(path, values):
-    path.write_bytes(struct.pack(f"<{len(values)}H", *values))
+def tokens(path, values, kind="<H"):
+    path.write_bytes(struct.pack(f"{kind[0]}{len(values)}{kind[1]}", *values))
     return str(path)
 
 
@@ -57,13 +57,13 @@ def npy(path, values, descr="<u2", shape=None, version=1, length=None):
     text += " " * (-(len(text) + (11 if version == 1 else 13)) % 64) + "\n"
     size = struct.pack("<H" if version == 1 else "<I", len(text) if length is None else length)
     header = b"\x93NUMPY" + bytes([version, 0]) + size + text.encode()
-    path.write_bytes(header + struct.pack(f"<{len(values)}H", *values))
+    path.write_bytes(header + struct.pack(f"<{len(values)}{'I' if descr == '<u4' else 'H'}", *values))
     return str(path)
 
 
 def llmc(path, values, magic=20240520, version=1, count=None):
     header = struct.pack("<256i", magic, version, len(values) if count is None else count, *[0] * 253)
-    path.write_bytes(header + struct.pack(f"<{len(values)}H", *values))
+    path.write_bytes(header + struct.pack(f"<{len(values)}{'H' if magic == 20240520 else 'I'}", *values))
     return str(path)
 
 
@@ -234,6 +234,138 @@ def test_formats_hold_the_same_tokens(drive, tmp_path):
     assert len(seen) == 1
 
 
+def test_uint32(drive, tmp_path):
+    """The tokens of uint16, and ids that do not fit into it; the order and the filter do not depend on the type. A
+    header says what its own file holds, whatever is said of the others."""
+    values = random.Random(2).choices(range(50000), k=1000) + [7, 8] * 50
+    narrow = drive(f"open 50 50000 global 1 1 {tokens(tmp_path / 'u2.npy', values)}", "next 22 0 1", "state")
+    files = [tokens(tmp_path / "raw.npy", values, "<I"), npy(tmp_path / "v1.npy", values, "<u4"),
+             npy(tmp_path / "v2.npy", values, "<u4", version=2), llmc(tmp_path / "x.bin", values, 20240801, 7)]
+    wide = [drive(f"open 50 50000 global 1 1 uint32 {f}", "next 22 0 1", "state") for f in files]
+    assert all(w == wide[0] for w in wide) and wide[0][:-1] == narrow[:-1]
+    assert wide[0][-1].split()[:5] == narrow[-1].split()[:5]                # the fingerprint is that of the bytes
+    for f in files[1:]:
+        assert drive(f"open 50 50000 global 1 1 {f}", "next 22 0 1", "state") == wide[0]
+    header = npy(tmp_path / "header.npy", values)
+    assert drive(f"open 50 50000 global 1 1 uint32 {header}", "next 22 0 1", "state") == narrow
+
+    values[333] = 99999
+    path = tokens(tmp_path / "large.npy", values, "<I")
+    assert "99999" in " ".join(drive(f"open 50 100000 sequential 1 0 uint32 {path}", "rows 6 1"))
+    message = drive(f"open 50 99999 sequential 1 0 uint32 {path}", "rows 6 1", fails=True)
+    assert path in message and "token 333 has id 99999" in message and "vocabulary of 99999" in message
+    values[333] = 2**32 - 1
+    message = drive(f"open 50 99999 sequential 1 0 uint32 {tokens(tmp_path / 'large.npy', values, '<I')}", "rows 6 1",
+                    fails=True)
+    assert "token 333 has id 4294967295" in message
+
+
+SMALL, LARGE = [i % 900 for i in range(4000)], random.Random(6).choices(range(120000), k=4000)
+TEXT = open(os.path.join(ROOT, "README.md"), "rb").read()
+OTHER_FILES = {     # (contents, vocabulary, what is in the message)
+    "uint32": (struct.pack("<4000I", *SMALL), 1024, "its numbers are uint32, not uint16; give --token-type uint32"),
+    "uint32 of a large vocabulary": (struct.pack("<4000I", *LARGE), 128256, "its numbers are uint32"),
+    "uint32 of another vocabulary": (struct.pack("<4000I", *LARGE), 50304, "its numbers are uint32"),
+    "uint32 with many zeros": (struct.pack("<4000I", *[x * (x % 7 < 2) for x in SMALL]), 1024, "uint32"),
+    "int64": (struct.pack("<4000q", *SMALL), 1024, "its numbers are int64, not uint16; save them with .astype('<u2')"),
+    "int64 labels": (struct.pack("<4000q", *[-100 if x % 5 else x for x in SMALL]), 1024, "its numbers are int64"),
+    "int64 large": (struct.pack("<4000q", *LARGE), 128256, "its numbers are int64"),
+    "float32": (struct.pack("<4000f", *SMALL), 50304, "its numbers are float32"),
+    "float64": (struct.pack("<4000d", *SMALL), 50304, "its numbers are float64"),
+    "big-endian uint32": (struct.pack(">4000I", *SMALL), 1024, "its numbers are big-endian uint32"),
+    "big-endian int64": (struct.pack(">4000q", *SMALL), 1024, "its numbers are big-endian int64"),
+    "big-endian uint16": (struct.pack(">4000H", *SMALL), 1024, "its numbers are big-endian uint16"),
+    "big-endian bytes": (struct.pack(">4000H", *list(range(257)) * 15, *[9] * 145), 65536, "big-endian uint16"),
+    "text": (TEXT, 65536, "text where tokens are needed"),
+    "Chinese": ("這是一個句子。".encode() * 20, 65536, "text where tokens are needed"),
+    "Latin-1": ("Es würde schön, sagte Jürgen. ".encode("latin-1") * 20, 65536, "text where tokens are needed"),
+    "gzip": (gzip.compress(TEXT), 65536, "compressed by gzip; first: gunzip"),
+    "xz": (lzma.compress(TEXT), 65536, "compressed by xz; first: xz -d"),
+    "zstd": (b"\x28\xb5\x2f\xfd" + random.Random(1).randbytes(200), 65536, "compressed by zstd; first: zstd -d"),
+    "zip": (b"PK\x03\x04" + random.Random(1).randbytes(200), 65536, "a zip archive"),
+    "Parquet": (b"PAR1" + random.Random(1).randbytes(200), 65536, "a Parquet table; first: write its texts as .jsonl"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_FILES)
+def test_contents_are_recognised(drive, tmp_path, case):
+    """A file without a header is not what it is read as: whatever its name, in one line, before training."""
+    content, vocabulary, reason = OTHER_FILES[case]
+    path = written(tmp_path / "x.npy", content)
+    message = drive(f"open 4 {vocabulary} global 0 0 {path}", fails=True)
+    assert reason in message and path in message
+    if not case.startswith("uint32"):
+        message = drive(f"open 4 {vocabulary} global 0 0 uint32 {path}", fails=True)
+        assert path in message and (reason.split(",")[0] in message or "uint16" in case)
+
+
+def test_right_files_are_not_suspected(drive, tmp_path):
+    """Every kind of data that could be taken for another: none is refused."""
+    draw = random.Random(8)
+    byte_text = [256 if x == 10 else x for x in TEXT]
+    for i, (values, vocabulary) in enumerate([
+            (byte_text, 320), ([0] * 5000, 320),
+            ([7] + [0] * 5000, 65536), ([draw.randrange(2) for _ in range(5000)], 320),
+            ([draw.randrange(2) * 256 for _ in range(5000)], 320),
+            ([draw.randrange(65536) for _ in range(5000)], 65536),
+            ([draw.randrange(50304) for _ in range(5000)], 50304), ([draw.randrange(16) for _ in range(5000)], 320),
+            ([x for c in TEXT[:3000] for x in (c, 10)], 320), ([5, 0] * 7, 320), ([0x2020, 0x6564] * 7, 65536)]):
+        for kind in "HI":
+            path = tokens(tmp_path / f"{i}{kind}.npy", values, "<" + kind)
+            drive(f"open 4 {vocabulary} sequential 0 0 {'uint32' if kind == 'I' else ''} {path}", "next 1 0 1")
+    # of another tokenizer: the id is what is wrong
+    path = tokens(tmp_path / "a.npy", [draw.randrange(50304) for _ in range(5000)])
+    assert "outside of the vocabulary of 320" in drive(f"open 4 320 sequential 0 0 {path}", "next 1 0 1", fails=True)
+    path = tokens(tmp_path / "b.npy", [100000 + x for x in SMALL], "<I")
+    assert "has id 100000" in drive(f"open 4 50304 sequential 0 0 uint32 {path}", "next 1 0 1", fails=True)
+
+
+def listed(path, ends):
+    starts = [0, *ends[:-1]]
+    path.write_bytes(gzip.compress("".join(f"{a},{b},d-{i},s,{i}\n" for i, (a, b) in
+                                           enumerate(zip(starts, ends))).encode()))
+
+
+def test_documents_say_the_type(drive, tmp_path):
+    """The list of documents beside a file is evidence: for its type, where its number of tokens fits no other and all
+    documents end alike, and against a suspicion."""
+    path, lists = tmp_path / "x.npy", tmp_path / "x.csv.gz"
+    values = [x for i in range(200) for x in [1 + i] * 9 + [0]]
+    ends = list(range(10, 2001, 10))
+    for kind, name in (("B", "uint8"), ("I", "uint32"), ("q", "int64")):
+        tokens(path, [x * 1000 if kind == "I" and i % 9 == 0 else x for i, x in enumerate(values)], "<" + kind)
+        listed(lists, ends)
+        message = drive(f"open 4 65536 global 0 0 {path}", fails=True)
+        assert f"its numbers are {name}, not uint16" in message
+    # Columns of a table: each second word is 0, but there are as many words as the documents have
+    tokens(path, [x for v in SMALL for x in (v, 0)])
+    lists.unlink()
+    assert "uint32" in drive(f"open 4 1024 global 0 0 {path}", fails=True)
+    listed(lists, [100, 8000])
+    drive(f"open 4 1024 global 0 0 {path}")
+
+
+def test_documents_of_another_file_are_not_believed(drive, tmp_path):
+    """Nor damaged ones: tokens of uint16 are read, also where the list has half as many, or twice as many."""
+    path, lists = tmp_path / "x.npy", tmp_path / "x.csv.gz"
+    draw = random.Random(3)
+    tokens(path, [x for _ in range(400) for x in [*(draw.randrange(50000) for _ in range(9)), 7]])
+    for ends in ([10, 1000, 2000], [10, 4000], [500, 1000], [10, 8000], [10, 20], [5000, 8000]):
+        listed(lists, ends)
+        drive(f"open 4 50304 global 0 0 {path}")
+    listed(lists, [10, 2000])
+    content = lists.read_bytes()
+    for damaged in (b"", b"hello", content[:-9], content[:12], gzip.compress(b"a,b\n"), gzip.compress(b"0,-1,a,b,1\n")):
+        lists.write_bytes(damaged)
+        drive(f"open 4 50304 global 0 0 {path}")
+    lists.unlink()
+    lists.mkdir()
+    drive(f"open 4 50304 global 0 0 {path}")
+    lists.rmdir()
+    os.mkfifo(lists)
+    drive(f"open 4 50304 global 0 0 {path}")
+
+
 def test_fingerprint(drive, tmp_path):
     values = [random.Random(3).randrange(300) for _ in range(30000)]
 
@@ -282,10 +414,16 @@ BAD_FILES = {
     "empty": (lambda p: tokens(p / "x.npy", []), "no sequence of 4 tokens"),
     "too short": (lambda p: tokens(p / "x.npy", [1, 2, 3]), "has 3 tokens"),
     "text": (lambda p: written(p / "x.txt", b"hello world"), "olmoe tokenize"),
+    "gzipped": (lambda p: written(p / "x.npy.gz", b""), "compressed by gzip; first: gunzip"),
+    "zstd": (lambda p: written(p / "x.jsonl.zst", b""), "compressed by zstd; first: zstd -d"),
+    "Parquet": (lambda p: written(p / "x.parquet", b""), "a Parquet table; first: write its texts as .jsonl"),
+    "list of documents": (lambda p: written(p / "x.csv.gz", b""), "name the .npy beside it"),
+    "being written": (lambda p: tokens(p / "x.npy.tmp", range(50)), "not complete"),
     "npy cut short": (lambda p: npy(p / "x.npy", range(50), shape="(51,)"), "51 tokens"),
     "npy too long": (lambda p: npy(p / "x.npy", range(50), shape="(49,)"), "49 tokens"),
     "npy int32": (lambda p: npy(p / "x.npy", range(50), descr="<i4", shape="(25,)"), "dtype <i4"),
-    "npy uint32": (lambda p: npy(p / "x.npy", range(50), descr="<u4", shape="(25,)"), "dtype <u4"),
+    "npy int64": (lambda p: npy(p / "x.npy", range(48), descr="<i8", shape="(12,)"), "dtype <i8"),
+    "npy uint32 cut short": (lambda p: npy(p / "x.npy", range(50), descr="<u4", shape="(51,)"), "51 tokens (4 bytes"),
     "npy big endian": (lambda p: npy(p / "x.npy", range(50), descr=">u2"), "dtype >u2"),
     "npy matrix": (lambda p: npy(p / "x.npy", range(50), shape="(5, 10)"), "shape (5, 10)"),
     "npy scalar": (lambda p: npy(p / "x.npy", [1], shape="()"), "shape ()"),
@@ -299,7 +437,8 @@ BAD_FILES = {
     "bin too long": (lambda p: llmc(p / "x.bin", range(50), count=49), "49 tokens"),
     "bin negative": (lambda p: llmc(p / "x.bin", range(50), count=-1), "header"),
     "bin version": (lambda p: llmc(p / "x.bin", range(50), version=2), "version 2"),
-    "bin of another program": (lambda p: llmc(p / "x.bin", range(50), magic=20240801), "magic"),
+    "bin of uint32, version": (lambda p: llmc(p / "x.bin", range(50), magic=20240801), "version 1"),
+    "bin of another program": (lambda p: llmc(p / "x.bin", range(50), magic=20240802), "magic"),
     "bin header only in part": (lambda p: written(p / "x.bin", struct.pack("<4i", 20240520, 1, 4, 0)), "header"),
 }
 
@@ -401,6 +540,11 @@ BAD_TEXT = {
     "empty file": ("a.txt", b"", "no text"),
     "other name": ("a.csv", b"a,b\n", "neither .txt"),
     "json of many lines": ("a.json", b'{\n"text": "a"\n}\n', "neither .txt"),
+    "zstd": ("a.jsonl.zst", b"", "not text, but compressed by zstd; first: zstd -d"),
+    "Parquet": ("a.parquet", b"", "not text, but a Parquet table; first: write its texts as .jsonl"),
+    "tokens": ("a.npy.gz", b"", "not text, but compressed by gzip; first: gunzip"),
+    "zstd by another name": ("a.jsonl.gz", b"\x28\xb5\x2f\xfd" + bytes(99), "not text, but compressed by zstd"),
+    "tokens by another name": ("a.txt", b"\x93NUMPY" + bytes(99), "not text, but numbers"),
     "gzip cut short": ("a.jsonl.gz", gzip.compress(b'{"text": "good"}\n' * 100, mtime=0)[:-20], "damaged"),
     "gzip damaged": ("a.txt.gz", gzip.compress(random.Random(4).randbytes(5000))[:2000] + bytes(100), "damaged"),
 }
@@ -739,12 +883,53 @@ def test_files_reach_the_disk_before_their_names(drive, tmp_path, monkeypatch):
 
 
 def test_documents_of_other_files(drive, tmp_path):
-    assert drive(f"documents {tmp_path}/none.npy") == []
+    """They are left out, with one line that says why."""
+    path = tokens(tmp_path / "a.npy", range(9))
+    assert drive(f"documents {path}") == []
+    lists = tmp_path / "a.csv.gz"
     for content in (b"0,5,a\n3,9,b\n", b"5,3,a\n", b"x,3,a\n", b"0,3\n", b"\n", b"0,1x,a,b,1\n"):
-        (tmp_path / "a.csv.gz").write_bytes(gzip.compress(content))
-        assert "a.csv.gz:" in drive(f"documents {tmp_path}/a.npy", fails=True)
-    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"0,5,a,b,1\n" * 1)[:-6])
-    assert "damaged" in drive(f"documents {tmp_path}/a.npy", fails=True)
+        lists.write_bytes(gzip.compress(content))
+        found, = drive(f"documents {path}")
+        assert found.startswith(f"left out: {lists}:") and "not a line of start,end,id" in found
+    for end in (8, 10):
+        lists.write_bytes(gzip.compress(b"0,5,a,b,1\n5,%d,b,b,1\n" % end))
+        assert drive(f"documents {path}") == [f"left out: {lists}: its documents have {end} tokens, and {path} has 9"]
+    cut = gzip.compress(b"0,9,a,b,1\n")[:-6]
+    for content, why in ((cut, "damaged after 1 documents"), (b"", "holds no documents")):
+        lists.write_bytes(content)
+        assert drive(f"documents {path}") == [f"left out: {lists}: {why}"]
+    lists.write_bytes(gzip.compress(b"0,5,a-1,b,1\n5,9,b,b,1\n"))
+    assert drive(f"documents {path}") == ["0\t5\ta-1\ta", "5\t9\tb\tb"]
+    lists.unlink()
+    lists.mkdir()
+    assert drive(f"documents {path}") == [f"left out: {lists}: not a regular file"]
+
+
+def test_tokenize_writes_uint32_for_large_ids(drive, tmp_path):
+    """A tokenizer with an id above 65,535: all its files are uint32, with or without such an id, also where a run goes
+    on."""
+    tokenizer = json.load(open(os.path.join(ROOT, "tests", "fixtures", "tokenizer", "tokenizer.json")))
+    (tmp_path / "small.json").write_text(json.dumps(tokenizer))
+    extra = {**tokenizer["added_tokens"][0], "content": "<|far|>", "id": 70000}
+    tokenizer["added_tokens"].append(extra)
+    (tmp_path / "large.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "a.txt").write_text("far <|far|> away")
+    (tmp_path / "b.jsonl").write_text('{"text": "the cat sat on the mat"}\n' * 20000)
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "good"}\n' * 100, mtime=0)[:-20])
+    read = lambda name: [x for x, in struct.iter_unpack("<I", (tmp_path / name).read_bytes())]
+    a, b = tmp_path / "a.txt", tmp_path / "b.jsonl"
+    drive(*(f"tokenize {tmp_path}/{tokenizer}.json {tmp_path}/{out}.npy {inputs}" for tokenizer, out, inputs in (
+        ("large", "a", a), ("small", "s", b), ("large", "b", b), ("large", "ba", f"{b} {a}"))))
+    assert 70000 in read("a.npy") and read("b.npy") == read_tokens(tmp_path / "s.npy")
+    assert read("ba.npy") == read("b.npy") + read("a.npy")
+    command = f"tokenize {tmp_path}/large.json {tmp_path}/r.npy save=5000 {b}"
+    assert "goes on" in drive(f"{command} {tmp_path}/cut.jsonl.gz", fails=True)
+    assert os.path.exists(tmp_path / "r.npy.state")
+    drive(f"{command} {a}")
+    assert read("r.npy") == read("ba.npy")
+    ids = drive(f"open 4 70001 sequential 0 0 uint32 {tmp_path}/a.npy", "rows 0 1")
+    assert rows(ids[1:2]) == [read("a.npy")[:4]]
+    assert "give --token-type uint32" in drive(f"open 4 70001 sequential 0 0 {tmp_path}/b.npy", fails=True)
 
 
 def test_real_text(drive, tmp_path):
