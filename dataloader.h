@@ -171,8 +171,8 @@ inline void token_file_read_npy(TokenFile* f) {
 // Refuses what is no file of tokens by its name, or by how it begins.
 inline void token_file_refuse(const std::string& name, std::string_view begin) {
     const char* path = name.c_str();
-    for (const char* text : {".txt", ".jsonl", ".json", ".txt.gz", ".jsonl.gz", ".json.gz"})
-        if (ends_with(name, text))
+    for (const char* suffix : {".txt", ".jsonl", ".json", ".txt.gz", ".jsonl.gz", ".json.gz"})
+        if (ends_with(name, suffix))
             die("%s: text where tokens are needed; first: olmoe tokenize --tokenizer NAME --out FILE.npy %s", path,
                 path);
     if (ends_with(name, ".csv.gz"))

@@ -69,16 +69,16 @@ using Sample = std::vector<std::string_view>;   // some blocks of it, each from 
 // Is it text? At least 7/8 of its bytes are then ASCII's characters and white space, or those of longer characters in
 // UTF-8. Of the bytes of tokens half are at most.
 inline bool looks_like_text(const Sample& sample) {
-    size_t all = 0, text = 0;
+    size_t all = 0, readable = 0;
     for (std::string_view block : sample)
         for (size_t i = 0, n; i < block.size(); all += n, i += n) {
             unsigned char c = (unsigned char)block[i];
             size_t length = c < 0xc2 ? 1 : c < 0xe0 ? 2 : c < 0xf0 ? 3 : c < 0xf5 ? 4 : 1;
             for (n = 1; n < length && i + n < block.size() && ((unsigned char)block[i + n] & 0xc0) == 0x80; n++) {}
             bool ascii = (c >= 32 && c < 127) || (c >= 9 && c <= 13);
-            if (ascii || (length > 1 && n == length)) text += n;
+            if (ascii || (length > 1 && n == length)) readable += n;
         }
-    return all >= 32 && 8 * text >= 7 * all;
+    return all >= 32 && 8 * readable >= 7 * all;
 }
 
 // The numbers of a sample as a type: how many, how many above 0, and how many are not whole numbers from 0 to below
