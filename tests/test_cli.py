@@ -655,7 +655,7 @@ def test_output_that_cannot_be_written(data, tmp_path, args):
     (["train", "--config", "--help"], ["--config needs a value"]),
     (["train", "--data", "--val", "x.npy"], ["--data", "at least one value"]),
     (["generate", "--prompt=a", "b"], ["unexpected argument 'b'"]),
-    (["tokenize", "--tokenizer", "bytes", "--out", "x.npy", "--", "--help"], ["--help", ".txt"]),
+    (["tokenize", "--tokenizer", "bytes", "--out", "x.npy", "--", "--help"], ["--help: cannot be read"]),
     (["verify"], ["--model", "--reference"]),
     (["info"], ["--config"]),
     (["info", "--config", "/nonexistent/config.json"], ["/nonexistent/config.json"]),
