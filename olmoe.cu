@@ -179,7 +179,8 @@ struct OlmoeConfig {
     float rms_norm_eps = 1e-5f;
     bool norm_topk_prob = false;            // divide the K weights by their sum; OLMoE does not
     float initializer_range = 0.02f;
-    int eos_token_id = 50279, pad_token_id = 1;   // -1: none
+    std::vector<int> eos_token_ids = {50279};     // any of them ends a text
+    int pad_token_id = 1;                   // -1: none
 };
 
 struct LayerParameters {
@@ -2156,7 +2157,7 @@ struct TrainingRun {
     DataLoader data, val;
     Tokenizer tokenizer;
     bool has_tokenizer = false;
-    std::string tokenizer_json;             // for the checkpoints
+    ModelFiles came_with;                   // for the checkpoints
     DomainTable domains;                    // of the validation file, where its documents have few
     double tokens_per_step = 0;
     int64_t steps = 0;                      // the run ends after so many
@@ -2252,7 +2253,7 @@ void run_open(TrainingRun* run, int argc, char** argv) {
     run_check_options(run);
     run->objective = &pretraining;
     const OlmoeConfig& c = run->config;
-    if (!o.tokenizer.empty()) run_open_tokenizer(run);
+    run_open_files(run);
     const DataOrder order = o.order == "global" ? DataOrder::global : DataOrder::sequential;
     dataloader_open(&run->data, o.data, (int)o.T, c.V, order, o.seed, !o.no_filter, o.token_type);
     if (o.global_batch > (int64_t)run->data.instances)
@@ -2274,7 +2275,7 @@ void run_start(TrainingRun* run) {
     device_open();
     comm_open();
     output_lock(o.out);
-    run->from = checkpoint_to_resume(o, run->config);
+    run->from = checkpoint_to_resume(*run);
     output_check(o.out);
 
     run->peak = o.peak_tflops > 0 ? o.peak_tflops * 1e12 : measure_peak();

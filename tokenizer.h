@@ -18,6 +18,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -389,6 +390,18 @@ inline nlohmann::json tokenizer_json(const std::string& path) {
     return file ? nlohmann::json::parse(file, shallow, false) : nlohmann::json();
 }
 
+// A part that is a sequence of one is that one.
+inline void tokenizer_unwrap(TokenizerFile* f) {
+    const std::pair<const char*, const char*> parts[] = {
+        {"normalizer", "normalizers"}, {"pre_tokenizer", "pretokenizers"}, {"post_processor", "processors"},
+        {"decoder", "decoders"}};
+    for (auto& [part, list] : parts) {
+        const nlohmann::json x = f->part(f->j, part);
+        if (f->type(x) == "Sequence" && f->part(x, list).is_array() && x.at(list).size() == 1)
+            f->j[part] = x.at(list)[0];
+    }
+}
+
 // Refuses what is not implemented: each part besides the vocabulary is null, or of the one type that is implemented.
 inline void tokenizer_check(const TokenizerFile& f) {
     const nlohmann::json &model = f.j.at("model"), &before = f.part(f.j, "pre_tokenizer");
@@ -508,17 +521,20 @@ inline void tokenizer_read_added(TokenizerFile* f, Bpe* b) {
     }
 }
 
-// The id that ends a document: the eos_token_id of the config.json in the same directory (in OLMoE's 0125 releases the
-// names of the tokens are swapped); where there is none, <|endoftext|>.
+// The id that ends a document: the eos_token_id of the config.json in the same directory, of a list the first (in
+// OLMoE's 0125 releases the names of the tokens are swapped); where there is none, <|endoftext|>.
 inline int tokenizer_eos(const TokenizerFile& f, const Bpe& b) {
     nlohmann::json config = tokenizer_json(f.path.substr(0, f.path.rfind('/') + 1) + "config.json");
-    const nlohmann::json& field = config.is_object() ? f.part(config, "eos_token_id") : config;
+    nlohmann::json field = config.is_object() ? f.part(config, "eos_token_id") : nlohmann::json();
+    double number = -1;                     // like null: it names none
+    for (const nlohmann::json& id : field.is_array() ? field : nlohmann::json::array({field}))
+        if (number < 0 && id.is_number()) number = id.get<double>();
     auto named = f.ids.find("<|endoftext|>");
-    if (!field.is_number_integer() && named == f.ids.end())
+    if (number < 0 && named == f.ids.end())
         f.refuse("it has no <|endoftext|>, and no config.json beside it names one of its ids as eos_token_id: "
                  "nothing ends a document");
-    int64_t eos = field.is_number_integer() ? field.get<int64_t>() : named->second;
-    if (eos < 0 || eos >= (int64_t)b.present.size() || !b.present[eos])
+    const double eos = number < 0 ? named->second : number;
+    if (!(eos < (double)b.present.size()) || eos != std::floor(eos) || !b.present[(size_t)eos])
         f.refuse("the config.json beside it has eos_token_id " + field.dump() + ", but it has no token of this id: "
                  "are they of two models?");
     return (int)eos;
@@ -542,6 +558,7 @@ inline void tokenizer_open(Tokenizer* t, const std::string& name) {
         f.refuse(std::string("cannot be read: ") + strerror(errno)
                  + "; --tokenizer takes bytes, a tokenizer.json, or a directory that holds one");
     if (!f.j.is_object() || !f.j.contains("model")) f.refuse("not a tokenizer.json: a JSON object with a model");
+    tokenizer_unwrap(&f);
     tokenizer_check(f);
 
     auto b = std::make_shared<Bpe>();

@@ -262,8 +262,10 @@ struct GenerateOptions {
     SamplingOptions sampling;
     std::vector<std::string> stop;
     int64_t max_tokens = 128, seed = 0;
-    int eos = -1;
+    std::vector<int> eos;                   // any of them ends a sequence
     const Tokenizer* tokenizer = nullptr;
+
+    bool ends(int id) const { return std::find(eos.begin(), eos.end(), id) != eos.end(); }
 };
 
 struct GenerateCounts { size_t prompt = 0, generated = 0; double prefill_seconds = 0, decode_seconds = 0; };
@@ -277,11 +279,11 @@ void sequence_append(Sequence* s, const std::vector<float>& logits, const Genera
     if (world.size > 1) id = (int)host_sum(world.rank == 0 ? id : 0);   // rounding may differ between ranks
     s->ids.push_back(id);
     s->logprobs.push_back(logprob);
-    if (id == o.eos) s->finish = "eos";
+    if (o.ends(id)) s->finish = "eos";
     else if ((int64_t)generated + 1 == o.max_tokens || s->ids.size() == most) s->finish = "length";
     if (!o.tokenizer) return;
     size_t before = s->text.size();
-    if (id != o.eos) s->text += stream_next(&s->stream, *o.tokenizer, id);
+    if (!o.ends(id)) s->text += stream_next(&s->stream, *o.tokenizer, id);
     if (!s->finish.empty()) s->text += stream_end(&s->stream);
     size_t found = std::string::npos;
     for (const std::string& stop : o.stop)
@@ -319,7 +321,8 @@ GenerateCounts generate(Olmoe* m, const Cache& cache, std::vector<Sequence>* seq
         report(s);
     };
     auto fetch = [&](size_t n) { logits.resize(n * V); copy_to_host(logits.data(), m->acts.logits, n * V); };
-    for (size_t next = 0; next < sequences->size() || !active.empty(); ) {
+    if (o.max_tokens == 0) for (Sequence& s : *sequences) { s.finish = "length"; report(&s); }
+    for (size_t next = o.max_tokens > 0 ? 0 : sequences->size(); next < sequences->size() || !active.empty(); ) {
         // prompts into free slots, as many as fit into a micro-batch; samples of one prompt share its sequence there,
         // and then copy its keys and values
         double start = seconds_now();
@@ -381,7 +384,8 @@ std::string sample_text(Olmoe* m, const Cache& cache, const Tokenizer& tokenizer
     GenerateOptions o;
     o.max_tokens = tokens;
     o.seed = (int64_t)seed;
-    o.eos = tokenizer.eos;
+    o.eos = m->config.eos_token_ids;
+    o.eos.push_back(tokenizer.eos);
     o.tokenizer = &tokenizer;
     std::vector<Sequence> one(1);
     one[0].ids = sample_prompt(tokenizer, prompt);
@@ -423,10 +427,10 @@ std::vector<Option> generate_options(GenerateCommand* g) {
         {"tokenizer", &g->tokenizer_name, "NAME", "bytes, or a tokenizer.json; default: the model's"},
         {"chat", &g->chat, "", "prompts are messages to an Instruct model; without any, talk to it"},
         {"system", &g->system, "TEXT", "with --chat: a system message before"},
-        {"max-tokens", &g->o.max_tokens, "N", "tokens to generate at most", 1, 1 << 20},
+        {"max-tokens", &g->o.max_tokens, "N", "tokens to generate at most", 0, 1 << 20},
         {"temperature", &s.temperature, "X", "0: always the likeliest token", 0, 1e3},
         {"top-k", &s.top_k, "K", "only of the K likeliest tokens; 0: of all", 0, 1 << 30},
-        {"top-p", &s.top_p, "P", "only of the likeliest that have P of the probability together", 1e-9, 1},
+        {"top-p", &s.top_p, "P", "only of the likeliest that have P of the probability together", 0, 1},
         {"min-p", &s.min_p, "P", "only of those that are P times as likely as the likeliest", 0, 1},
         {"repetition-penalty", &s.repetition_penalty, "X",
          "divides positive logits of tokens seen before, and multiplies negative ones", 1e-3, 1e3},
@@ -461,7 +465,8 @@ void generate_check(GenerateCommand* g) {
             die("the tokenizer's %d ids don't fit the model's vocabulary of %d", g->tokenizer.vocab, g->config.V);
         g->o.tokenizer = &g->tokenizer;
     }
-    g->o.eos = g->o.tokenizer ? g->tokenizer.eos : g->config.eos_token_id;
+    g->o.eos = eos_read(g->model, g->config);
+    if (g->o.tokenizer) g->o.eos.push_back(g->tokenizer.eos);
     if (!g->o.tokenizer && (g->chat || !g->prompts.empty() || !g->o.stop.empty()))
         die("%s has no tokenizer.json; give --tokenizer, or token ids by --ids", g->model.c_str());
 }
@@ -482,7 +487,7 @@ std::vector<int> parse_ids(const std::string& list, int V) {
 
 std::vector<int> prompt_ids(const GenerateCommand& g, const std::string& prompt) {
     std::vector<int> ids = tokenizer_encode(g.tokenizer, prompt);
-    if (ids.empty()) ids.push_back(g.o.eos);
+    if (ids.empty()) ids.push_back(g.tokenizer.eos);
     return ids;
 }
 
@@ -714,8 +719,8 @@ void generate_all(GenerateCommand* g) {
     if (g->stats)
         fprintf(stderr, "prompts: %zu tokens, %.1f a second; "
                 "generated: %zu tokens, %.1f a second after the first of each\n",
-                n.prompt, n.prompt / n.prefill_seconds, n.generated,
-                (n.generated - g->sequences.size()) / std::max(n.decode_seconds, 1e-9));
+                n.prompt, n.prompt / std::max(n.prefill_seconds, 1e-9), n.generated,
+                n.generated == 0 ? 0 : (n.generated - g->sequences.size()) / std::max(n.decode_seconds, 1e-9));
 }
 
 int command_generate(int argc, char** argv) {

@@ -7,7 +7,8 @@
 //                                         model-00001-of-00003.safetensors and so on
 //   model.safetensors.index.json          which file holds which tensor; written for one file as well, because vLLM
 //                                         without an index reads every .safetensors file, also the optimizer's
-//   tokenizer.json                        a copy, where there is one
+//   tokenizer.json                        a copy, where there is one; and what else came with the model that the run
+//                                         started from: ModelFiles
 // with what training needs to go on:
 //   optimizer.safetensors                 F32: m.<name>, v.<name>, and master.<name> where BF16 weights have masters
 //   trainer_state.json                    {"step", "trainer": the caller's, "files": {name: {"bytes", "crc32"}},
@@ -31,6 +32,7 @@
 #include <cfloat>
 #include <charconv>
 #include <climits>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -68,25 +70,36 @@ struct ConfigFile {
 
     int integer(const char* name, int low, int high) const {
         if (!present(name)) die("%s: %s is missing", path.c_str(), name);
-        const Json& v = j[name];
-        bool ok = v.is_number_integer() && v.get<int64_t>() >= low && v.get<int64_t>() <= high;
-        if (!ok)
-            die("%s: %s is %s, but must be an integer from %d to %d",
-                path.c_str(), name, json_shown(v).c_str(), low, high);
-        return v.get<int>();
+        return integer(j[name], name, low, high);
     }
 
-    // A number above 0 of the object `in`.
-    float positive(const Json& in, const char* name, float absent) const {
+    int integer(const Json& v, const char* name, int low, int high) const {
+        const double number = v.is_number() ? v.get<double>() : NAN;          // 24.0 is 24
+        if (!(number >= low && number <= high && number == std::floor(number)))
+            die("%s: %s is %s, but must be an integer from %d to %d",
+                path.c_str(), name, json_shown(v).c_str(), low, high);
+        return (int)number;
+    }
+
+    // A number of the object `in`: above 0, or where `or_zero` from 0 on.
+    float positive(const Json& in, const char* name, float absent, bool or_zero = false) const {
         if (!in.contains(name) || in[name].is_null()) return absent;
-        double v = in[name].is_number() ? in[name].get<double>() : 0;
-        if (!(v >= FLT_MIN && v <= FLT_MAX))
-            die("%s: %s is %s, but must be a number above 0", path.c_str(), name, json_shown(in[name]).c_str());
+        double v = in[name].is_number() ? in[name].get<double>() : -1;
+        if (!(v >= (or_zero ? 0 : FLT_MIN) && v <= FLT_MAX))
+            die("%s: %s is %s, but must be a number %s 0", path.c_str(), name, json_shown(in[name]).c_str(),
+                or_zero ? "not below" : "above");
         return (float)v;
     }
 
-    int token(const char* name, int absent) const {       // null: the model has no such token
-        return !j.contains(name) ? absent : j[name].is_null() ? -1 : integer(name, 0, INT_MAX);
+    // The ids of a special token, which may be a list. Null and -1: the model has no such token.
+    std::vector<int> tokens(const char* name, const std::vector<int>& absent) const {
+        if (!j.contains(name)) return absent;
+        std::vector<int> ids;
+        for (const Json& v : j[name].is_array() ? j[name] : Json::array({j[name]})) {
+            const int id = v.is_null() ? -1 : integer(v, name, -1, INT_MAX);
+            if (id >= 0 && std::find(ids.begin(), ids.end(), id) == ids.end()) ids.push_back(id);
+        }
+        return ids;
     }
 
     void only(const char* name, const Json& value) const {
@@ -118,10 +131,13 @@ inline void config_read_shape(const ConfigFile& f, OlmoeConfig* c) {
 }
 
 inline void config_read_numbers(const ConfigFile& f, OlmoeConfig* c) {
-    c->rms_norm_eps = f.positive(f.j, "rms_norm_eps", c->rms_norm_eps);
-    c->initializer_range = f.positive(f.j, "initializer_range", c->initializer_range);
-    c->eos_token_id = f.token("eos_token_id", c->eos_token_id);
-    c->pad_token_id = f.token("pad_token_id", c->pad_token_id);
+    c->rms_norm_eps = f.positive(f.j, "rms_norm_eps", c->rms_norm_eps, true);
+    c->initializer_range = f.positive(f.j, "initializer_range", c->initializer_range, true);
+    c->eos_token_ids = f.tokens("eos_token_id", c->eos_token_ids);
+    const std::vector<int> pads = f.tokens("pad_token_id", {c->pad_token_id});
+    if (pads.size() > 1)
+        die("%s: pad_token_id is %s, but must be one id", f.path.c_str(), json_shown(f.j["pad_token_id"]).c_str());
+    c->pad_token_id = pads.empty() ? -1 : pads[0];
     if (f.present("norm_topk_prob")) {
         const Json& v = f.j["norm_topk_prob"];
         if (!v.is_boolean())
@@ -130,33 +146,43 @@ inline void config_read_numbers(const ConfigFile& f, OlmoeConfig* c) {
     }
 }
 
-// transformers 5 keeps theta in rope_parameters, earlier versions as rope_theta.
+// transformers 5 keeps theta in rope_parameters, earlier versions as rope_theta, with rope_scaling for other kinds.
+// Both may be there and say that the kind is the default.
 inline void config_read_rope(const ConfigFile& f, OlmoeConfig* c) {
     const char* at = f.path.c_str();
     c->rope_theta = f.positive(f.j, "rope_theta", c->rope_theta);
-    if (!f.present("rope_parameters")) return;
-    const Json& rope = f.j["rope_parameters"];
-    if (!rope.is_object()) die("%s: rope_parameters is %s, but must be an object", at, json_shown(rope).c_str());
-    for (auto& [key, value] : rope.items()) {
-        bool type = key == "rope_type" || key == "type", one = key == "partial_rotary_factor";
-        if (key != "rope_theta" && !(type && value == "default") && !(one && value == 1))
-            die("%s: rope_parameters.%s %s is not supported, only rope_theta and rope_type \"default\"",
-                at, key.c_str(), json_shown(value).c_str());
+    std::string known = f.present("rope_theta") ? "rope_theta" : "";
+    for (const std::string name : {"rope_parameters", "rope_scaling"}) {
+        if (!f.present(name.c_str())) continue;
+        const Json& rope = f.j[name];
+        if (!rope.is_object())
+            die("%s: %s is %s, but must be an object", at, name.c_str(), json_shown(rope).c_str());
+        for (auto& [key, value] : rope.items()) {
+            bool type = key == "rope_type" || key == "type", one = key == "partial_rotary_factor" || key == "factor";
+            bool plain = value.is_null() || key == "rope_theta" || (one && value == 1);
+            if (!plain && !(type && value == "default"))
+                die("%s: %s.%s %s is not supported, only rope_theta and rope_type \"default\"",
+                    at, name.c_str(), key.c_str(), json_shown(value).c_str());
+        }
+        if (!rope.contains("rope_theta") || rope["rope_theta"].is_null()) continue;
+        const float theta = f.positive(rope, "rope_theta", 0);
+        if (!known.empty() && theta != c->rope_theta)
+            die("%s: %s is %g, but %s.rope_theta is %g; which one?", at, known.c_str(), c->rope_theta, name.c_str(),
+                theta);
+        c->rope_theta = theta;
+        known = name + ".rope_theta";
     }
-    float theta = f.positive(rope, "rope_theta", c->rope_theta);
-    if (f.present("rope_theta") && theta != c->rope_theta)
-        die("%s: rope_theta is %g, but rope_parameters.rope_theta is %g; which one?", at, c->rope_theta, theta);
-    c->rope_theta = theta;
 }
 
 // Refuses what the released OLMoE models don't use, by its name.
 inline void config_refuse_unsupported(const ConfigFile& f, const OlmoeConfig& c) {
     const char* at = f.path.c_str();
     const std::vector<std::pair<const char*, Json>> supported = {
-        {"hidden_act", "silu"}, {"clip_qkv", nullptr}, {"num_key_value_heads", c.H}, {"head_dim", c.C / c.H},
+        {"clip_qkv", nullptr}, {"num_key_value_heads", c.H}, {"head_dim", c.C / c.H},
         {"tie_word_embeddings", false}, {"attention_bias", false}, {"attention_dropout", 0.0},
-        {"rope_scaling", nullptr}, {"quantization_config", nullptr}};
+        {"quantization_config", nullptr}};
     for (auto& [name, value] : supported) f.only(name, value);
+    if (f.present("hidden_act") && f.j["hidden_act"] != "swish") f.only("hidden_act", "silu");  // one, with two names
 
     // One field under its new and its old name. Nothing else depends on it: tensors name their own dtype.
     const Json& j = f.j;
@@ -184,22 +210,99 @@ inline void config_read(OlmoeConfig* config, const std::string& path) {
     *config = c;
 }
 
+// The ids that end a text of the model in a directory: as in transformers those of its generation_config.json, where
+// it names some.
+inline std::vector<int> eos_read(const std::string& dir, const OlmoeConfig& c) {
+    const std::string path = dir + "/generation_config.json";
+    if (access(path.c_str(), F_OK) != 0) return c.eos_token_ids;
+    const ConfigFile f = {path, json_read(path)};
+    return f.present("eos_token_id") ? f.tokens("eos_token_id", {}) : c.eos_token_ids;
+}
+
+inline Json eos_json(const OlmoeConfig& c) {
+    const std::vector<int>& ids = c.eos_token_ids;
+    return ids.empty() ? Json(nullptr) : ids.size() == 1 ? Json(ids[0]) : Json(ids);
+}
+
 // The config.json that transformers 4 and 5 read alike: keys sorted as they sort them, theta and dtype under names that
 // both know.
 inline Json config_json(const OlmoeConfig& c, bool bf16) {
-    auto token = [](int id) { return id < 0 ? Json(nullptr) : Json(id); };
     return Json{
         {"architectures", Json::array({"OlmoeForCausalLM"})}, {"attention_bias", false}, {"attention_dropout", 0.0},
-        {"bos_token_id", nullptr}, {"clip_qkv", nullptr}, {"eos_token_id", token(c.eos_token_id)},
+        {"bos_token_id", nullptr}, {"clip_qkv", nullptr}, {"eos_token_id", eos_json(c)},
         {"hidden_act", "silu"}, {"hidden_size", c.C}, {"initializer_range", shortest_double(c.initializer_range)},
         {"intermediate_size", c.F}, {"max_position_embeddings", c.max_T}, {"model_type", "olmoe"},
         {"norm_topk_prob", c.norm_topk_prob}, {"num_attention_heads", c.H}, {"num_experts", c.E},
         {"num_experts_per_tok", c.K}, {"num_hidden_layers", c.L}, {"num_key_value_heads", c.H},
-        {"output_router_logits", false}, {"pad_token_id", token(c.pad_token_id)},
+        {"output_router_logits", false}, {"pad_token_id", c.pad_token_id < 0 ? Json(nullptr) : Json(c.pad_token_id)},
         {"rms_norm_eps", shortest_double(c.rms_norm_eps)},
         {"rope_parameters", {{"rope_theta", shortest_double(c.rope_theta)}, {"rope_type", "default"}}},
         {"rope_theta", shortest_double(c.rope_theta)}, {"router_aux_loss_coef", 0.01}, {"tie_word_embeddings", false},
         {"torch_dtype", bf16 ? "bfloat16" : "float32"}, {"use_cache", true}, {"vocab_size", c.V}};
+}
+
+// ------------------------------------------------------------------------------------------------
+// What comes with a model beside its weights
+
+using Texts = std::vector<std::pair<std::string, std::string>>;      // names and contents of files
+
+// Goes into every checkpoint of what is trained from it.
+struct ModelFiles {
+    Json config;                    // its config.json; null where the run starts from a shape alone
+    Texts files;                    // generation_config.json, those of tokenizer and chat
+};
+
+// Weights of other formats have other names, or are larger.
+inline bool is_of_tokenizer(const std::filesystem::directory_entry& entry) {
+    std::error_code ec;
+    const std::string name = entry.path().filename().string();
+    bool is = name == "special_tokens_map.json" || name == "added_tokens.json" || entry.path().extension() == ".model";
+    for (const char* begin : {"tokenizer", "chat_template.", "merges.", "vocab."}) is |= name.rfind(begin, 0) == 0;
+    return is && entry.is_regular_file(ec) && entry.file_size(ec) < 1 << 28;
+}
+
+inline void files_add(Texts* files, const std::string& path, const std::string& name) {
+    files->push_back({name, ""});
+    if (!file_contents(&files->back().second, path)) die("cannot read %s: %s", path.c_str(), strerror(errno));
+}
+
+// All that comes with the model in `dir`, with the tokenizer of another directory, or "": of none.
+inline ModelFiles model_files_read(const std::string& dir, const std::string& tokenizer_dir) {
+    ModelFiles model = {json_read(dir + "/config.json"), {}};
+    std::error_code ec;
+    std::set<std::string> names;
+    if (!tokenizer_dir.empty())
+        for (const auto& entry : std::filesystem::directory_iterator(tokenizer_dir, ec))
+            if (is_of_tokenizer(entry)) names.insert(entry.path().filename().string());
+    const std::string generation = "generation_config.json", path = dir + "/" + generation;
+    if (access(path.c_str(), F_OK) == 0) files_add(&model.files, path, generation);
+    for (const std::string& name : names) files_add(&model.files, tokenizer_dir + "/" + name, name);
+    return model;
+}
+
+// The config.json of a checkpoint: the model's, but for what training sets, the dtype of the weights. Where that has
+// nothing, ours.
+inline Json config_of_checkpoint(const OlmoeConfig& c, bool bf16, const Json& original) {
+    const Json ours = config_json(c, bf16);
+    if (original.is_null()) return ours;
+    nlohmann::json merged = ours;                         // which sorts its keys
+    for (auto& [key, value] : original.items())
+        if (key == "dtype") merged[key] = ours["torch_dtype"];
+        else if (key != "torch_dtype") merged[key] = value;
+    return merged;
+}
+
+// The texts of a checkpoint, which do not depend on its step, in the order of its list of files.
+inline Texts checkpoint_texts(const OlmoeConfig& c, bool bf16, const ModelFiles& model) {
+    Texts texts = {{"config.json", json_text(config_of_checkpoint(c, bf16, model.config))}};
+    if (model.files.empty() || model.files[0].first != "generation_config.json") {
+        Json generation = {{"_from_model_config", true}};
+        if (!c.eos_token_ids.empty()) generation["eos_token_id"] = eos_json(c);
+        if (c.pad_token_id >= 0) generation["pad_token_id"] = c.pad_token_id;
+        texts.push_back({"generation_config.json", json_text(generation)});
+    }
+    texts.insert(texts.end(), model.files.begin(), model.files.end());
+    return texts;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -215,6 +318,21 @@ std::vector<HfTensor> hf_tensors(const OlmoeConfig& c);
 // ------------------------------------------------------------------------------------------------
 // The weights of a model directory, ours or the hub's
 
+// Whose names the tensors have, where they are those of a known layout that is not read; "" otherwise.
+inline std::string layout_named(const std::vector<Safetensors>& files) {
+    const std::vector<std::pair<std::string, const char*>> layouts = {
+        {"base_model.model.", "an adapter of PEFT; merge it into its model"},
+        {"transformer.blocks.", "OLMo's own; transformers' convert_olmoe_weights_to_hf.py makes them Hugging Face's"},
+        {"blk.", "llama.cpp's (GGUF)"}, {"_orig_mod.", "a torch.compile'd module's; save the module inside"},
+        {"module.", "a DistributedDataParallel's; save its .module"},
+        {"layers.", "an OlmoeModel's, which has no lm_head; save the OlmoeForCausalLM"}};
+    for (const Safetensors& f : files)
+        for (const SafeTensor& t : f.tensors)
+            for (const auto& [begin, whose] : layouts)
+                if (t.name.rfind(begin, 0) == 0) return "; its names are " + std::string(whose);
+    return "";
+}
+
 // Finds every expected tensor, in that order; dtype "" means F32, BF16 or F16. Dies when one is missing, or has another
 // shape or dtype, or when the files hold any other.
 inline std::vector<const SafeTensor*> tensors_expect(const std::vector<Safetensors>& files,
@@ -226,7 +344,7 @@ inline std::vector<const SafeTensor*> tensors_expect(const std::vector<Safetenso
         const SafeTensor* t = nullptr;
         const Safetensors* f = files.data();
         for (; f < files.data() + files.size() && !(t = f->find(want.name)); f++) {}
-        if (!t) die("%s: tensor %s is missing", where, want.name.c_str());
+        if (!t) die("%s: tensor %s is missing%s", where, want.name.c_str(), layout_named(files).c_str());
         if (t->shape != want.shape)
             die("%s: tensor %s has shape %s, but config.json makes it %s",
                 f->path.c_str(), t->name.c_str(), Json(t->shape).dump().c_str(), Json(want.shape).dump().c_str());
@@ -250,22 +368,24 @@ struct ModelWeights {
     std::vector<const SafeTensor*> tensors;       // as hf_tensors orders them; they point into files: don't copy
 };
 
-// What a directory without weights that can be read has in their place, for the message
-inline std::string weights_there(const std::string& dir) {
-    std::string shard, other;
+// What else holds weights in a directory, by its name; or a question.
+inline std::string other_weights(const std::string& dir) {
     std::error_code ec;
-    for (const auto& entry : std::filesystem::directory_iterator(dir, ec)) {
-        const std::string name = entry.path().filename().string(), end = entry.path().extension().string();
-        const bool weights = end == ".safetensors" && name != "optimizer.safetensors";
-        if (weights && (shard.empty() || name < shard)) shard = name;
-        const bool foreign = end == ".gguf" || end == ".pt" || end == ".pth" || end == ".h5" || end == ".msgpack"
-            || (end == ".bin" && name != "training_args.bin");
-        if (foreign && (other.empty() || name < other)) other = name;
+    std::set<std::string> names;
+    for (const auto& entry : std::filesystem::directory_iterator(dir, ec))
+        names.insert(entry.path().filename().string());
+    for (const std::string& name : names) {
+        const std::string end = std::filesystem::path(name).extension().string();
+        const bool adapter = name.rfind("adapter_model.", 0) == 0, tensors = end == ".safetensors";
+        const bool pickle = end == ".pt" || end == ".pth" || (end == ".bin" && name.rfind("pytorch_model", 0) == 0);
+        const char* what = adapter ? "an adapter of PEFT; merge it into its model"
+            : tensors && name.find("-of-") != std::string::npos ? "a shard; fetch the index, too, which says what is where"
+            : tensors ? "which is no name of a model's weights"
+            : pickle ? "PyTorch's pickle; transformers saves safetensors of it"
+            : end == ".gguf" ? "llama.cpp's GGUF; take the model that it was made of"
+            : end == ".distcp" ? "of PyTorch's distributed checkpoints; save the model with transformers" : nullptr;
+        if (what && name != "optimizer.safetensors") return "only " + name + ", " + what;
     }
-    if (!shard.empty())
-        return shard + " is there; the index says which file holds which tensor, so fetch it, too"
-            " (a single file is named model.safetensors)";
-    if (!other.empty()) return other + " is of another format: convert it to safetensors";
     return "is it a model's directory?";
 }
 
@@ -274,17 +394,47 @@ inline std::map<std::string, std::string> weight_map_read(const std::string& dir
     const std::string path = dir + "/model.safetensors.index.json";
     if (access(path.c_str(), F_OK) != 0)
         die("%s: neither model.safetensors nor model.safetensors.index.json; %s", dir.c_str(),
-            weights_there(dir).c_str());
+            other_weights(dir).c_str());
     const Json j = json_read(path);
     if (!j.contains("weight_map") || !j["weight_map"].is_object()) die("%s: weight_map is missing", path.c_str());
     std::map<std::string, std::string> map;
     for (auto& [name, shard] : j["weight_map"].items()) {
-        if (!shard.is_string() || shard.get<std::string>().find('/') != std::string::npos)
+        std::string file = shard.is_string() ? shard.get<std::string>() : "/";
+        if (file.rfind("./", 0) == 0) file = file.substr(2);
+        if (file.find('/') != std::string::npos)
             die("%s: tensor %s: %s is not the name of a file beside it",
                 path.c_str(), json_shown(name).c_str(), json_shown(shard).c_str());
-        map[name] = shard.get<std::string>();
+        map[name] = file;
     }
     return map;
+}
+
+// Makes the tensors those of the hub, one for each expert and matrix, where a layer has its experts in two, as in
+// transformers 5's memory: gate_up_proj (E, 2F, C), of each expert the rows of gate and then those of up, and
+// down_proj (E, C, F). Leaves out what transformers does not load: the frequencies that old versions saved.
+inline void tensors_split(Safetensors* f, const OlmoeConfig& c) {
+    std::vector<SafeTensor> split;
+    for (const SafeTensor& t : f->tensors) {
+        const size_t end = t.name.rfind('.') + 1;
+        const std::string prefix = t.name.substr(0, end), part = t.name.substr(end);
+        const bool gate_up = part == "gate_up_proj", down = part == "down_proj";
+        const std::vector<int64_t> shape = gate_up ? std::vector<int64_t>{c.E, 2 * c.F, c.C}
+                                                   : std::vector<int64_t>{c.E, c.C, c.F};
+        if (t.name.find(".rotary_emb.inv_freq") != std::string::npos) continue;
+        if (!(gate_up || down)) { split.push_back(t); continue; }
+        if (t.shape != shape)
+            die("%s: tensor %s, of all experts, has shape %s, but config.json makes it %s",
+                f->path.c_str(), t.name.c_str(), Json(t.shape).dump().c_str(), Json(shape).dump().c_str());
+        const size_t parts = (gate_up ? 2 : 1) * (size_t)c.E, bytes = t.bytes / parts;
+        for (size_t i = 0; i < parts; i++) {
+            const char* name = down ? ".down_proj.weight" : i % 2 ? ".up_proj.weight" : ".gate_proj.weight";
+            split.push_back({prefix + std::to_string(gate_up ? i / 2 : i) + name, t.dtype,
+                             {gate_up ? c.F : c.C, gate_up ? c.C : c.F}, t.data + i * bytes, bytes});
+        }
+    }
+    f->tensors = std::move(split);
+    f->index.clear();
+    for (size_t i = 0; i < f->tensors.size(); i++) f->index[f->tensors[i].name] = i;
 }
 
 // model.safetensors where there is one, else the shards of the index. Exactly the tensors of the config, in F32, BF16
@@ -308,6 +458,7 @@ inline void weights_open(ModelWeights* w, const std::string& dir, const OlmoeCon
         for (const SafeTensor& t : f.tensors)
             if (!map.empty() && (!map.count(t.name) || map[t.name] != shard))
                 die("%s: tensor %s is not in the index under this file", f.path.c_str(), json_shown(t.name).c_str());
+        tensors_split(&f, c);
     }
 
     std::vector<TensorInfo> expected;
@@ -487,6 +638,10 @@ inline void plan_tensors(SavePlan* plan, const std::string& file, const std::vec
     f.last = plan->pieces.size();
 }
 
+inline std::string index_text(size_t total, const Json& map) {
+    return json_text({{"metadata", {{"total_size", total}}}, {"weight_map", map}});
+}
+
 // The weights, in as many shards as they need, and their index.
 inline void plan_weights(SavePlan* plan, const char* dtype, const Savers& savers, size_t max_shard_bytes) {
     const std::vector<HfTensor>& tensors = plan->tensors;
@@ -507,12 +662,11 @@ inline void plan_weights(SavePlan* plan, const char* dtype, const Savers& savers
         plan_tensors(plan, file, {{State::weights, ""}}, first[s], first[s + 1], dtype, savers);
         for (size_t i = first[s]; i < first[s + 1]; i++) map[tensors[i].name] = file;
     }
-    plan_text(plan, "model.safetensors.index.json",
-              json_text({{"metadata", {{"total_size", total}}}, {"weight_map", map}}));
+    plan_text(plan, "model.safetensors.index.json", index_text(total, map));
 }
 
 inline SavePlan save_plan(const std::string& out_dir, int64_t step, const OlmoeConfig& c, bool bf16, bool masters,
-                          const std::string& tokenizer, const Savers& savers, size_t max_shard_bytes) {
+                          const ModelFiles& model, const Savers& savers, size_t max_shard_bytes) {
     char name[32];
     snprintf(name, sizeof name, "step-%08lld", (long long)step);
     SavePlan plan;
@@ -523,12 +677,7 @@ inline SavePlan save_plan(const std::string& out_dir, int64_t step, const OlmoeC
     plan.old = out_dir + "/." + name + ".old";
     plan.tensors = hf_tensors(c);
 
-    plan_text(&plan, "config.json", json_text(config_json(c, bf16)));
-    Json generation = {{"_from_model_config", true}};
-    if (c.eos_token_id >= 0) generation["eos_token_id"] = c.eos_token_id;
-    if (c.pad_token_id >= 0) generation["pad_token_id"] = c.pad_token_id;
-    plan_text(&plan, "generation_config.json", json_text(generation));
-    if (!tokenizer.empty()) plan_text(&plan, "tokenizer.json", tokenizer);
+    for (const auto& [file, contents] : checkpoint_texts(c, bf16, model)) plan_text(&plan, file, contents);
     plan_weights(&plan, bf16 ? "BF16" : "F32", savers, max_shard_bytes);
     plan_tensors(&plan, "optimizer.safetensors", optimizer_states(masters), 0, plan.tensors.size(), "F32", savers);
 
@@ -638,17 +787,16 @@ inline void save_rename(const SavePlan& plan) {
     checkpoint_leftovers(plan.out_dir, true);             // the directory that was replaced
 }
 
-// Saves OUT/step-<step>. trainer: any JSON but numbers that aren't finite. tokenizer: the text of tokenizer.json, or
-// empty. Where the step exists (the run went back to an earlier one), the new directory takes its name in one exchange.
-// On a file system without it, the earlier one is first renamed to .step-<step>.old, where checkpoint_newest and the
-// next save find it if nothing came after.
+// Saves OUT/step-<step>. trainer: any JSON but numbers that aren't finite. Where the step exists (the run went back to
+// an earlier one), the new directory takes its name in one exchange. On a file system without it, the earlier one is
+// first renamed to .step-<step>.old, where checkpoint_newest and the next save find it if nothing came after.
 //
 // Every rank calls it with the same arguments, and returns when the checkpoint is complete. A rank that fails ends the
 // program before it comes to the next sum, where the others wait until the job is ended.
 inline void checkpoint_save(const std::string& out_dir, int64_t step, const OlmoeConfig& c, bool bf16, bool masters,
-                            const ReadState& read_state, const Json& trainer, const std::string& tokenizer,
+                            const ReadState& read_state, const Json& trainer, const ModelFiles& model,
                             const Savers& savers = {}, size_t max_shard_bytes = 5000000000) {
-    const SavePlan plan = save_plan(out_dir, step, c, bf16, masters, tokenizer, savers, max_shard_bytes);
+    const SavePlan plan = save_plan(out_dir, step, c, bf16, masters, model, savers, max_shard_bytes);
     if (savers.rank == 0) save_create(plan);
     save_meet(plan, savers, {});                          // the files are there
     std::vector<double> crcs = save_write(plan, savers, read_state);
@@ -663,8 +811,27 @@ inline void checkpoint_save(const std::string& out_dir, int64_t step, const Olmo
 // ------------------------------------------------------------------------------------------------
 // Checking, resuming, deleting
 
+// What a run would save now beside weights and state. A checkpoint's JSON is compared with it by meaning, where its
+// bytes are not those that were saved.
+struct WouldSave { Texts texts; Json trainer; };
+
+// j with its keys in the order of `like`, then the others by name, and with a fraction where `like` has one: as it was
+// before a tool sorted it.
+inline Json json_ordered(const Json& j, const Json& like) {
+    if (j.is_number_integer() && like.is_number_float()) return j.get<double>();
+    if (!j.is_object()) return j;
+    Json ordered = Json::object();
+    if (like.is_object())
+        for (auto& [key, value] : like.items())
+            if (j.contains(key)) ordered[key] = json_ordered(j[key], value);
+    std::map<std::string, Json> rest;
+    for (auto& [key, value] : j.items()) if (!ordered.contains(key)) rest[key] = json_ordered(value, nullptr);
+    for (auto& [key, value] : rest) ordered[key] = value;
+    return ordered;
+}
+
 // trainer_state.json, if it is whole. Returns why not, or "".
-inline std::string checkpoint_manifest(Json* state, const std::string& dir) {
+inline std::string checkpoint_manifest(Json* state, const std::string& dir, const WouldSave& now) {
     std::string contents;
     if (!file_contents(&contents, dir + "/trainer_state.json"))
         return std::string("trainer_state.json: ") + strerror(errno) + "; it is no checkpoint, or a partial one";
@@ -673,18 +840,49 @@ inline std::string checkpoint_manifest(Json* state, const std::string& dir) {
         return "trainer_state.json is damaged: not the JSON that was saved";
     const Json crc = (*state)["crc32"];
     state->erase("crc32");
-    contents = json_text(*state);
-    if (crc != crc_text((uint32_t)crc32_z(0, (const Bytef*)contents.data(), contents.size())))
-        return "trainer_state.json is damaged: its checksum differs";
-    return "";
+    Json like = {{"step", 0}, {"trainer", now.trainer}, {"files", Json::object()}};
+    for (const auto& [name, contents_now] : now.texts) like["files"][name] = nullptr;
+    for (const Json& j : {*state, json_ordered(*state, like)}) {
+        contents = json_text(j);
+        if (crc != crc_text((uint32_t)crc32_z(0, (const Bytef*)contents.data(), contents.size()))) continue;
+        *state = j;
+        return "";
+    }
+    return "trainer_state.json is damaged: its checksum differs";
+}
+
+// Two JSON texts differ in what no reader sees: layout, order, spelling. A config may also have more keys than was
+// saved: config_read refuses those that count.
+inline bool json_same(const std::string& name, const std::string& found, const std::string& saved) {
+    const nlohmann::json a = json_parse(found), b = json_parse(saved);
+    if (!a.is_object() || !b.is_object()) return false;
+    if (name != "config.json" && name != "generation_config.json") return a == b;
+    auto plain = [](const nlohmann::json& x) { return x.is_array() && x.size() == 1 ? x[0] : x; };     // a list of one
+    bool same = true;
+    for (auto& [key, value] : b.items()) same = same && plain(a.value(key, nlohmann::json())) == plain(value);
+    return same;
+}
+
+// What the index of a checkpoint has to be, from its weights.
+inline std::string index_of_weights(const std::string& dir, const Json& listed) {
+    Json map = Json::object();
+    size_t total = 0;
+    for (auto& [name, sum] : listed.items()) {
+        if (name.rfind("model", 0) != 0 || std::filesystem::path(name).extension() != ".safetensors") continue;
+        Safetensors f;
+        safetensors_open(&f, dir + "/" + name);
+        for (const SafeTensor& t : f.tensors) map[t.name] = name, total += t.bytes;
+        safetensors_close(&f);
+    }
+    return index_text(total, map);
 }
 
 // Why a checkpoint can't be trusted, or "". Sizes cost nothing; contents reads every file once, and calls alive()
 // meanwhile.
-inline std::string checkpoint_damage(const std::string& dir, bool contents,
+inline std::string checkpoint_damage(const std::string& dir, bool contents, const WouldSave& now = {},
                                      const std::function<void()>& alive = [] {}) {
     Json state;
-    const std::string why = checkpoint_manifest(&state, dir);
+    const std::string why = checkpoint_manifest(&state, dir, now);
     if (!why.empty()) return why;
     std::vector<unsigned char> buffer(1 << 20);
     for (auto& [name, sum] : state["files"].items()) {
@@ -699,25 +897,34 @@ inline std::string checkpoint_damage(const std::string& dir, bool contents,
             alive();
         }
         close(fd);
+        const bool whole = bytes == expected && n == 0 && (!contents || sum["crc32"] == crc_text(crc));
+        std::string found, saved;
+        for (const auto& [file, its] : now.texts) if (file == name) saved = its;
+        // the weights come before their index in the list: they are whole
+        if (!whole && name == "model.safetensors.index.json") saved = index_of_weights(dir, state["files"]);
+        if (whole || (!saved.empty() && file_contents(&found, dir + "/" + name) && json_same(name, found, saved)))
+            continue;
         if (bytes != expected)
             return name + " has " + std::to_string(bytes) + " bytes, saved were " + std::to_string(expected);
-        if (n < 0 || (contents && sum["crc32"] != crc_text(crc))) return name + " is damaged: its checksum differs";
+        return name + " is damaged: its checksum differs";
     }
     return "";
 }
 
 // Dies with the reason when dir is no checkpoint, a partial or a damaged one. Reads every byte of it, so rank 0 does.
-inline void checkpoint_check(const std::string& dir, const std::function<void()>& alive = [] {}) {
-    const std::string why = checkpoint_damage(dir, true, alive);
+inline void checkpoint_check(const std::string& dir, const WouldSave& now = {},
+                             const std::function<void()>& alive = [] {}) {
+    const std::string why = checkpoint_damage(dir, true, now, alive);
     if (!why.empty()) die("cannot resume from %s: %s", dir.c_str(), why.c_str());
 }
 
 // The newest checkpoint of OUT that is whole, or "". A warning on standard error for each newer one that isn't.
 // Rank 0 alone.
-inline std::string checkpoint_newest(const std::string& out_dir, const std::function<void()>& alive = [] {}) {
+inline std::string checkpoint_newest(const std::string& out_dir, const WouldSave& now = {},
+                                     const std::function<void()>& alive = [] {}) {
     checkpoint_leftovers(out_dir, false);
     for (auto& [step, dir] : checkpoint_list(out_dir)) {
-        const std::string why = checkpoint_damage(dir, true, alive);
+        const std::string why = checkpoint_damage(dir, true, now, alive);
         if (why.empty()) return dir;
         fprintf(stderr, "warning: passing over %s: %s\n", dir.c_str(), why.c_str());
     }
@@ -725,9 +932,9 @@ inline std::string checkpoint_newest(const std::string& out_dir, const std::func
 }
 
 // What the caller gave to checkpoint_save as `trainer`.
-inline Json checkpoint_trainer_state(const std::string& dir) {
+inline Json checkpoint_trainer_state(const std::string& dir, const WouldSave& now = {}) {
     Json state;
-    const std::string why = checkpoint_manifest(&state, dir);
+    const std::string why = checkpoint_manifest(&state, dir, now);
     if (!why.empty()) die("cannot resume from %s: %s", dir.c_str(), why.c_str());
     return state["trainer"];
 }
@@ -767,11 +974,11 @@ inline void checkpoint_optimizer_read(
 // Deletes all but the newest keep_last (0: keeps all) and every step that keep_every divides (0: none). A damaged one
 // is neither counted nor deleted. Renamed first, so that a kill never leaves a partial directory under a checkpoint's
 // name. Rank 0 alone.
-inline void checkpoint_prune(const std::string& out_dir, int keep_last, int keep_every) {
+inline void checkpoint_prune(const std::string& out_dir, int keep_last, int keep_every, const WouldSave& now = {}) {
     int newer = 0;
     if (keep_last <= 0) return;
     for (auto& [step, dir] : checkpoint_list(out_dir)) {
-        if (!checkpoint_damage(dir, false).empty() || newer++ < keep_last) continue;
+        if (!checkpoint_damage(dir, false, now).empty() || newer++ < keep_last) continue;
         if (keep_every > 0 && step % keep_every == 0) continue;
         const std::string trash = out_dir + "/." + std::filesystem::path(dir).filename().string() + ".trash";
         std::error_code ignored;

@@ -4,6 +4,7 @@
 #pragma once
 #include <atomic>
 #include <csignal>
+#include <filesystem>
 #include <thread>
 #include <fcntl.h>
 #include <sys/file.h>
@@ -87,11 +88,34 @@ void output_make(const std::string& out) {
     if (!made) die("cannot make the directory %s: %s", out.c_str(), strerror(errno));
 }
 
-// Held by rank 0 until the process ends; where the file system has no locks, none
+static int output_folder = -1;              // the directory itself, whatever its name becomes
+
+// Held until the process ends, by rank 0 with a lock; where the file system has no locks, without
 void output_lock(const std::string& out) {
-    int lock = world.rank == 0 ? open(out.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC) : -1;
-    if (lock >= 0 && flock(lock, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
+    output_folder = open(out.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    bool lock = world.rank == 0 && output_folder >= 0;
+    if (lock && flock(output_folder, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
         die("another run is writing into %s; wait for its end, or choose another --out", out.c_str());
+    if (output_folder < 0) output_folder = open(out.c_str(), O_PATH | O_DIRECTORY | O_CLOEXEC);     // may not be read
+}
+
+// Before a save: the name that the directory has now. Where it has none, the run ends: its log is lost, and another
+// directory of that name is not its.
+void output_follow(std::string* out) {
+    struct stat held, named;
+    std::error_code ignored;
+    if (output_folder < 0 || fstat(output_folder, &held) != 0) return;
+    auto is_it = [&](const std::string& path) {
+        return stat(path.c_str(), &named) == 0 && named.st_dev == held.st_dev && named.st_ino == held.st_ino;
+    };
+    const std::string now =
+        std::filesystem::read_symlink("/proc/self/fd/" + std::to_string(output_folder), ignored).string();
+    // some network file systems number a directory anew now and then
+    if (is_it(*out) || now == std::filesystem::canonical(*out, ignored).string()) return;
+    if (!is_it(now))
+        die("%s was removed while the run wrote into it; it ends, and this step is not saved", out->c_str());
+    printf("%s was renamed, and the run goes on in %s\n", out->c_str(), now.c_str());
+    *out = now;
 }
 
 // It can be written, and all ranks see the same one: they write checkpoints together.

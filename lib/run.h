@@ -34,9 +34,9 @@ std::vector<Option> train_options(TrainOptions* o) {
         {"decay-steps", &o->decay_steps, "S", "step at which the schedule ends, if not at --steps"},
         {"beta1", &o->adamw.beta1, "X", "AdamW", 0, 0.999999},
         {"beta2", &o->adamw.beta2, "X", "AdamW", 0, 0.999999},
-        {"eps", &o->adamw.eps, "X", "AdamW", 1e-30, 1},
+        {"eps", &o->adamw.eps, "X", "AdamW", 0, 1},
         {"weight-decay", &o->adamw.weight_decay, "X", "AdamW, of all parameters", 0, 10},
-        {"grad-clip", &o->adamw.grad_clip, "X", "largest global gradient norm; 0: no limit", 0, 1e9},
+        {"grad-clip", &o->adamw.grad_clip, "X", "largest global gradient norm; 0: no limit", 0, INFINITY},
         {"master-weights", &o->master_weights, MASTERS_CHOICE, "what AdamW updates in a BF16 build: an fp32 copy; "
          "the same bits from 16 more for each weight; the weights, rounded at random"},
         {"moments", &o->moments, MOMENTS_CHOICE, "AdamW's moments: in fp32, or rounded at random"},
@@ -51,7 +51,7 @@ std::vector<Option> train_options(TrainOptions* o) {
          "sequences shuffled over the whole data set, or in the order of the files"},
         {"no-filter", &o->no_filter, "", "train on sequences of 32 or more repetitions as well"},
         {"skip-spikes", &o->skip_spikes, "X",
-         "skip the update where loss or gradient norm is X deviations above the last 128; 0: never", 0, 1e6},
+         "skip the update where loss or gradient norm is X deviations above the last 128; 0: never", 0, INFINITY},
         {"recompute", &o->recompute, "0|1|2",
          "keep all activations; recompute the cheap ones; recompute whole layers", 0, 2},
         {"save-every", &o->save_every, "S", "steps between checkpoints; 0: only at the end"},
@@ -63,7 +63,8 @@ std::vector<Option> train_options(TrainOptions* o) {
         {"sample-every", &o->sample_every, "S", "steps between samples of text; 0: only at the end"},
         {"sample-tokens", &o->sample_tokens, "N", "length of a sample", 1, 1 << 20},
         {"sample-prompt", &o->prompt, "TEXT", "what samples begin with"},
-        {"log-every", &o->log_every, "S", "steps between lines on the screen (log.jsonl has every step)", 1},
+        {"log-every", &o->log_every, "S",
+         "steps between lines on the screen (log.jsonl has every step); 0: only the first and the last", 0, 1e18},
         {"ep", &o->ep, "G", "expert parallel: so many neighbouring ranks share the experts", 1, 1 << 16},
         {"zero", &o->zero, "0|1",
          "1: AdamW's state is spread over the ranks that hold the same parameters (ZeRO-1)", 0, 1},
@@ -87,17 +88,31 @@ void train_options_parse(TrainOptions* o, int argc, char** argv) {
     if (o->data.empty())
         die("train needs --data FILES; make them with: olmoe tokenize --tokenizer NAME --out FILE.npy TEXTS");
     if (o->out.empty()) die("train needs --out DIR for its log and checkpoints");
+    // A limit of infinity is none. Of moments that are 0, eps 0 makes an update of 0 and not 0 / 0.
+    for (double* limit : {&o->adamw.grad_clip, &o->skip_spikes}) if (std::isinf(*limit)) *limit = 0;
+    o->adamw.eps = std::max(o->adamw.eps, 1e-30);
 }
 
-// The tokenizer, and its file for the checkpoints: now, because later it may be gone.
-void run_open_tokenizer(TrainingRun* run) {
+// The tokenizer, and the files that go into the checkpoints: now, because later they may be gone. With --tokenizer it
+// is that one's files of tokenizer and chat, not the model's.
+void run_open_files(TrainingRun* run) {
+    const TrainOptions& o = run->o;
     Tokenizer& t = run->tokenizer;
-    tokenizer_open(&t, run->o.tokenizer);
+    Texts own;                              // the tokenizer.json of --tokenizer
+    run->has_tokenizer = !o.tokenizer.empty();
+    if (run->has_tokenizer) tokenizer_open(&t, o.tokenizer);
     if (t.vocab > run->config.V)
         die("the tokenizer's %d ids don't fit the model's vocabulary of %d", t.vocab, run->config.V);
-    if (!t.path.empty() && !file_contents(&run->tokenizer_json, t.path))
-        die("cannot read %s: %s", t.path.c_str(), strerror(errno));
-    run->has_tokenizer = true;
+    if (!t.path.empty()) files_add(&own, t.path, "tokenizer.json");
+
+    std::string models, from = o.tokenizer.empty() ? o.model : "";
+    std::error_code ignored;
+    if (!own.empty() && std::filesystem::is_directory(o.tokenizer, ignored)) from = o.tokenizer;
+    else if (!own.empty() && file_contents(&models, o.model + "/tokenizer.json") && models == own[0].second)
+        from = o.model;
+    if (!o.model.empty()) run->came_with = model_files_read(o.model, from);
+    Texts& files = run->came_with.files;
+    if (o.model.empty() || from.empty()) files.insert(files.end(), own.begin(), own.end());
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -156,7 +171,8 @@ Json run_report(const TrainingRun& run, const StepResult& r) {
     const Losses& l = r.losses;
     const double rate = run.tokens_per_step / r.seconds;
     const bool last = run.step == run.steps || run.stop;
-    if (run.step % run.o.log_every == 0 || last || run.step == run.first_step + 1) {
+    const bool due = run.o.log_every > 0 && run.step % run.o.log_every == 0;
+    if (due || last || run.step == run.first_step + 1) {
         const int64_t done = run.step - run.first_step, left = run.steps - run.step;
         const double share = rate * flops_per_token(run.config, (int)run.o.T) / (run.peak * world.size);
         printf("step %*ld/%ld | loss %.4f ce %.4f lb %.5f z %.5f | norm %.3f%s | lr %.2e | %.1f ms | %s tok/s | "
@@ -237,25 +253,33 @@ void log_open(TrainingRun* run) {
     log_line(*run, {{"config", first}});
 }
 
+WouldSave run_would_save(const TrainingRun& run) {
+    return {checkpoint_texts(run.config, BF16, run.came_with), trainer_state(run)};
+}
+
 void run_save(TrainingRun* run) {
     const Olmoe& m = run->model;
     const TrainOptions& o = run->o;
+    output_follow(&run->o.out);
     cudaCheck(cudaDeviceSynchronize());
     Savers savers = {world.rank, world.size, [&](size_t offset) { return owner_of(m.tensors, offset); },
                      [](std::vector<double>* x) { host_sum(x); }};
     auto read = [&](State which, size_t offset, size_t n, void* to) { state_read(m, which, offset, n, to); };
     checkpoint_save(o.out, run->step, m.config, BF16, m.masters != Masters::none, read, trainer_state(*run),
-                    run->tokenizer_json, savers);
-    if (world.rank == 0) checkpoint_prune(o.out, (int)o.keep_last, (int)o.keep_every);
+                    run->came_with, savers);
+    if (world.rank == 0) checkpoint_prune(o.out, (int)o.keep_last, (int)o.keep_every, run_would_save(*run));
 }
 
 // The directory to resume from, or "". Rank 0 looks for the newest checkpoint, and reads all of the one to resume from;
 // the others take the same.
-std::string checkpoint_to_resume(const TrainOptions& o, const OlmoeConfig& config) {
+std::string checkpoint_to_resume(const TrainingRun& run) {
+    const TrainOptions& o = run.o;
+    const OlmoeConfig& config = run.config;
+    const WouldSave now = run_would_save(run);
     std::string from = o.resume;
     const bool newest = o.resume == "newest";
-    if (newest && world.rank == 0) from = checkpoint_newest(o.out, ranks_alive);
-    if (!newest && !from.empty() && world.rank == 0) checkpoint_check(from, ranks_alive);
+    if (newest && world.rank == 0) from = checkpoint_newest(o.out, now, ranks_alive);
+    if (!newest && !from.empty() && world.rank == 0) checkpoint_check(from, now, ranks_alive);
     if (newest) {
         double step = world.rank > 0 || from.empty() ? 0 : atof(from.c_str() + from.rfind("step-") + 5) + 1;
         step = host_sum(step);
@@ -279,7 +303,7 @@ std::string checkpoint_to_resume(const TrainOptions& o, const OlmoeConfig& confi
 // different and may be, the recipe, goes to `changed`.
 void run_resume(TrainingRun* run) {
     const std::string& dir = run->from;
-    const Json s = checkpoint_trainer_state(dir), now = trainer_state(*run);
+    const Json now = trainer_state(*run), s = checkpoint_trainer_state(dir, run_would_save(*run));
     try {
         for (const char* what : {"precision", "seed", "seq", "global_batch", "order", "repetition_filter",
                                  "data_fingerprint"})

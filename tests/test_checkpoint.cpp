@@ -6,13 +6,15 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <vector>
 [[noreturn]] void die(const char* format, ...) __attribute__((format(printf, 1, 2)));
 struct OlmoeConfig {
     int L = 0, C = 0, H = 0, V = 0, E = 0, K = 0, F = 0, max_T = 4096;
     float rope_theta = 10000.f, rms_norm_eps = 1e-5f;
     bool norm_topk_prob = false;
     float initializer_range = 0.02f;
-    int eos_token_id = 50279, pad_token_id = 1;
+    std::vector<int> eos_token_ids = {50279};
+    int pad_token_id = 1;
 };
 #include "../lib/checkpoint.h"
 #include <atomic>
@@ -182,7 +184,7 @@ static ptrdiff_t entries_of(const string& dir) {
 
 static OlmoeConfig little() {   // 19 tensors, 192 parameters
     OlmoeConfig c;
-    c.L = 1, c.C = 4, c.H = 2, c.V = 5, c.E = 2, c.K = 1, c.F = 3, c.eos_token_id = 4, c.pad_token_id = -1;
+    c.L = 1, c.C = 4, c.H = 2, c.V = 5, c.E = 2, c.K = 1, c.F = 3, c.eos_token_ids = {4}, c.pad_token_id = -1;
     return c;
 }
 
@@ -213,7 +215,8 @@ static void save(const string& out, int64_t step, bool bf16, int g, const OlmoeC
         for (size_t i = 0; i < count; i++) put(dst, i, value(s, offset + i, g), s == State::weights && bf16);
     };
     const Json state = {{"g", g}, {"seen", 1234567890123456789}, {"loss", 0.1}};
-    checkpoint_save(out, step, c, bf16, bf16, read, state, tokenizer, savers, shard);
+    const ModelFiles files = {nullptr, tokenizer.empty() ? Texts{} : Texts{{"tokenizer.json", tokenizer}}};
+    checkpoint_save(out, step, c, bf16, bf16, read, state, files, savers, shard);
 }
 static int generation(const string& dir) { return checkpoint_trainer_state(dir)["g"].get<int>(); }
 static string step_dir(const string& out, int step) {
@@ -255,7 +258,7 @@ static void test_config(const string& dir) {
     check(sizes && r.max_T == 77, "sizes come back");
     check(r.rope_theta == c.rope_theta && r.rms_norm_eps == c.rms_norm_eps && r.norm_topk_prob
           && r.initializer_range == c.initializer_range, "numbers come back to the bit");
-    check(r.eos_token_id == 4 && r.pad_token_id == 2, "tokens come back");
+    check(r.eos_token_ids == std::vector<int>{4} && r.pad_token_id == 2, "tokens come back");
     check(good["rms_norm_eps"].dump() == "1e-06" && good["torch_dtype"] == "bfloat16"
           && config_json(c, false)["torch_dtype"] == "float32", "printed as people write them");
 
@@ -263,7 +266,8 @@ static void test_config(const string& dir) {
     auto without = [&](Json j, const char* key) { j.erase(key); return j; };
     check(reads(with("pad_token_id", nullptr)).pad_token_id == -1, "null is no token");
     check(reads(without(good, "pad_token_id")).pad_token_id == 1
-          && reads(without(good, "eos_token_id")).eos_token_id == 50279, "absent tokens are the class's");
+          && reads(without(good, "eos_token_id")).eos_token_ids == OlmoeConfig().eos_token_ids,
+          "absent tokens are the class's");
     check(reads(without(good, "rope_parameters")).rope_theta == c.rope_theta, "transformers 4's rope_theta");
     check(reads(without(good, "rope_theta")).rope_theta == c.rope_theta, "transformers 5's rope_parameters");
     check(reads(without(without(good, "rope_theta"), "rope_parameters")).rope_theta == 10000.f, "absent theta");
@@ -273,6 +277,28 @@ static void test_config(const string& dir) {
           "dtype beside torch_dtype");
     check(reads(without(without(good, "rms_norm_eps"), "norm_topk_prob")).rms_norm_eps == 1e-5f, "absent epsilon");
 
+    // Other spellings of the same
+    auto same = [&](const char* key, const Json& v) { return config_json(reads(with(key, v)), true) == good; };
+    for (const Json& v : {Json(4.0), Json::array({4}), Json::array({4, 4}), Json::array({nullptr, 4})})
+        check(same("eos_token_id", v), "eos_token_id " + v.dump());
+    for (const Json& v : {Json(nullptr), Json::object(), Json{{"rope_type", "default"}},
+                          Json{{"type", "default"}, {"factor", 1.0}, {"rope_theta", c.rope_theta}},
+                          Json{{"rope_type", "default"}, {"attention_factor", nullptr}}})
+        check(same("rope_scaling", v) && same("rope_parameters", v), "rope_scaling " + v.dump());
+    check(same("hidden_size", 4.0) && same("vocab_size", 5e0), "sizes with a fraction of zero");
+    check(same("hidden_act", "swish") && same("dtype", "bfloat16") && same("num_key_value_heads", 2.0), "two names");
+    for (const Json& v : {Json(-1), Json(nullptr), Json::array(), Json::array({-1})}) {
+        r = reads(with("eos_token_id", v));
+        check(r.eos_token_ids.empty() && config_json(r, true)["eos_token_id"].is_null(), "no eos: " + v.dump());
+        check(reads(with("pad_token_id", v)).pad_token_id == -1, "no padding: " + v.dump());
+    }
+    r = reads(with("eos_token_id", Json::array({4, 2, 4})));
+    check(r.eos_token_ids == std::vector<int>{4, 2} && config_json(r, true)["eos_token_id"] == Json::array({4, 2}),
+          "a list of eos");
+    for (double tiny : {0.0, 1e-300, 1e-40})
+        check(reads(with("rms_norm_eps", tiny)).rms_norm_eps == (float)tiny
+              && reads(with("initializer_range", tiny)).initializer_range == (float)tiny, "the end of the range");
+
     for (const char* key : {"num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "num_experts",
                             "num_experts_per_tok", "intermediate_size"}) {
         refused(without(good, key), {path, key, "missing"});
@@ -280,16 +306,19 @@ static void test_config(const string& dir) {
                               Json(18446744073709551615u), Json::array()})
             refused(with(key, v), {path, key, "must be an integer"});
     }
-    for (const char* key : {"rope_theta", "rms_norm_eps", "initializer_range"})
-        for (const Json& v : {Json(0), Json(-1.0), Json("x"), Json(1e300), Json(1e-300), Json(false)})
-            refused(with(key, v), {path, key, "must be a number above 0"});
+    for (const Json& v : {Json(0), Json(-1.0), Json("x"), Json(1e300), Json(1e-300), Json(false)})
+        refused(with("rope_theta", v), {path, "rope_theta", "must be a number above 0"});
+    for (const char* key : {"rms_norm_eps", "initializer_range"})
+        for (const Json& v : {Json(-1e-9), Json("x"), Json(1e300), Json(false)})
+            refused(with(key, v), {path, key, "must be a number not below 0"});
     refused(with("max_position_embeddings", 0), {"max_position_embeddings"});
     refused(with("num_attention_heads", 3), {"hidden_size 4", "num_attention_heads 3"});
     refused(with("num_attention_heads", 4), {"even"});
     refused(with("num_experts_per_tok", 3), {"num_experts_per_tok 3", "num_experts 2"});
     refused(with("norm_topk_prob", 1), {"norm_topk_prob", "true or false"});
-    refused(with("eos_token_id", -1), {"eos_token_id"});
-    refused(with("eos_token_id", Json::array({1, 2})), {"eos_token_id", "[1,2]"});
+    for (const Json& v : {Json(-2), Json("a"), Json(1.5), Json::array({1, "a"}), Json::array({Json::array({1})})})
+        refused(with("eos_token_id", v), {path, "eos_token_id", "must be an integer"});
+    refused(with("pad_token_id", Json::array({1, 2})), {"pad_token_id", "[1,2]"});
     Json huge = with("hidden_size", 1 << 20);
     huge["intermediate_size"] = 1 << 20, huge["num_experts"] = 4096, huge["num_hidden_layers"] = 1024;
     refused(huge, {"parameters"});
@@ -298,6 +327,7 @@ static void test_config(const string& dir) {
         {"clip_qkv", 8.0}, {"num_key_value_heads", 1}, {"tie_word_embeddings", true}, {"attention_bias", true},
         {"attention_dropout", 0.1}, {"hidden_act", "gelu"}, {"model_type", "llama"}, {"head_dim", 4},
         {"quantization_config", {{"bits", 4}}}, {"rope_scaling", {{"type", "linear"}, {"factor", 2}}},
+        {"rope_scaling", {{"rope_type", "default"}, {"factor", 2}}}, {"rope_scaling", {{"rope_type", "yarn"}}},
         {"torch_dtype", "float8_e4m3fn"}, {"dtype", "int8"}};
     for (auto& [key, v] : unsupported) refused(with(key, v), {path, key, "not supported"});
     refused(without(good, "model_type"), {"model_type", "missing"});
@@ -307,6 +337,8 @@ static void test_config(const string& dir) {
     refused(with("rope_parameters", {{"rope_theta", 123456.7}, {"factor", 4}}), {"rope_parameters.factor"});
     refused(with("rope_parameters", {{"partial_rotary_factor", 0.5}}), {"rope_parameters.partial_rotary_factor"});
     refused(with("rope_parameters", 3), {"rope_parameters", "object"});
+    refused(with("rope_scaling", "linear"), {"rope_scaling", "object"});
+    refused(with("rope_scaling", {{"rope_theta", 5.0}}), {"rope_theta is 123457", "rope_scaling.rope_theta is 5"});
     refused(with("hidden_act", "a\nb\x01"), {"hidden_act", "not supported"});   // still one line
     for (const char* text : {"", "[]", "{", "{\"vocab_size\": }", "\xff\xfe", "nul", "{\"a\":1}}"})
         dies(text, {path, "JSON"}, [&] { spill(path, text); OlmoeConfig d; config_read(&d, path); });
@@ -515,8 +547,86 @@ static void test_weights(const string& base) {
     spill(index, text);
     spill(dir + "/b.safetensors", b.substr(0, b.size() - 1));
     dies("a truncated shard", {dir + "/b.safetensors", "truncated"}, opens);
+    spill(dir + "/b.safetensors", b);
+    string dotted = text;
+    for (size_t at = 0; (at = dotted.find("\"b.safe", at)) != string::npos; at += 9) dotted.insert(at + 1, "./");
+    spill(index, dotted);
+    opens();
     fresh(dir);
-    dies("an empty directory", {dir, "model.safetensors"}, opens);
+    dies("an empty directory", {dir, "model.safetensors", "is it a model's directory?"}, opens);
+    const std::vector<std::pair<const char*, const char*>> others = {
+        {"pytorch_model.bin", "pickle"}, {"pytorch_model-00001-of-00002.bin", "pickle"}, {"model.pt", "pickle"},
+        {"olmoe-q4.gguf", "GGUF"}, {"adapter_model.safetensors", "PEFT"}, {"__0_0.distcp", "distributed"},
+        {"model-00001-of-00003.safetensors", "index"}, {"weights.safetensors", "no name"}};
+    for (auto& [file, what] : others) {
+        fresh(dir);
+        spill(dir + "/config.json", "{}"), spill(dir + "/optimizer.safetensors", ""), spill(dir + "/" + file, "");
+        dies(file, {dir + ": ", file, what}, opens);
+    }
+}
+
+// The same model under other names, and its experts in two tensors.
+static void test_layouts(const string& base) {
+    const OlmoeConfig c = little();
+    const string dir = base + "/model", file = dir + "/model.safetensors", layer = "model.layers.0.";
+    auto opens = [&] { ModelWeights w; weights_open(&w, dir, c); weights_close(&w); };
+    auto write = [&](const std::vector<TensorInfo>& infos) {
+        string text = safetensors_header(infos);
+        size_t n = 0;
+        for (const TensorInfo& t : infos) {
+            size_t count = 1;
+            for (int64_t d : t.shape) count *= (size_t)d;
+            for (size_t i = 0; i < count; i++) {
+                const float x = (float)n++;
+                text.append((const char*)&x, 4);
+            }
+        }
+        fresh(dir);
+        spill(file, text);
+    };
+    std::vector<TensorInfo> fused, plain;
+    for (const HfTensor& h : hf_tensors(c)) {
+        plain.push_back({h.name, "F32", h.shape});
+        const bool expert = h.name.find(".experts.") != string::npos;
+        if (!expert) fused.push_back(plain.back());
+        if (h.name == layer + "mlp.experts.0.gate_proj.weight") {
+            fused.push_back({layer + "mlp.experts.gate_up_proj", "F32", {2, 6, 4}});
+            fused.push_back({layer + "mlp.experts.down_proj", "F32", {2, 4, 3}});
+        }
+    }
+    fused.push_back({layer + "self_attn.rotary_emb.inv_freq", "F32", {1}});
+    write(fused);
+    ModelWeights w;
+    weights_open(&w, dir, c);
+    bool same = true;                       // little()'s flat order is that of the file
+    for (size_t i = 0; i < plain.size(); i++) {
+        const HfTensor h = hf_tensors(c)[i];
+        std::vector<float> got(h.count);
+        tensor_to_float(got.data(), weights_tensor(w, i), 0, h.count);
+        for (size_t k = 0; k < h.count; k++) same = same && got[k] == (float)(h.offset + k);
+    }
+    check(same, "experts in two tensors are the same experts");
+    weights_close(&w);
+    for (size_t i : {0, 1}) {
+        std::vector<TensorInfo> bad = fused;
+        for (TensorInfo& t : bad)
+            if (t.name == layer + (i ? "mlp.experts.down_proj" : "mlp.experts.gate_up_proj"))
+                std::swap(t.shape[1], t.shape[2]);
+        write(bad);
+        dies("transposed", {file, i ? "down_proj" : "gate_up_proj", i ? "[2,4,3]" : "[2,6,4]"}, opens);
+    }
+    auto renamed = [&](const std::function<string(string)>& name, const string& what) {
+        std::vector<TensorInfo> other = plain;
+        for (TensorInfo& t : other) t.name = name(t.name);
+        write(other);
+        dies(what, {file, "missing", what}, opens);
+    };
+    renamed([](string s) { return "module." + s; }, "DistributedDataParallel");
+    renamed([](string s) { return "_orig_mod." + s; }, "torch.compile");
+    renamed([](string s) { return "base_model.model." + s; }, "PEFT");
+    renamed([](string s) { return s.rfind("model.", 0) == 0 ? s.substr(6) : s; }, "OlmoeModel");
+    renamed([](string s) { return "transformer.blocks.0." + s; }, "OLMo's own");
+    renamed([](string s) { return "blk.0." + s; }, "GGUF");
 }
 
 // A number that is not finite is saved under no name, and the earlier checkpoint stays.
@@ -536,7 +646,7 @@ static void not_finite(const string& out, bool narrow, State bad, float number) 
                 float f = s == bad && offset + i == at ? number : value(s, offset + i, 1);
                 put(dst, i, f, s == State::weights && narrow);
             }
-        }, {{"a", 1}}, "");
+        }, {{"a", 1}}, {});
     });
     check(files_of(out + "/step-00000001") == kept && entries_of(out) == 1, "the earlier checkpoint is all there is");
 }
@@ -567,7 +677,7 @@ static void test_roundtrip(const string& dir) {
             checkpoint_save(out, 7, c, bf16, bf16, [&](State s, size_t offset, size_t count, void* dst) {
                 follows(s, offset, count);
                 for (size_t i = 0; i < count; i++) put(dst, i, value(s, offset + i, 1), s == State::weights && bf16);
-            }, state, "", {}, shard);
+            }, state, {}, {}, shard);
             check(order && end == std::vector<size_t>({total, total, total, bf16 ? total : 0}),
                   what + "states are read as promised");
             checkpoint_check(at);
@@ -662,7 +772,8 @@ static void test_damage(const string& dir) {
         for (size_t n : {(size_t)0, (size_t)1, (size_t)7, (size_t)8, (size_t)9, end / 2, end - 8, end - 2, end - 1}) {
             if (n >= text.size()) continue;
             spill(path, text.substr(0, n));
-            if (name == "trainer_state.json" && n == text.size() - 1) continue;   // the final line feed
+            const bool by_meaning = name == "trainer_state.json" || name == "model.safetensors.index.json";
+            if (by_meaning && n == text.size() - 1) continue;   // the final line feed
             passed_over(name + " cut at " + std::to_string(n), name);
         }
         spill(path, text + "x");
@@ -685,6 +796,52 @@ static void test_damage(const string& dir) {
         spill(path, text);
     }
     check(newest(out, &printed) == 2 && printed.empty(), "whole again");
+
+    // What means the same is whole; what says something else is not.
+    const ModelFiles files = {nullptr, {{"tokenizer.json", "{\"a\": 1, \"b\": [1, 2]}"}}};
+    save(out, 3, true, 3, little(), files.files[0].second, 200);
+    const Json like = {{"g", 0}, {"seen", 0}, {"loss", 0.0}};
+    const WouldSave would_save = {checkpoint_texts(little(), true, files), like};
+    const string now = step_dir(out, 3);
+    auto edited = [&](const string& name, const std::function<string(const string&)>& edit, bool whole) {
+        const string text = slurp(now + "/" + name), other = edit(text);
+        check(other != text, name + " is edited");
+        spill(now + "/" + name, other);
+        const string why = checkpoint_damage(now, true, would_save);
+        check(why.empty() == whole, name + " as " + other.substr(0, 300) + ": " + why);
+        spill(now + "/" + name, text);
+    };
+    for (const char* name : {"config.json", "generation_config.json", "tokenizer.json", "model.safetensors.index.json",
+                             "trainer_state.json"}) {
+        edited(name, [](const string& s) { return s + "\n\n"; }, true);
+        edited(name, [](const string& s) { return json_parse(s).dump(7); }, true);
+        edited(name, [](const string& s) {                              // the other way round
+            Json j = json_parse(s), back = Json::object();
+            for (auto it = j.rbegin(); it != j.rend(); ++it) back[it.key()] = it.value();
+            return back.dump(1);
+        }, true);
+        edited(name, [](const string&) { return "{}"; }, false);
+        edited(name, [](const string&) { return "[]"; }, false);
+        edited(name, [](const string& s) { return s.substr(0, s.size() / 2); }, false);
+    }
+    auto set = [](const char* key, const Json& v) {
+        return [=](const string& s) { Json j = json_parse(s); j[key] = v; return json_text(j); };
+    };
+    edited("config.json", set("eos_token_id", Json::array({4})), true);
+    edited("config.json", set("rope_theta", 10000), true);
+    edited("config.json", set("_name_or_path", "mine"), true);
+    edited("trainer_state.json", [](const string& s) { return nlohmann::json(json_parse(s)).dump(3); }, true);
+    edited("trainer_state.json", set("step", 4), false);
+    edited("config.json", set("hidden_size", 8), false);
+    edited("config.json", set("clip_qkv", 8), false);
+    edited("generation_config.json", set("temperature", 0.5), true);
+    edited("generation_config.json", set("eos_token_id", 3), false);
+    edited("tokenizer.json", set("a", 2), false);
+    edited("tokenizer.json", set("c", 2), false);
+    edited("model.safetensors.index.json", set("weight_map", Json::object()), false);
+    edited("model.safetensors.index.json", set("metadata", {{"total_size", 1}}), false);
+    fs::remove_all(now);
+
     fs::remove(at + "/trainer_state.json");
     dies("no trainer state", {at, "trainer_state.json", "No such file"}, [&] { checkpoint_trainer_state(at); });
     fs::remove_all(at), fs::create_directories(at);
@@ -1188,9 +1345,9 @@ static void test_configs(const string&) {
 int main(int argc, char** argv) {
     const std::vector<std::pair<string, void (*)(const string&)>> groups = {
         {"config", test_config}, {"configs", test_configs}, {"tensors", test_tensors},
-        {"safetensors", test_safetensors}, {"weights", test_weights}, {"roundtrip", test_roundtrip},
-        {"damage", test_damage}, {"kill", test_kill}, {"sync", test_sync}, {"full", test_full}, {"prune", test_prune},
-        {"ranks", test_ranks}};
+        {"safetensors", test_safetensors}, {"weights", test_weights}, {"layouts", test_layouts},
+        {"roundtrip", test_roundtrip}, {"damage", test_damage}, {"kill", test_kill}, {"sync", test_sync},
+        {"full", test_full}, {"prune", test_prune}, {"ranks", test_ranks}};
     const string command = argc > 1 ? argv[1] : "";
     if (command == "list") {
         for (auto& [name, run] : groups) puts(name.c_str());

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-GROUPS = ["config", "configs", "tensors", "safetensors", "weights", "roundtrip", "damage", "kill", "sync", "full",
-          "prune", "ranks"]
+GROUPS = ["config", "configs", "tensors", "safetensors", "weights", "layouts", "roundtrip", "damage", "kill", "sync",
+          "full", "prune", "ranks"]
 
 
 @pytest.fixture(scope="module")

@@ -234,6 +234,122 @@ def test_fine_tune_from_directory(data, straight, tmp_path):
     # it goes on where training was, not at ln 320
     assert steps(tmp_path)[0]["ce_loss"] < steps(straight)[0]["ce_loss"] - 0.2
 
+# What a folder from the hub has beside config.json and weights, and what else may lie there.
+COMES_ALONG = {
+    "generation_config.json": b'{"temperature": 0.5,  "eos_token_id": [982, 7]}',
+    "tokenizer_config.json": b'{"a": 1}\r\n',
+    "tokenizer.json": (FIXTURES / "tokenizer" / "tokenizer.json").read_bytes(), "special_tokens_map.json": b"{}",
+    "added_tokens.json": b"{ }", "chat_template.jinja": b"{{ messages }}", "merges.txt": b"#version: 0.2\na b\n",
+    "vocab.json": b'{"a": 0}', "spiece.model": bytes(range(256))}
+STAYS = ("README.md", "pytorch_model.bin", "model.gguf", "optimizer.pt", "rng_state.pth", "training_args.bin",
+         "tokenizer_old/tokenizer.json", "original/tokenizer.model")
+TRAINED = ("config.json", "model.safetensors", "model.safetensors.index.json", "optimizer.safetensors",
+           "trainer_state.json")
+
+
+@pytest.fixture(scope="module")
+def downloaded(data, tmp_path_factory):
+    """A model's directory as from the hub."""
+    d = tmp_path_factory.mktemp("downloaded")
+    (d / "shape.json").write_text(json.dumps({**CONFIG, "vocab_size": 1024, "eos_token_id": [982, 7]}))
+    ok("train", "--config", d / "shape.json", "--data", data / "train.npy", "--out", d, "--steps", 1, "--batch", 1,
+       "--warmup", 0, "--peak-tflops", 1)
+    model = (d / "step-00000001").rename(d / "model")
+    config = json.loads((model / "config.json").read_text())
+    assert config["eos_token_id"] == [982, 7]
+    config.update(transformers_version="4.57.1", router_aux_loss_coef=0.05, use_cache=False, aaa={"b": 1, "a": [2]},
+                  rope_scaling={"rope_type": "default"}, torch_dtype="float16", dtype="float16", bos_token_id=3)
+    (model / "config.json").write_text(json.dumps(config))
+    for name, contents in COMES_ALONG.items():
+        (model / name).write_bytes(contents)
+    for name in STAYS:
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text("x")
+    return model
+
+
+def tune(model, data, out, *more):
+    """The checkpoint of a step of training on from the model."""
+    ok("train", "--model", model, "--data", data / "train.npy", "--out", out, "--steps", 1, "--batch", 1, "--warmup", 0,
+       "--peak-tflops", 1, *more)
+    return out / "step-00000001"
+
+
+def test_what_came_with_a_model_stays(data, straight, downloaded, tmp_path):
+    """Files of tokenizer and chat and generation_config.json, byte by byte; all of config.json but the dtype."""
+    saved = tune(downloaded, data, tmp_path / "out")
+    assert {p.name for p in saved.iterdir()} == {*COMES_ALONG, *TRAINED}
+    assert all((saved / name).read_bytes() == contents for name, contents in COMES_ALONG.items())
+    before, after = (json.loads((d / "config.json").read_text()) for d in (downloaded, saved))
+    dtype = json.loads((straight / "step-00000020" / "config.json").read_text())["torch_dtype"]
+    assert after == {**before, "torch_dtype": dtype, "dtype": dtype} and list(after) == sorted(after)
+    # and it is all there for what comes next: text from it, and training on from it, twice
+    ok("generate", "--model", saved, "--prompt", "the cat", "--max-tokens", 3)
+    again = tune(saved, data, tmp_path / "again")
+    assert all(files(again)[name] == files(saved)[name] for name in ("config.json", *COMES_ALONG))
+    ok("train", "--model", downloaded, "--data", data / "train.npy", "--out", tmp_path / "out", "--steps", 2, "--batch",
+       1, "--warmup", 0, "--peak-tflops", 1, "--resume")
+    assert files(tmp_path / "out" / "step-00000002")["tokenizer.json"] == files(saved)["tokenizer.json"]
+
+
+def test_another_tokenizer_than_the_models(data, straight, downloaded, tmp_path):
+    """With --tokenizer its files are saved, not those of the model's; from a shape alone, its tokenizer.json."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "tokenizer.json").write_bytes(COMES_ALONG["tokenizer.json"] + b"\n")
+    (other / "chat_template.jinja").write_text("other")
+    (other / "config.json").write_text('{"eos_token_id": 982}')
+
+    def of_tokenizer(n, *options):
+        saved = tune(downloaded, data, tmp_path / str(n), *options, "--sample-tokens", 1)
+        found = {p.name: p.read_bytes() for p in saved.iterdir() if p.name not in TRAINED}
+        assert found.pop("generation_config.json") == COMES_ALONG["generation_config.json"]
+        return found
+    its = {name: text for name, text in COMES_ALONG.items() if name != "generation_config.json"}
+    for n, same in enumerate((downloaded, downloaded / "tokenizer.json", FIXTURES / "tokenizer" / "tokenizer.json")):
+        assert of_tokenizer(n, "--tokenizer", same) == its, same
+    both = {name: (other / name).read_bytes() for name in ("tokenizer.json", "chat_template.jinja")}
+    assert of_tokenizer("directory", "--tokenizer", other) == both
+    (other / "tokenizer.json").rename(other / "my.json")
+    one = {"tokenizer.json": both["tokenizer.json"]}
+    assert of_tokenizer("file", "--tokenizer", other / "my.json") == one
+    assert of_tokenizer("bytes", "--tokenizer", "bytes") == {}
+    assert {p.name for p in (straight / "step-00000020").iterdir()} == {*TRAINED, "generation_config.json"}
+
+
+def test_an_edit_that_means_nothing_loses_no_checkpoint(data, downloaded, tmp_path):
+    """Of any JSON file of a checkpoint: another layout, order or spelling, another key that nothing reads."""
+    saved = tune(downloaded, data, tmp_path / "out")
+    for path in saved.glob("*.json"):
+        found = json.loads(path.read_text())
+        if path.name in ("config.json", "generation_config.json"):
+            found["mine"] = 1
+        path.write_text(json.dumps(found, indent=5, sort_keys=True) + "\n\n")
+    resume = ["train", "--model", downloaded, "--data", data / "train.npy", "--batch", 1, "--warmup", 0,
+              "--peak-tflops", 1, "--keep-last", 1, "--resume"]
+    assert "nothing to do" in ok(*resume, "--out", tmp_path / "out", "--steps", 1)
+    shutil.copytree(tmp_path / "out", tmp_path / "other")
+    ok(*resume, "--out", tmp_path / "out", "--steps", 2)
+    assert [p.name for p in (tmp_path / "out").glob("step-*")] == ["step-00000002"]
+    config = json.loads((tmp_path / "other" / saved.name / "config.json").read_text())
+    (tmp_path / "other" / saved.name / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    result = run(*resume, "--out", tmp_path / "other", "--steps", 2)
+    assert result.returncode == 1 and "passing over" in result.stderr and "config.json" in result.stderr
+
+
+def test_the_ends_of_ranges(data, tmp_path):
+    """No limit as infinity, an epsilon of 0, no lines between the first and the last."""
+    base = ["--steps", 4, "--seq", 16]
+    out = ok(*train_args(data, tmp_path / "a", *base, "--grad-clip", "inf", "--skip-spikes", "inf", "--eps", 0,
+                         "--log-every", 0))
+    assert out.count(" | loss ") == 2
+    ok(*train_args(data, tmp_path / "b", *base, "--grad-clip", 0, "--skip-spikes", 0, "--eps", "1e-30"))
+    assert files(tmp_path / "a" / "step-00000004") == files(tmp_path / "b" / "step-00000004")
+    refused(*train_args(data, tmp_path / "c", *base, "--grad-clip", "nan"), words=["grad-clip"])
+    for key in ("rms_norm_eps", "initializer_range"):
+        (tmp_path / "config.json").write_text(json.dumps({**CONFIG, key: 0}))
+        ok("info", "--config", tmp_path / "config.json")
+
 
 # ------------------------------------------------------------------------------------------------
 # Stops and faults
@@ -340,6 +456,35 @@ def test_kill(data, tmp_path):
     assert files(tmp_path / "a" / last)["model.safetensors"] == files(tmp_path / "b" / last)["model.safetensors"]
     assert not [p for p in (tmp_path / "a").iterdir() if p.name.startswith(".")]
     assert [line["step"] for line in steps(tmp_path / "a")] == list(range(1, end + 1))
+
+
+def test_output_folder_with_another_name(data, tmp_path):
+    """The run follows its folder, also where another one takes the name."""
+    process = start(*train_args(data, tmp_path / "a", "--steps", 100000, "--schedule", "constant"))
+    wait_for_step(tmp_path / "a", 3)
+    (tmp_path / "a").rename(tmp_path / "b")
+    (tmp_path / "a").mkdir()
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0 and stderr == "" and f"goes on in {tmp_path}/b" in stdout
+    assert not list((tmp_path / "a").iterdir())
+    stopped = steps(tmp_path / "b")[-1]["step"]
+    assert (tmp_path / "b" / f"step-{stopped:08}" / "model.safetensors").exists()
+    ok(*train_args(data, tmp_path / "b", "--steps", stopped + 1, "--schedule", "constant", "--resume"))
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_output_folder_that_is_removed(data, tmp_path, anew):
+    """One line, and nothing is written where the name leads now."""
+    process = start(*train_args(data, tmp_path / "a", "--steps", 100000, "--schedule", "constant"))
+    wait_for_step(tmp_path / "a", 3)
+    shutil.rmtree(tmp_path / "a")
+    if anew:
+        (tmp_path / "a").mkdir()
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1 and stderr.count("\n") == 1 and f"{tmp_path}/a was removed" in stderr
+    assert [*tmp_path.rglob("*")] == ([tmp_path / "a"] if anew else [])
 
 
 def test_full_disk(data, tmp_path):
@@ -524,9 +669,9 @@ def test_weights_in_other_files(data, straight, tmp_path):
     (tmp_path / "m" / "model.safetensors.index.json").unlink()
     (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / "model-00001-of-00002.safetensors")
     info = ["info", "--model", tmp_path / "m", "--json"]
-    refused(*info, words=["model-00001-of-00002.safetensors is there", "fetch it, too"])
+    refused(*info, words=["only model-00001-of-00002.safetensors", "fetch the index, too"])
     (tmp_path / "m" / "model-00001-of-00002.safetensors").rename(tmp_path / "m" / "pytorch_model.bin")
-    refused(*info, words=["pytorch_model.bin is of another format"])
+    refused(*info, words=["only pytorch_model.bin, PyTorch's pickle"])
     (tmp_path / "m" / "pytorch_model.bin").unlink()
     refused(*info, words=["is it a model's directory?"])
 
@@ -642,7 +787,7 @@ def test_output_that_cannot_be_written(data, tmp_path, args):
     (["train", "--schedule", "triangle"], ["triangle", "cosine|linear|constant|anneal"]),
     (["train", "--recompute", "3"], ["--recompute"]),
     (["train", "--schedule", "cosine|linear"], ["cosine|linear"]),
-    (["train", "--eps", "0"], ["--eps"]),
+    (["train", "--eps", "-1"], ["--eps"]),
     (["tokenize", "--tokenizer", "bytes", "--out", "text.txt", "text.txt"], ["text.txt", ".npy"]),
     (["train", "extra"], ["extra"]),
     (["train", "--batch=two"], ["--batch", "two"]),

@@ -174,6 +174,77 @@ def test_end_of_text_and_of_the_window(model):
             words=["64 tokens", "max_position_embeddings"])
 
 
+def test_several_ends(model, tmp_path):
+    """Any id of a list of eos ends a sequence, and is no text: of generation_config.json, as in transformers, else of
+    config.json."""
+    shutil.copytree(model, tmp_path / "model")
+
+    def end(name, key, value):
+        path = tmp_path / "model" / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    common = ["--model", tmp_path / "model", "--max-tokens", 40, "--seed", 4]
+    options = [*common, "--tokenizer", "bytes", "--prompt", "the "]
+    ids = samples(*options)[0]["ids"]
+    other = ids[9]
+    end("config.json", "eos_token_id", [256, other, other])
+    assert samples(*options)[0]["ids"] == ids           # generation_config.json still has 256 alone
+    cut = ids[:ids.index(other) + 1]
+    for where, value in (("generation_config.json", [256, other]), ("generation_config.json", None)):
+        end(where, "eos_token_id", value)
+        sample = samples(*options)[0]
+        assert sample["ids"] == cut and sample["finish"] == "eos" and sample["text"].encode() == bytes(cut[:-1])
+        assert samples(*common, "--ids", ",".join(map(str, b"the ")))[0]["ids"] == cut
+    (tmp_path / "model" / "generation_config.json").unlink()
+    assert samples(*options)[0]["ids"] == cut
+    for bad in ("x", [1.5], [-2], {}):
+        (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": bad}))
+        refused("generate", *options, words=["generation_config.json", "eos_token_id"])
+    (tmp_path / "model" / "generation_config.json").write_text("[]")
+    refused("generate", *options, words=["generation_config.json", "not a JSON object"])
+
+
+def test_the_ends_of_ranges(model):
+    """A probability of 0 leaves the likeliest token; 0 tokens are none."""
+    options = ["--model", model, "--tokenizer", "bytes", "--prompt", "the ", "--max-tokens", 12]
+    greedy = samples(*options, "--temperature", 0)[0]["ids"]
+    assert samples(*options, "--top-p", 0)[0]["ids"] == greedy
+    none = samples(*options, "--max-tokens", 0, "--n", 3)
+    assert [(s["ids"], s["text"], s["finish"]) for s in none] == 3 * [([], "", "length")]
+    assert ok("generate", *options, "--max-tokens", 0) == "\n"
+    assert "generated: 0 tokens, 0.0 a second" in run("generate", *options, "--max-tokens", 0, "--stats").stderr
+
+
+def test_experts_in_two_tensors(tmp_path):
+    """As transformers 5 has them in memory, and writes them where it is asked to: the same logits to the bit."""
+    raw = (ODD / "model.safetensors").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header, data = json.loads(raw[8:8 + length]), raw[8 + length:]
+    groups = {}                             # tensor -> its parts, in order
+    for name, t in header.items():
+        if name != "__metadata__":
+            found = re.fullmatch(r"(.*\.mlp\.experts\.)(\d+)\.(gate|up|down)_proj\.weight", name)
+            whole = found[1] + ("down_proj" if found[3] == "down" else "gate_up_proj") if found else name
+            order = (int(found[2]), found[3] == "up") if found else 0
+            groups.setdefault(whole, []).append((order, t["dtype"], t["shape"], data[slice(*t["data_offsets"])]))
+    header, data = {}, b""
+    for name, parts in groups.items():
+        parts.sort(key=lambda part: part[0])
+        _, dtype, shape, _ = parts[0]
+        if len(parts) > 1:
+            experts = 1 + parts[-1][0][0]
+            shape = [experts, len(parts) // experts * shape[0], shape[1]]
+        begin = len(data)
+        data += b"".join(part[3] for part in parts)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, len(data)]}
+    assert any(name.endswith("gate_up_proj") for name in header)
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    shutil.copy(ODD / "config.json", tmp_path)
+    options = ["--ids", "1,2,3", "--temperature", 0, "--max-tokens", 9, "--logprobs"]
+    assert samples("--model", tmp_path, *options) == samples("--model", ODD, *options)
+    assert "all there" in ok("info", "--model", tmp_path)
+
+
 def test_repetition_penalty():
     options = ["--model", ODD, "--ids", "1,2,3", "--temperature", 0, "--max-tokens", 20]
     plain = samples(*options)[0]["ids"]

@@ -337,6 +337,13 @@ def test_other_ways_to_write_it(checked, tmp_path):
         t["model"]["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
         t["post_processor"] = None
     assert encode(checked, changed(tmp_path, spaced), strings) == ours
+
+    def sequences(t):                       # of one part each
+        for part, parts in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers"), ("decoder", "decoders"),
+                            ("post_processor", "processors")):
+            if t.get(part):
+                t[part] = {"type": "Sequence", parts: [t[part]]}
+    assert encode(checked, changed(tmp_path, sequences), strings) == ours
     plain = changed(tmp_path, lambda t: t.update(normalizer=None))
     composed = encode(checked, FIXTURE, ["é"])
     assert encode(checked, plain, ["e\u0301"]) != encode(checked, FIXTURE, ["e\u0301"]) == composed
@@ -349,8 +356,15 @@ def test_end_of_document(checked, tmp_path):
     assert encode(checked, path, ["<|endoftext|>"]) == [[end]] and vocab > end
     (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
     assert drive(checked, f"open {path}") == drive(checked, f"open {tmp_path}") == [f"7 {vocab}"]
-    (tmp_path / "config.json").write_text('{"eos_token_id": null}')
-    assert drive(checked, f"open {tmp_path}") == [f"{end} {vocab}"]
+    for first in ("[7, 3]", "[null, -1, 7]", "7.0"):
+        (tmp_path / "config.json").write_text('{"eos_token_id": %s}' % first)
+        assert drive(checked, f"open {tmp_path}") == [f"7 {vocab}"]
+    for none in ("null", "-1", "[]", "[null]"):
+        (tmp_path / "config.json").write_text('{"eos_token_id": %s}' % none)
+        assert drive(checked, f"open {tmp_path}") == [f"{end} {vocab}"]
+    for far in ("100000", "4294967303", "1e300", "7.5"):        # 2^32 + 7
+        (tmp_path / "config.json").write_text('{"eos_token_id": %s}' % far)
+        assert f"eos_token_id {json.loads(far)}" in drive(checked, f"open {tmp_path}", fails=True)
     (tmp_path / "config.json").write_text('{"eos_token_id": 100000}')
     message = drive(checked, f"open {tmp_path}", fails=True)
     assert "eos_token_id 100000, but it has no token of this id" in message and "endoftext" not in message
