@@ -379,7 +379,7 @@ inline std::string other_weights(const std::string& dir) {
         const bool adapter = name.rfind("adapter_model.", 0) == 0, tensors = end == ".safetensors";
         const bool pickle = end == ".pt" || end == ".pth" || (end == ".bin" && name.rfind("pytorch_model", 0) == 0);
         const char* what = adapter ? "an adapter of PEFT; merge it into its model"
-            : tensors && name.find("-of-") != std::string::npos ? "a shard; fetch the index, too, which says what is where"
+            : tensors && name.find("-of-") != std::string::npos ? "a shard; fetch the index, too"
             : tensors ? "which is no name of a model's weights"
             : pickle ? "PyTorch's pickle; transformers saves safetensors of it"
             : end == ".gguf" ? "llama.cpp's GGUF; take the model that it was made of"
