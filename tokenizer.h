@@ -26,6 +26,7 @@
 #include <fstream>
 #include <map>
 #include <memory>
+#include <sstream>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -36,6 +37,7 @@
 #include <zlib.h>
 #include <nlohmann/json.hpp>
 #include <utf8proc.h>
+#include "lib/files.h"
 #include "lib/unicode_differences.h"
 
 [[noreturn]] void die(const char* format, ...) __attribute__((format(printf, 1, 2)));
@@ -383,11 +385,13 @@ struct TokenizerFile {
     }
 };
 
-// Null where the file can't be read. Values nested deeper than 100 are dropped: dump() would recurse into them.
+// Null where the file can't be read, discarded where it is not JSON.
 inline nlohmann::json tokenizer_json(const std::string& path) {
     std::ifstream file(path, std::ios::binary);
-    auto shallow = [](int depth, nlohmann::json::parse_event_t, nlohmann::json&) { return depth < 100; };
-    return file ? nlohmann::json::parse(file, shallow, false) : nlohmann::json();
+    if (!file) return nlohmann::json();
+    std::ostringstream contents;
+    contents << file.rdbuf();
+    return json_parse_as<nlohmann::json>(contents.str());
 }
 
 // A part that is a sequence of one is that one.

@@ -7,13 +7,14 @@
 // the output depends on the number of threads. Only a few batches are in memory at a time, and a long .txt is cut into
 // pieces: inputs may be larger than the memory.
 //
-// A run that was stopped goes on from its last save. FILE.npy.state holds how much of the inputs is done, and how long
-// the unfinished files were then. The parts before the one being written are complete. The name of what is not
-// complete ends in .tmp.
+// A run that was stopped goes on from its last save. FILE.npy.state holds how much of the inputs is done, and sizes and
+// checksums of what was written until then: a file that is not so is not believed. The parts before the one being
+// written are complete. The name of what is not complete ends in .tmp.
 
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <chrono>
 #include <condition_variable>
@@ -35,6 +36,7 @@
 #include <nlohmann/json.hpp>
 
 #include "../dataloader.h"
+#include "../lib/files.h"
 #include "../lib/options.h"
 #include "../tokenizer.h"
 
@@ -107,6 +109,9 @@ struct TextPiece {
     std::string text;                       // of a .jsonl the line; empty after encoding
     std::string id;
     std::string damage;                     // why the line can't be read; else empty
+    size_t bytes = 0, invalid = 0;          // of the text of a .txt; those of them that are not UTF-8, ...
+    size_t first_invalid = 0;               // ... and which is the first
+    bool utf16 = false;                     // the file begins with the mark of UTF-16
     std::vector<int> tokens;                // none where the text is empty
 };
 
@@ -208,25 +213,99 @@ inline bool inputs_next(InputReader* r, TextBatch* b) {
     return !b->pieces.empty() || !b->failure.empty();
 }
 
+// What a line of .jsonl is read for. The library calls it for each part of the JSON.
+struct JsonlLine : nlohmann::json_sax<nlohmann::json> {
+    std::string text, id, error;            // error: why the line can't be read; else empty
+    bool has_text = false, has_id = false, too_large = false;   // too_large: by a number that the library refuses
+    int depth = 0;
+    std::string name;                       // of a field of the outermost object while its value comes; else empty
+
+    bool value(const std::string* as_text, const std::string* as_id) {
+        if (name == "text" && (has_text = as_text)) text = *as_text;
+        if (name == "id" && (has_id = as_id)) id = *as_id;
+        name.clear();
+        return true;
+    }
+    bool nested(int by) {
+        depth += by;
+        return value(nullptr, nullptr);
+    }
+    bool number(const std::string& written) { return value(nullptr, &written); }
+    bool null() override { return value(nullptr, nullptr); }
+    bool boolean(bool) override { return value(nullptr, nullptr); }
+    bool number_integer(int64_t x) override { return number(std::to_string(x)); }
+    bool number_unsigned(uint64_t x) override { return number(std::to_string(x)); }
+    // It may be an integer of many digits. With an exponent it may be the stand-in of json_numbers_limited.
+    bool number_float(double, const std::string& written) override {
+        return written.find_first_of("eE") == std::string::npos ? number(written) : value(nullptr, nullptr);
+    }
+    bool string(std::string& s) override { return value(&s, &s); }
+    bool binary(nlohmann::json::binary_t&) override { return true; }    // not in JSON
+    bool start_object(size_t) override { return nested(1); }
+    bool end_object() override { return nested(-1); }
+    bool start_array(size_t) override { return nested(1); }
+    bool end_array() override { return nested(-1); }
+    bool key(std::string& s) override {
+        name = depth == 1 ? s : "";
+        return true;
+    }
+    bool parse_error(size_t byte, const std::string&, const nlohmann::detail::exception& e) override {
+        too_large = e.id == 406;
+        const char* what = strstr(e.what(), "UTF-8") ? "not UTF-8 at byte " : "not JSON from byte ";
+        error = what + std::to_string(byte) + " on";
+        return false;
+    }
+};
+
+inline JsonlLine jsonl_read(const std::string& line) {
+    JsonlLine j;
+    nlohmann::json::sax_parse(line, &j);
+    if (j.too_large) {
+        j = JsonlLine();
+        nlohmann::json::sax_parse(json_numbers_limited(line), &j);
+    }
+    if (j.error.empty() && !j.has_text) j.error = "not an object with a string \"text\"";
+    return j;
+}
+
+// The bytes FF FE or FE FF
+inline bool utf16_mark(const std::string& s) {
+    return s.compare(0, 2, "\xff\xfe") == 0 || s.compare(0, 2, "\xfe\xff") == 0;
+}
+
+// Counts the bytes of a piece that are not UTF-8.
+inline void piece_check(TextPiece* p) {
+    const char *begin = p->text.data(), *end = begin + p->text.size();
+    p->bytes = p->text.size();
+    p->utf16 = p->first && utf16_mark(p->text);
+    for (const char* s = begin; s < end; ) {
+        uint64_t eight = 0;
+        if (end - s >= 8) memcpy(&eight, s, 8);
+        if (end - s >= 8 && !(eight & 0x8080808080808080)) {
+            s += 8;
+            continue;
+        }
+        int n = utf8_length(s, end);
+        if (n < 0 && p->invalid == 0) p->first_invalid = (size_t)(s - begin);
+        if (n < 0) p->invalid += (size_t)-n;
+        s += std::abs(n);
+    }
+}
+
 // .txt: the file is a document, named after the file. .jsonl: a document a line, {"text": ..., "id": ...}; without an
-// id it is named FILE-LINE. Documents are stripped and encoded without special tokens.
+// id, a string or a number, it is named FILE-LINE. Documents are stripped and encoded without special tokens.
 inline void piece_encode(const Tokenizer& t, const std::string& path, TextPiece* p) {
+    bool jsonl = input_is_jsonl(path);
+    if (!jsonl) piece_check(p);
     std::string document = strip(p->text, p->first, p->last);
     p->text = std::string();
     p->id = path.substr(path.rfind('/') + 1);       // npos + 1 is 0
-    if (input_is_jsonl(path) && !document.empty()) {
-        p->id += "-" + std::to_string(p->line);
-        try {
-            nlohmann::json j = nlohmann::json::parse(document);
-            auto field = [&](const char* key) { return j.is_object() && j.contains(key) && j[key].is_string(); };
-            if (!field("text")) p->damage = "not an object with a string \"text\"";
-            else document = strip(j["text"].get_ref<const std::string&>());
-            if (field("id")) p->id = j["id"].get<std::string>();
-        } catch (const nlohmann::json::parse_error& e) {
-            const char* what = strstr(e.what(), "UTF-8") ? "not UTF-8 at byte " : "not JSON from byte ";
-            p->damage = what + std::to_string(e.byte) + " on";
-        }
+    if (jsonl && !document.empty()) {
+        JsonlLine j = jsonl_read(document);
+        p->damage = p->line == 1 && utf16_mark(document) ? "UTF-16, and not UTF-8" : j.error;
         if (!p->damage.empty()) return;
+        p->id = j.has_id ? j.id : p->id + "-" + std::to_string(p->line);
+        document = strip(j.text);
     }
     if (document.empty()) return;
     p->tokens = tokenizer_encode(t, document);
@@ -237,18 +316,34 @@ inline void piece_encode(const Tokenizer& t, const std::string& path, TextPiece*
 
 struct TokenizeCounts { size_t documents, tokens, files, damaged; };
 
+// The size and the checksum of a file, or of what is written of it
+struct FileSum {
+    size_t bytes = 0;
+    uint32_t crc = 0;
+    void add(const void* data, size_t n) {
+        crc = (uint32_t)crc32_z(crc, (const Bytef*)data, n);
+        bytes += n;
+    }
+    bool operator==(const FileSum& other) const { return bytes == other.bytes && crc == other.crc; }
+};
+
 struct TokenWriter {
     std::string out, base;                  // FILE.npy, FILE
     int eos = 0, width = 2;                 // width: bytes of a token
+    bool keeps_bytes = false;               // the tokenizer replaces nothing
     size_t max_tokens = 0, save_every = 0;  // of a file, 0: no limit; between two saves
     FILE *npy = nullptr, *csv = nullptr;    // of the part being written; the .csv is packed when it is complete
     std::vector<int> document;              // tokens of the document being written that are not yet in the .npy
     int previous = -1;                      // its last token, or -1
     size_t start = 0;                       // where it starts in the .npy
+    TextPiece text;                         // of a .txt, what piece_check found so far
+    int lock = -1;                          // of the first part that is complete, but has not its final name yet
     size_t shown = 0, shown_file = 0;       // damaged lines of the file being written, and which file that is
 
     // What is saved
-    size_t part = 0, part_tokens = 0, csv_bytes = 0, documents = 0, tokens = 0, damaged = 0;
+    size_t part = 0, part_tokens = 0, documents = 0, tokens = 0, damaged = 0;
+    FileSum npy_sum, csv_sum;               // of the part being written
+    std::vector<std::array<FileSum, 2>> sums;   // of the parts before it: .csv.gz and .npy
     bool finished = false;
     TextPosition at;
 
@@ -265,6 +360,9 @@ inline std::string part_name(const TokenWriter& w, size_t part, bool single) {
 inline std::string part_tmp(const TokenWriter& w, size_t part, const char* suffix) {
     return part_name(w, part, part == 0) + suffix + ".tmp";
 }
+inline std::string part_final(const TokenWriter& w, size_t part, const char* suffix) {
+    return part_name(w, part, w.finished && w.part == 1) + suffix;
+}
 
 [[noreturn]] inline void writer_fails(const std::string& path) {
     throw std::runtime_error(path + ": cannot be written: " + strerror(errno));
@@ -275,28 +373,49 @@ inline void writer_says(const TokenWriter& w, const std::string& line) {
     fputs(((w.bar ? "\r\x1b[K" : "") + line + "\n").c_str(), stderr);
 }
 
-inline void writer_sync_directory(const TokenWriter& w) {
-    std::string directory = w.out.find('/') == std::string::npos ? "." : w.out.substr(0, w.out.rfind('/') + 1);
-    int file = open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (file < 0 || fsync(file) != 0 || close(file) != 0) writer_fails(directory);
+inline void writer_sync_folder(const TokenWriter& w) {
+    std::string folder = w.out.find('/') == std::string::npos ? "." : w.out.substr(0, w.out.rfind('/') + 1);
+    if (!folder_sync(folder)) writer_fails(folder);
+}
+
+// The sum of a file's first bytes, or of all.
+inline FileSum file_sum(int file, size_t bytes) {
+    FileSum sum;
+    std::vector<char> buffer(1 << 16);
+    while (sum.bytes < bytes) {
+        ssize_t n = pread(file, buffer.data(), std::min(buffer.size(), bytes - sum.bytes), (off_t)sum.bytes);
+        if (n <= 0) break;
+        sum.add(buffer.data(), (size_t)n);
+    }
+    return sum;
+}
+
+[[noreturn]] inline void writer_disbelieves(const std::string& path) {
+    throw std::runtime_error(path + ": not as the stopped run left it; start over with --restart");
 }
 
 // A file of the part being written, cut to what was saved of it. It is locked: two runs in one file would destroy it.
-inline FILE* writer_open(const std::string& path, size_t bytes) {
-    int file = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
-    struct stat info;
-    if (file < 0) writer_fails(path);
-    if (flock(file, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
-        throw std::runtime_error(path + ": another run is writing it");
-    if (fstat(file, &info) != 0 || (size_t)info.st_size < bytes)
-        throw std::runtime_error(path + ": shorter than when it was saved; start over with --restart");
-    if (ftruncate(file, (off_t)bytes) != 0 || lseek(file, 0, SEEK_END) < 0) writer_fails(path);
-    return fdopen(file, "r+");
+inline FILE* writer_open(const std::string& path, const FileSum& saved) {
+    struct stat info, named;
+    for (;;) {
+        int file = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+        if (file < 0) writer_fails(path);
+        if (flock(file, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
+            throw std::runtime_error(path + ": another run is writing it");
+        if (fstat(file, &info) != 0) writer_fails(path);
+        // Another run may have finished meanwhile, and given this file its final name.
+        bool same = stat(path.c_str(), &named) == 0 && named.st_ino == info.st_ino && named.st_dev == info.st_dev;
+        if (!same) close(file);
+        if (!same) continue;
+        if (!(file_sum(file, saved.bytes) == saved)) writer_disbelieves(path);
+        if (ftruncate(file, (off_t)saved.bytes) != 0 || lseek(file, 0, SEEK_END) < 0) writer_fails(path);
+        return fdopen(file, "r+");
+    }
 }
 
 inline void writer_open_part(TokenWriter* w) {
-    w->npy = writer_open(part_tmp(*w, w->part, ".npy"), w->width * w->part_tokens);
-    w->csv = writer_open(part_tmp(*w, w->part, ".csv"), w->csv_bytes);
+    w->npy = writer_open(part_tmp(*w, w->part, ".npy"), w->npy_sum);
+    w->csv = writer_open(part_tmp(*w, w->part, ".csv"), w->csv_sum);
 }
 
 // Writes n tokens of the document.
@@ -306,6 +425,7 @@ inline void writer_put(TokenWriter* w, const int* tokens, size_t n) {
     if (w->width == 2) narrow.assign(tokens, tokens + n);
     const void* bytes = w->width == 2 ? (const void*)narrow.data() : tokens;
     if (fwrite(bytes, w->width, n, w->npy) != n) writer_fails(part_tmp(*w, w->part, ".npy"));
+    w->npy_sum.add(bytes, w->width * n);
     w->part_tokens += n;
     w->tokens += n;
 }
@@ -320,27 +440,31 @@ inline void writer_row(TokenWriter* w, const TextPiece& p, const std::string& sr
     std::string row = std::to_string(w->start) + "," + std::to_string(w->part_tokens) + "," + quote(p.id) + ","
         + quote(src) + "," + std::to_string(p.line) + "\n";
     if (fwrite(row.data(), 1, row.size(), w->csv) != row.size()) writer_fails(part_tmp(*w, w->part, ".csv"));
-    w->csv_bytes += row.size();
+    w->csv_sum.add(row.data(), row.size());
     w->start = w->part_tokens;
 }
 
 // Completes the part being written: both files are complete and on the disk, under temporary names.
 inline void writer_end_part(TokenWriter* w) {
     std::string packed = part_tmp(*w, w->part, ".csv.gz");
-    int file = open(packed.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    int file = open(packed.c_str(), O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
     gzFile gz = file < 0 ? nullptr : gzdopen(dup(file), "wb");      // its header has neither name nor time
     if (!gz || fflush(w->csv) != 0) writer_fails(packed);
     rewind(w->csv);
     std::vector<char> buffer(1 << 16);
     while (size_t n = fread(buffer.data(), 1, buffer.size(), w->csv))
         if (gzwrite(gz, buffer.data(), (unsigned)n) != (int)n) writer_fails(packed);
-    if (ferror(w->csv) || gzclose(gz) != Z_OK || fsync(file) != 0 || close(file) != 0) writer_fails(packed);
+    if (ferror(w->csv) || gzclose(gz) != Z_OK || fsync(file) != 0) writer_fails(packed);
+    w->sums.push_back({file_sum(file, SIZE_MAX), w->npy_sum});
+    if (close(file) != 0) writer_fails(packed);
+    if (w->lock < 0) w->lock = dup(fileno(w->npy));         // locked as long as one of both is open
     if (fflush(w->npy) != 0 || fsync(fileno(w->npy)) != 0 || fclose(w->npy) != 0)
         writer_fails(part_tmp(*w, w->part, ".npy"));
     fclose(w->csv);
     w->npy = w->csv = nullptr;
     w->part++;
-    w->part_tokens = w->csv_bytes = w->start = 0;
+    w->part_tokens = w->start = 0;
+    w->npy_sum = w->csv_sum = FileSum();
 }
 
 // Gives complete parts their final names, the .csv.gz first, so that a .npy never misses its documents. Goes on where
@@ -348,14 +472,15 @@ inline void writer_end_part(TokenWriter* w) {
 inline void writer_publish(TokenWriter* w) {
     for (; w->published < w->part; w->published++) {
         for (const char* suffix : {".csv.gz", ".npy"}) {
-            std::string from = part_tmp(*w, w->published, suffix);
-            std::string to = part_name(*w, w->published, w->finished && w->part == 1) + suffix;
+            std::string from = part_tmp(*w, w->published, suffix), to = part_final(*w, w->published, suffix);
             if (rename(from.c_str(), to.c_str()) == 0) continue;
             if (errno != ENOENT || access(to.c_str(), F_OK) != 0) writer_fails(to);
         }
         unlink(part_tmp(*w, w->published, ".csv").c_str());
     }
-    writer_sync_directory(*w);
+    writer_sync_folder(*w);
+    if (w->lock >= 0) close(w->lock);
+    w->lock = -1;
 }
 
 // Saves how far the run is, then gives the complete parts their final names.
@@ -364,12 +489,16 @@ inline void writer_save(TokenWriter* w, const InputReader& r, const nlohmann::js
     if (w->csv && (fflush(w->csv) != 0 || fsync(fileno(w->csv)) != 0)) writer_fails(part_tmp(*w, w->part, ".csv"));
     size_t begun = w->at.file + (w->at.offset > 0);         // inputs that are read, or read in part
     std::vector<nlohmann::json> inputs(r.stamps.begin(), r.stamps.begin() + (ptrdiff_t)begun);
+    nlohmann::json sums = nlohmann::json::array();
+    for (const auto& [csv, npy] : w->sums) sums.push_back({csv.bytes, csv.crc, npy.bytes, npy.crc});
     nlohmann::json state = {
         {"run", run},
         {"inputs", inputs},
         {"at", {w->at.file, w->at.offset, w->at.line}},
         {"finished", w->finished},
-        {"part", {w->part, w->published, w->part_tokens, w->csv_bytes}},
+        {"part", {w->part, w->published, w->part_tokens}},
+        {"written", {w->csv_sum.bytes, w->csv_sum.crc, w->npy_sum.bytes, w->npy_sum.crc}},
+        {"complete", sums},
         {"counts", {w->documents, w->tokens, w->damaged}}};
     std::string line = state.dump() + "\n";
     std::string path = w->out + ".state", tmp = path + ".tmp";
@@ -377,9 +506,9 @@ inline void writer_save(TokenWriter* w, const InputReader& r, const nlohmann::js
     if (!f || fwrite(line.data(), 1, line.size(), f) != line.size()) writer_fails(path);
     if (fflush(f) != 0 || fsync(fileno(f)) != 0 || fclose(f) != 0) writer_fails(path);
     if (rename(tmp.c_str(), path.c_str()) != 0) writer_fails(path);
-    writer_sync_directory(*w);
-    w->saved = true;
+    w->saved = true;                        // whatever fails from here on: the state needs its files
     w->saved_tokens = w->tokens;
+    writer_sync_folder(*w);
     writer_publish(w);
 }
 
@@ -415,6 +544,21 @@ inline void writer_piece(TokenWriter* w, const TextPiece& p, const std::string& 
     w->documents++;
 }
 
+// One line for a .txt that is not all UTF-8, after its last piece.
+inline void writer_text(TokenWriter* w, const TextPiece& p, const std::string& path) {
+    TextPiece& t = w->text;
+    if (p.first) t = TextPiece();
+    if (p.first) t.utf16 = p.utf16;
+    if (t.invalid == 0) t.first_invalid = t.bytes + p.first_invalid;
+    t.bytes += p.bytes;
+    t.invalid += p.invalid;
+    if (!p.last || t.invalid == 0) return;
+    std::string what = t.invalid == 1 ? " byte is not UTF-8" : " bytes are not UTF-8";
+    writer_says(*w, path + ": " + (t.utf16 ? "begins with the mark of UTF-16, but is read as UTF-8; " : "")
+                + std::to_string(t.invalid) + what + ", the first at byte " + std::to_string(t.first_invalid + 1)
+                + (w->keeps_bytes ? "; kept as they are" : "; replaced by U+FFFD"));
+}
+
 // Writes a batch, reports its damaged lines, and saves if a part is complete or enough was written.
 inline void writer_batch(TokenWriter* w, const TextBatch& b, const InputReader& r, const nlohmann::json& run) {
     auto end_file = [&](size_t next) {      // after the last damaged line of a file
@@ -428,6 +572,7 @@ inline void writer_batch(TokenWriter* w, const TextBatch& b, const InputReader& 
         if (p.file != w->shown_file) end_file(p.file);
         if (p.damage.empty()) {
             writer_piece(w, p, path);
+            writer_text(w, p, path);
         } else {
             w->damaged++;
             if (++w->shown <= DAMAGE_SHOWN)
@@ -445,6 +590,7 @@ inline void writer_batch(TokenWriter* w, const TextBatch& b, const InputReader& 
 inline void writer_restore(TokenWriter* w, const InputReader& r, const nlohmann::json& run, const nlohmann::json& state,
                            const std::string& path) {
     auto &at = state.at("at"), &part = state.at("part"), &counts = state.at("counts"), &inputs = state.at("inputs");
+    auto sum = [](const nlohmann::json& j, size_t i) { return FileSum{j.at(i), j.at(i + 1)}; };
     w->finished = state.at("finished");
     bool same = state.at("run") == run && inputs.size() <= r.stamps.size();
     if (w->finished && inputs.size() != r.stamps.size()) same = false;
@@ -456,10 +602,31 @@ inline void writer_restore(TokenWriter* w, const InputReader& r, const nlohmann:
     w->part = part.at(0);
     w->published = part.at(1);
     w->part_tokens = part.at(2);
-    w->csv_bytes = part.at(3);
+    w->csv_sum = sum(state.at("written"), 0);
+    w->npy_sum = sum(state.at("written"), 2);
+    for (const nlohmann::json& j : state.at("complete")) w->sums.push_back({sum(j, 0), sum(j, 2)});
+    if (w->sums.size() != w->part || w->published > w->part || w->at.file > r.paths.size())
+        throw std::runtime_error(path + ": damaged; start over with --restart");
     w->documents = counts.at(0);
     w->tokens = w->saved_tokens = counts.at(1);
     w->damaged = counts.at(2);
+}
+
+// Refuses complete parts that are not as they were saved. Those that have their final names count by their size, the
+// others, which may have either name, by their contents.
+inline void writer_check(const TokenWriter& w) {
+    for (size_t part = 0; part < w.part; part++)
+        for (size_t i : {0, 1}) {
+            const char* suffix = i == 0 ? ".csv.gz" : ".npy";
+            std::string path = part_tmp(w, part, suffix);
+            if (part < w.published || access(path.c_str(), F_OK) != 0) path = part_final(w, part, suffix);
+            int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+            struct stat info = {};
+            bool as_saved = file >= 0 && fstat(file, &info) == 0 && (size_t)info.st_size == w.sums[part][i].bytes
+                && (part < w.published || file_sum(file, SIZE_MAX) == w.sums[part][i]);
+            if (file >= 0) close(file);
+            if (!as_saved) writer_disbelieves(path);
+        }
 }
 
 // Begins a run, or goes on from the state that a stopped run saved.
@@ -474,6 +641,7 @@ inline void writer_begin(TokenWriter* w, InputReader* r, const nlohmann::json& r
         } catch (const nlohmann::json::exception&) {
             throw std::runtime_error(path + ": damaged; start over with --restart");
         }
+        writer_check(*w);
         w->saved = true;
         r->at = w->at;
         w->shown_file = w->at.file;
@@ -486,7 +654,7 @@ inline void writer_begin(TokenWriter* w, InputReader* r, const nlohmann::json& r
         if (w->max_tokens > 0 && !restart && access(earlier.c_str(), F_OK) == 0)
             throw std::runtime_error(earlier + ": written by an earlier run; --restart replaces its files");
     writer_open_part(w);
-    unlink(path.c_str());
+    if (unlink(path.c_str()) != 0 && errno != ENOENT) writer_fails(path);
 }
 
 // False where none of the files was there
@@ -636,6 +804,7 @@ inline TokenizeCounts tokenize_files(const Tokenizer& t, const std::vector<std::
     w.base.resize(w.base.size() - strlen(".csv.gz"));
     w.eos = t.eos;
     w.width = t.vocab > 65536 ? 4 : 2;
+    w.keeps_bytes = t.bytes;
     w.max_tokens = o.max_tokens;
     w.save_every = o.save_every;
     w.bar = isatty(fileno(stderr));

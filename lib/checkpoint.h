@@ -513,11 +513,8 @@ struct FileWriter {
     }
 };
 
-// Makes the names in a directory as durable as the files. A file system that can't sync a directory reports EINVAL.
 inline void directory_sync(const std::string& path) {
-    int fd = open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (fd < 0 || (fsync(fd) != 0 && errno != EINVAL)) die("cannot sync %s: %s", path.c_str(), strerror(errno));
-    close(fd);
+    if (!folder_sync(path)) die("cannot sync %s: %s", path.c_str(), strerror(errno));
 }
 
 inline std::string crc_text(uint32_t crc) {
@@ -701,6 +698,7 @@ inline void save_create(const SavePlan& plan) {
     std::error_code ignored;
     std::filesystem::create_directories(plan.out_dir, ignored);
     checkpoint_leftovers(plan.out_dir, true);
+    std::filesystem::remove_all(plan.tmp, ignored);       // where OUT can't be listed
     if (mkdir(plan.tmp.c_str(), 0777) != 0)
         die("cannot create %s: %s; nothing was saved", plan.tmp.c_str(), strerror(errno));
     for (const SavedFile& f : plan.files) {
@@ -783,8 +781,10 @@ inline void save_rename(const SavePlan& plan) {
     if (!exchanged && rename(tmp, final) != 0) die("cannot rename %s: %s", tmp, strerror(errno));
     directory_sync(plan.out_dir);
     // OUT itself may be new.
-    directory_sync(std::filesystem::weakly_canonical(plan.out_dir).parent_path().string());
+    std::error_code ignored;
+    directory_sync(std::filesystem::weakly_canonical(plan.out_dir, ignored).parent_path().string());
     checkpoint_leftovers(plan.out_dir, true);             // the directory that was replaced
+    for (const std::string& replaced : {plan.tmp, plan.old}) std::filesystem::remove_all(replaced, ignored);
 }
 
 // Saves OUT/step-<step>. trainer: any JSON but numbers that aren't finite. Where the step exists (the run went back to

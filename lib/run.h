@@ -285,6 +285,11 @@ std::string checkpoint_to_resume(const TrainingRun& run) {
         step = host_sum(step);
         from = step > 0 ? o.out + text("/step-%08ld", (int64_t)step - 1) : "";
     }
+    // Its log is there by its name, whoever may list the directory.
+    const bool hidden = access(o.out.c_str(), R_OK) != 0 && access(log_path(o).c_str(), F_OK) == 0;
+    if (hidden && (o.resume.empty() || newest))
+        die("%s cannot be listed, so that the checkpoints of the run that wrote its log can't be found; "
+            "allow it with chmod, or choose another --out", o.out.c_str());
     const bool existing = !checkpoint_list(o.out).empty();
     if (o.resume.empty() && existing)
         die("%s holds checkpoints already; go on from them with --resume, or choose another --out", o.out.c_str());

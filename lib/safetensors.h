@@ -17,6 +17,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 #include <nlohmann/json.hpp>
+#include "files.h"
 
 using Json = nlohmann::ordered_json;
 
@@ -36,13 +37,7 @@ inline bool file_contents(std::string* contents, const std::string& path) {
     return n == 0;
 }
 
-// Values nested deeper than this are dropped, because dump() would recurse into them. Nothing here is nested so deep.
-constexpr int json_depth = 100;
-
-// Discarded where the text is not JSON.
-inline Json json_parse(const std::string& source) {
-    return Json::parse(source, [](int depth, Json::parse_event_t, Json&) { return depth < json_depth; }, false);
-}
+inline Json json_parse(const std::string& source) { return json_parse_as<Json>(source); }
 
 inline Json json_read(const std::string& path) {
     std::string contents;

@@ -20,6 +20,7 @@ struct OlmoeConfig {
 #include <atomic>
 #include <chrono>
 #include <csignal>
+#include <linux/capability.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -105,7 +106,12 @@ extern "C" int ftruncate(int fd, off_t bytes) noexcept {
 }
 // A rank waits so for the launcher to end it; here there is none.
 extern "C" unsigned sleep(unsigned seconds) { usleep(seconds * 10000); return 0; }
-extern "C" int fsync(int fd) { return trapped("sync", fd_path(fd)) ? -1 : (int)syscall(SYS_fsync, fd); }
+static int folder_error = 0;                 // of syncing a directory; 0: it works
+extern "C" int fsync(int fd) {
+    if (trapped("sync", fd_path(fd))) return -1;
+    if (folder_error && fs::is_directory(fd_path(fd))) return errno = folder_error, -1;
+    return (int)syscall(SYS_fsync, fd);
+}
 extern "C" int mkdir(const char* path, mode_t mode) noexcept {
     return trapped("mkdir", path) ? -1 : (int)syscall(SYS_mkdir, path, mode);
 }
@@ -128,6 +134,13 @@ struct Outcome { int status; string err; };   // of waitpid; its standard error
 static bool exited(const Outcome& o, int code) { return WIFEXITED(o.status) && WEXITSTATUS(o.status) == code; }
 static bool contains(const string& text, const string& words) { return text.find(words) != string::npos; }
 static bool one_line(const string& text) { return std::count(text.begin(), text.end(), '\n') == 1; }
+
+// Rights to files are those of their mode, for root too.
+static void without_privileges() {
+    __user_cap_header_struct header = {_LINUX_CAPABILITY_VERSION_3, 0};
+    __user_cap_data_struct data[2] = {};
+    if (syscall(SYS_capset, &header, data) != 0) abort();
+}
 
 static Outcome in_child(const std::function<void()>& f) {
     int ends[2];
@@ -275,6 +288,12 @@ static void test_config(const string& dir) {
     check(reads(with("rope_parameters", spelled_out)).rope_theta == c.rope_theta, "spelled-out defaults");
     check(reads(with("dtype", "bfloat16")).C == c.C && reads(with("clip_qkv", nullptr)).C == c.C,
           "dtype beside torch_dtype");
+    spill(path, good.dump().insert(1, "\"more\": [1e400, -1e999, \"1e400\"], ")), config_read(&r, dir);
+    check(r.C == c.C && json_read(path)["more"] == Json({1e308, -1e308, "1e400"}), "numbers that no double holds");
+    spill(path, "{\"more\": 1e400, \"none\": 01e400}");
+    dies("no number", {path, "not a JSON object"}, [&] { json_read(path); });
+    spill(path, without(good, "rms_norm_eps").dump().insert(1, "\"rms_norm_eps\": 1e400, "));
+    dies("no number for a float", {path, "rms_norm_eps"}, [&] { config_read(&r, dir); });
     check(reads(without(without(good, "rms_norm_eps"), "norm_topk_prob")).rms_norm_eps == 1e-5f, "absent epsilon");
 
     // Other spellings of the same
@@ -1003,6 +1022,32 @@ static void test_sync(const string& dir) {
     bool in_order = log.size() > 3 && log[0] == "rename " + step_dir(out, 2) && log[1] == "sync " + out
         && log[2].find("unlink") == 0;
     check(in_order, "pruning: rename, sync, unlink");
+
+    // A directory that can't be synced is no error, but where the disk fails or is full.
+    for (int error : {EACCES, EINVAL, EROFS, ENOTSUP, EBADF, EIO, ENOSPC, EDQUOT}) {
+        const bool disk = error == EIO || error == ENOSPC || error == EDQUOT;
+        fresh(out);
+        auto act = [&] {
+            folder_error = error;
+            save(out, 1, true, 1), save(out, 2, true, 2), checkpoint_prune(out, 1, 0);
+        };
+        if (disk) dies("the disk fails", {"cannot sync", strerror(error)}, act);
+        else check(exited(in_child(act), 0) && newest(out) == 2 && entries_of(out) == 1, strerror(error));
+    }
+    // One that may not be listed: what a killed save left is replaced all the same, and an earlier checkpoint goes.
+    for (bool works : {true, false}) {
+        fresh(out);
+        spill((fs::create_directories(out + "/.step-00000002.tmp"), out + "/.step-00000002.tmp/config.json"), "half");
+        fs::permissions(out, fs::perms::owner_write | fs::perms::owner_exec);
+        Outcome o = in_child([&] {
+            without_privileges();
+            exchange_works = works;
+            save(out, 2, true, 1), save(out, 2, true, 2);
+        });
+        fs::permissions(out, fs::perms::owner_all);
+        check(exited(o, 0) && o.err.empty(), "a directory that may not be listed: " + o.err);
+        check(entries_of(out) == 1 && newest(out) == 2 && generation(step_dir(out, 2)) == 2, "and what is in it");
+    }
 }
 
 static void test_full(const string& dir) {

@@ -21,7 +21,7 @@ GROUPS = ["config", "configs", "tensors", "safetensors", "weights", "layouts", "
 def program():
     """The test program, built once; again only when a source is newer."""
     out = ROOT / "build" / "tests" / "test_checkpoint"
-    headers = [ROOT / "lib" / name for name in ("checkpoint.h", "safetensors.h")]
+    headers = [ROOT / "lib" / name for name in ("checkpoint.h", "files.h", "safetensors.h")]
     source = ROOT / "tests" / "test_checkpoint.cpp"
     sources = [source, *headers, Path(__file__)]
     if not out.exists() or any(s.stat().st_mtime >= out.stat().st_mtime for s in sources):

@@ -2,6 +2,7 @@
 
 The program is ./olmoe, or what the variable OLMOE names.
 """
+import ctypes
 import fcntl
 import gzip
 import hashlib
@@ -1251,16 +1252,60 @@ def test_tokenize_two_at_a_time(tmp_path):
     command = ["tokenize", "--tokenizer", "bytes", "--out", tmp_path / "x.npy"]
     ok(*command, tmp_path / "a.jsonl")
     before = files(tmp_path)
-    first = popen([OLMOE, *map(str, command), tmp_path / "a.jsonl"], stdout=subprocess.DEVNULL)
-    pause(first)
-    while not is_locked(tmp_path / "x.npy.tmp") and first.poll() is None:
-        first.send_signal(signal.SIGCONT)
-        time.sleep(0.001)
+    for _ in range(50):                     # once more where the first run has ended before it was seen
+        first = popen([OLMOE, *map(str, command), tmp_path / "a.jsonl"], stdout=subprocess.DEVNULL)
         pause(first)
-    if is_locked(tmp_path / "x.npy.tmp"):
-        refused(*command, tmp_path / "a.jsonl", words=["x.npy.tmp", "another run"])
-    first.send_signal(signal.SIGCONT)
-    assert first.wait(60) == 0 and files(tmp_path) == before
+        while not is_locked(tmp_path / "x.npy.tmp") and first.poll() is None:
+            first.send_signal(signal.SIGCONT)
+            time.sleep(0.001)
+            pause(first)
+        seen = is_locked(tmp_path / "x.npy.tmp")
+        if seen:
+            refused(*command, tmp_path / "a.jsonl", words=["x.npy.tmp", "another run"])
+        first.send_signal(signal.SIGCONT)
+        assert first.wait(60) == 0 and files(tmp_path) == before
+        if seen:
+            return
+    pytest.fail("never saw the first run while it wrote")
+
+
+def unprivileged():
+    """For preexec_fn: rights to files are those of their mode, for root too."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for capability in (1, 2):               # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        libc.prctl(24, capability, 0, 0, 0)     # PR_CAPBSET_DROP
+
+
+def test_folder_that_cannot_be_listed(data, tmp_path):
+    """What is written there is complete, and no earlier file passes for it."""
+    folder, text = tmp_path / "d", tmp_path / "in.txt"
+    folder.mkdir()
+
+    def do(*args):
+        args = [OLMOE, *map(str, args)]
+        result = subprocess.run(args, capture_output=True, text=True, preexec_fn=unprivileged, timeout=120)
+        folder.chmod(0o700)
+        return result
+    for content in ("one\n", "one two three\n", "one two three four\n"):
+        text.write_text(content)
+        folder.chmod(0o300)
+        result = do("tokenize", "--tokenizer", "bytes", "--out", folder / "x.npy", text)
+        n = len(content)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout == f"{folder}/x.npy: 1 documents, {n} tokens\n"
+        assert (folder / "x.npy").read_bytes() == struct.pack(f"<{n}H", *content.strip().encode(), 256)
+        assert sorted(os.listdir(folder)) == ["x.csv.gz", "x.npy"]
+    for out in (folder / "run", folder):
+        folder.chmod(0o300)
+        result = do(*train_args(data, out, "--steps", 1))
+        assert result.returncode == 0, result.stderr
+        assert len(files(out / "step-00000001")) > 5 and not list(out.glob(".step*"))
+    lines, first = (folder / "log.jsonl").read_text(), files(folder / "step-00000001")
+    for resume in ([], ["--resume"]):       # what can't be seen is not replaced
+        folder.chmod(0o300)
+        result = do(*train_args(data, folder, "--steps", 2, *resume))
+        assert result.returncode == 1 and result.stderr.count("\n") == 1 and "cannot be listed" in result.stderr
+        assert (folder / "log.jsonl").read_text() == lines and files(folder / "step-00000001") == first
 
 
 def test_tokenize_progress(tmp_path):

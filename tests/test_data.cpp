@@ -19,18 +19,33 @@ void die(const char* format, ...) {
 }
 
 // With TRACE set, prints what reaches the disk and in which order. With DIE_AT=N ends at the Nth of these places:
-// before and after each rename, before each unlink.
+// before and after each rename, before each unlink. With STOP_AT=N stops there, until SIGCONT. With FOLDER_OPEN=E or
+// FOLDER_SYNC=E, folders can't be opened or synced: the error is E.
+#include <csignal>
+#include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 #include <nlohmann/json.hpp>
+static bool fails(const char* name, bool folder) {
+    if (!folder || !getenv(name)) return false;
+    errno = atoi(getenv(name));
+    return true;
+}
 static int traced_fsync(int file) {
     char path[4096] = "";
     const std::string entry = "/proc/self/fd/" + std::to_string(file);
     if (getenv("TRACE") && readlink(entry.c_str(), path, sizeof path - 1) > 0) printf("fsync %s\n", path);
-    return fsync(file);
+    struct stat info;
+    return fails("FOLDER_SYNC", fstat(file, &info) == 0 && S_ISDIR(info.st_mode)) ? -1 : fsync(file);
+}
+static int traced_open(const char* path, int flags, int mode = 0) {
+    return fails("FOLDER_OPEN", flags & O_DIRECTORY) ? -1 : open(path, flags, mode);
 }
 static void step() {
     static int steps = 0;
-    if (getenv("DIE_AT") && ++steps == atoi(getenv("DIE_AT"))) _exit(2);
+    steps++;
+    if (getenv("DIE_AT") && steps == atoi(getenv("DIE_AT"))) _exit(2);
+    if (getenv("STOP_AT") && steps == atoi(getenv("STOP_AT"))) raise(SIGSTOP);
 }
 static int traced_rename(const char* from, const char* to) {
     step();
@@ -44,6 +59,7 @@ static int traced_unlink(const char* path) {
     return unlink(path);
 }
 #define fsync(file) traced_fsync(file)
+#define open(...) traced_open(__VA_ARGS__)
 #define rename(from, to) traced_rename(from, to)
 #define unlink(path) traced_unlink(path)
 

@@ -1,5 +1,6 @@
 """Data: token files, their order, the filter, text to token files, the corpus, the plot. C++ runs under the address and
 undefined-behaviour sanitizers."""
+import errno
 import gzip
 import hashlib
 import json
@@ -7,6 +8,7 @@ import lzma
 import os
 import random
 import resource
+import signal
 import struct
 import subprocess
 import sys
@@ -490,7 +492,8 @@ def test_tokenize_round_trip(drive, tmp_path):
     command = f"tokenize bytes {out} {tmp_path}/a.jsonl {tmp_path}/all.txt {tmp_path}/z.jsonl.gz"
     kept = [t.strip().encode() for t in texts[:3]] + [b"no id", bytes(range(256)), b"zipped"]
     kept[4] = bytes(range(256))     # its first and last bytes are no white space
-    lines = drive(command, f"documents {out}")
+    lines, said = drive(command, f"documents {out}", says=True)
+    assert said == [f"{tmp_path}/all.txt: 128 bytes are not UTF-8, the first at byte 129; kept as they are"]
     expected = [x for text in kept for x in list(text) + [256]]
     assert read_tokens(out) == expected and lines[0] == f"6 {len(expected)} 1 0"
 
@@ -509,7 +512,7 @@ def test_tokenize_round_trip(drive, tmp_path):
     assert bytes.fromhex(decoded[0]) == b"".join(kept) and decoded[1] == "41"
 
     before = [(tmp_path / name).read_bytes() for name in ("out.npy", "out.csv.gz")]
-    drive(command)
+    drive(command, says=True)
     assert before == [(tmp_path / name).read_bytes() for name in ("out.npy", "out.csv.gz")]
 
 
@@ -593,6 +596,80 @@ def test_damaged_lines_are_left_out(drive, tmp_path):
     assert len(said) == len(DAMAGED)
     for i, (line, (_, why)) in enumerate(zip(said, DAMAGED)):
         assert line.startswith(f"{tmp_path}/a.jsonl:{2 * i + 2}: {why}"), line
+
+
+def test_numbers_too_large_for_a_double(drive, tmp_path):
+    """They are errors of the JSON library, also where nobody reads them. The lines are read; what is really no JSON is
+    reported at its byte."""
+    zeros = "0" * 400
+    lines = ['{"id": "a", "text": "one"}', '{"id": "b", "text": "two", "score": 1e400}',
+             '{"id": "c", "scores": [-1e400, 1' + zeros + ', 1.5E+999], "text": "three 1e400 \\" 1e400"}',
+             '{"id": 1e400, "text": "four"}', '{"id": 1' + zeros + ', "text": "five"}',
+             '{"score": 01e400, "text": "bad"}', '{"score": 1e400, "text": "bad}', '{"text": 1e400}',
+             '{"text": "last"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    x = tmp_path / "x.npy"
+    printed, said = drive(f"tokenize bytes {x} {tmp_path}/a.jsonl", f"documents {x}", says=True)
+    text = bytes(t if t < 256 else 10 for t in read_tokens(x)).decode()
+    assert text.splitlines() == ["one", "two", 'three 1e400 " 1e400', "four", "five", "last"]
+    assert [line.split("\t")[2] for line in printed[1:]] == ["a", "b", "c", "a.jsonl-4", "a.jsonl-5", "a.jsonl-9"]
+    assert printed[0].split()[0::3] == ["6", "3"] and len(said) == 3
+    for line, number, why in zip(said, (6, 7, 8), ("JSON from byte 16 on", "JSON from byte 31 on", "an object with")):
+        assert line.startswith(f"{tmp_path}/a.jsonl:{number}: not {why}") and line.endswith("; left out"), line
+
+
+def test_ids_that_are_numbers(drive, tmp_path):
+    """They are those of the file, digit for digit; without an id that is a string or a number it is FILE-LINE."""
+    ids = {"7": "7", "-3": "-3", "0": "0", "18446744073709551615": "18446744073709551615", "1.0": "1.0",
+           "123456789012345678901234567890": "123456789012345678901234567890", '"x"': "x", '"7"': "7", "null": None,
+           "true": None, "[7]": None, '{"id": 7}': None}
+    lines = [f'{{"id": {i}, "text": "a", "more": {{"id": 5, "text": "b"}}}}' for i in ids] + ['{"text": "a"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    printed = drive(f"tokenize bytes {tmp_path}/x.npy {tmp_path}/a.jsonl", f"documents {tmp_path}/x.npy")
+    wanted = [i or f"a.jsonl-{number}" for number, i in enumerate([*ids.values(), None], 1)]
+    assert [line.split("\t")[2] for line in printed[1:]] == wanted
+    assert read_tokens(tmp_path / "x.npy") == [97, 256] * len(lines)
+
+
+def test_text_that_is_not_utf8(drive, tmp_path):
+    """One line for a file: how many bytes, as Python counts them, where the first is, and whether it is UTF-16."""
+    draw, words = random.Random(5), ["café", "日本", "x" * 9, " ", "\n", "😀"]
+    long = b"".join(draw.choice([b"\xe9", b"\xf0\x9f\x98", b"\xe6\x97 "]) if draw.random() < 0.001
+                    else draw.choice(words).encode() for _ in range(300000))
+    texts = {"utf8": "café 日本 😀 \ufffd".encode(), "empty": b"", "one": b"a\x80", "latin": b"  caf\xe9 ol\xe9\n",
+             "cut": "eight bytes 日".encode()[:-1], "surrogate": b"a\xed\xa0\x80b", "long": long,
+             "late": b"a b" * 200000 + b"\xff", "little": "hi é".encode("utf-16"), "bom": b"\xef\xbb\xbfa",
+             "big": b"\xfe\xff" + "hi".encode("utf-16-be")}
+    wanted = []
+    for name, text in texts.items():
+        packed = name == "long"
+        path = tmp_path / (name + ".txt" + (".gz" if packed else ""))
+        path.write_bytes(gzip.compress(text) if packed else text)
+        wrong, rest = [], text
+        while rest:
+            try:
+                rest.decode()
+                break
+            except UnicodeDecodeError as e:
+                wrong.append((len(text) - len(rest) + e.start, e.end - e.start))
+                rest = rest[e.end:]
+        n = sum(size for _, size in wrong)
+        mark = "begins with the mark of UTF-16, but is read as UTF-8; " if name in ("little", "big") else ""
+        what = "byte is" if n == 1 else "bytes are"
+        if wrong:
+            wanted.append(f"{path}: {mark}{n} {what} not UTF-8, the first at byte {wrong[0][0] + 1}; ")
+    inputs = " ".join(str(tmp_path / n) for n in (t + (".txt.gz" if t == "long" else ".txt") for t in texts))
+    _, said = drive(f"tokenize bytes {tmp_path}/x.npy threads=2 {inputs}", says=True)
+    assert said == [line + "kept as they are" for line in wanted] and len(said) == 8
+    tokenizer = os.path.join(ROOT, "tests", "fixtures", "tokenizer", "tokenizer.json")
+    _, said = drive(f"tokenize {tokenizer} {tmp_path}/y.npy {inputs}", says=True)
+    assert said == [line + "replaced by U+FFFD" for line in wanted]
+    (tmp_path / "a.jsonl").write_bytes('{"text": "a"}\n{"text": "b"}'.encode("utf-16"))
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n\xff\xfe{"text": "b"}')
+    _, said = drive(f"tokenize bytes {tmp_path}/z.npy {tmp_path}/a.jsonl {tmp_path}/b.jsonl", says=True)
+    assert said == [f"{tmp_path}/a.jsonl:1: UTF-16, and not UTF-8; left out",
+                    f"{tmp_path}/a.jsonl:2: not JSON from byte 1 on; left out",
+                    f"{tmp_path}/b.jsonl:2: not JSON from byte 1 on; left out"]
 
 
 def test_damaged_lines_past_the_twentieth_are_counted(drive, tmp_path):
@@ -762,6 +839,109 @@ def test_tokenize_stopped_at_every_step(drive, tmp_path, monkeypatch):
         drive(command.format(tmp_path / "stopped", texts))
         assert folder(tmp_path / "stopped") == folder(tmp_path / "straight"), step
     assert step > 15
+
+
+@pytest.mark.parametrize("call", ["FOLDER_OPEN", "FOLDER_SYNC"])
+def test_tokenize_folder_that_cannot_be_synced(drive, tmp_path, monkeypatch, call):
+    """It is no error but where the disk fails or is full. Then what was written stays, with the state that knows it."""
+    (tmp_path / "out").mkdir()
+    x, a = tmp_path / "out" / "x.npy", tmp_path / "a.txt"
+    no_errors = (errno.EACCES, errno.EINVAL, errno.EROFS, errno.ENOTSUP, errno.EMFILE, errno.ENOENT)
+    for length, error in enumerate(no_errors):
+        a.write_text("x" * (length + 5))
+        monkeypatch.setenv(call, str(error))
+        assert drive(f"tokenize bytes {x} {a}") == [f"1 {length + 6} 1 0"]
+        assert read_tokens(x) == [120] * (length + 5) + [256] and sorted(folder(x.parent)) == ["x.csv.gz", "x.npy"]
+    for length, error in enumerate((errno.EIO, errno.ENOSPC, errno.EDQUOT)):
+        for there in (True, False):
+            if not there:
+                x.unlink()
+            old = folder(x.parent)
+            a.write_text("y" * (10 + 2 * length + there))
+            monkeypatch.setenv(call, str(error))
+            message = drive(f"tokenize bytes {x} {a}", fails=True)
+            assert f"{os.strerror(error)}; the same command goes on from what is saved" in message
+            assert {"x.npy.state", "x.npy.tmp", "x.csv.gz.tmp"} < set(folder(x.parent))
+            assert {name: d for name, d in folder(x.parent).items() if name in old} == old
+            monkeypatch.delenv(call)
+            assert drive(f"tokenize bytes {x} {a}") == [f"1 {11 + 2 * length + there} 1 0"]
+            assert read_tokens(x) == [121] * (10 + 2 * length + there) + [256]
+            assert sorted(folder(x.parent)) == ["x.csv.gz", "x.npy"]
+
+
+def test_tokenize_believes_only_the_files_that_it_saved(drive, tmp_path, monkeypatch):
+    """Stopped where a state is there, finished or not: without one of its files, or with another in its place, the same
+    command is refused by that file's name, and changes nothing. Parts that have their final names count by size."""
+    (tmp_path / "a.txt").write_text("".join(chr(97 + i % 26) for i in range(250)))
+    (tmp_path / "b.txt").write_text("b" * 400)
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(random.Random(4).randbytes(5000))[:2000])
+    # as much as is encoded at a time, BATCH_BYTES: after it is a save, and then comes what can't be read
+    (tmp_path / "d.jsonl").write_text('{"text": "dddddddd", "more": "%s"}\n' % ("." * 16000) * 17)
+    out = tmp_path / "out"
+    out.mkdir()
+    all_ways, one, names = ("none", "short", "other"), f"{tmp_path}/a.txt", ("x.csv.gz.tmp", "x.npy.tmp")
+    parts = [f"x-{part:05d}.{kind}" for part in range(3) for kind in ("csv.gz", "npy")]
+    # 3, 5 and 7: the state, the .csv.gz and the .npy have just been renamed
+    cases = [(one, 3, names, all_ways), (one, 5, ("x.csv.gz", "x.npy.tmp"), all_ways),
+             (one, 7, ("x.csv.gz", "x.npy"), all_ways),
+             (f"max=260 {one} {tmp_path}/b.txt", 3, ("x.npy.tmp", "x-00001.npy.tmp", "x-00002.csv.tmp"), all_ways),
+             (f"max=260 save=1 {one} {tmp_path}/b.txt {tmp_path}/d.jsonl {tmp_path}/c.txt.gz", 0, parts,
+              ("none", "short")),
+             (f"save=1 {tmp_path}/d.jsonl {tmp_path}/c.txt.gz", 0, ("x.npy.tmp", "x.csv.tmp"), all_ways)]
+    for options, step, files, ways in cases:
+        command = f"tokenize bytes {out}/x.npy {options}"
+        for p in out.iterdir():
+            p.unlink()
+        monkeypatch.setenv("DIE_AT", str(step))
+        assert drive(command, stopped=True) == (2 if step else 1)
+        monkeypatch.delenv("DIE_AT")
+        assert {"x.npy.state", *files} <= set(folder(out))
+        for name in files:
+            was = (out / name).read_bytes()
+            for way in ways:
+                (out / name).unlink() if way == "none" else (out / name).write_bytes(was[:-1] + b"!" * (way == "other"))
+                before = folder(out)
+                message = drive(command, fails=True)
+                assert "not as the stopped run left it; start over with --restart" in message, (options, name, way)
+                final = name.replace(".tmp", "")        # of several parts the first is x-00000 when it is complete
+                assert final in message or final.replace("x.", "x-00000.") in message, (options, way, message)
+                after = folder(out)
+                assert all(after[n] == before[n] for n in before), (options, name, way)
+                (out / name).write_bytes(was)
+                for new in set(after) - set(before) - {name}:
+                    (out / new).unlink()
+        if step:
+            drive(command)
+
+
+@pytest.mark.parametrize("max_tokens", [0, 300])
+def test_tokenize_two_at_a_time_at_every_step(program, drive, tmp_path, monkeypatch, max_tokens):
+    """A second run, while the first is stopped between two steps that others could see: it is refused, or finds the
+    first one finished. It does the first no harm."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": "text " * (i % 30)}) + "\n" for i in range(20)))
+    for name in ("straight", "twice"):
+        (tmp_path / name).mkdir()
+    command = f"tokenize bytes {{}}/x.npy max={max_tokens} {tmp_path}/a.jsonl"
+    straight, refused = drive(command.format(tmp_path / "straight")), 0
+    for step in range(1, 100):
+        for p in (tmp_path / "twice").iterdir():
+            p.unlink()
+        first = subprocess.Popen([program], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                 text=True, env={**os.environ, "STOP_AT": str(step)})
+        first.stdin.write(command.format(tmp_path / "twice") + "\n")
+        first.stdin.close()
+        stopped = os.waitid(os.P_PID, first.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT).si_code == os.CLD_STOPPED
+        if stopped:
+            second = subprocess.run([program], input=command.format(tmp_path / "twice"), capture_output=True, text=True)
+            refused += second.returncode
+            assert second.returncode == 0 or "another run is writing it" in second.stderr, (step, second.stderr)
+            assert second.returncode == 1 or second.stdout.splitlines() == straight, step
+            first.send_signal(signal.SIGCONT)
+        assert first.wait(60) == 0, (step, first.stderr.read())
+        assert folder(tmp_path / "twice") == folder(tmp_path / "straight"), step
+        if not stopped:
+            break
+    assert step > 8 and refused > 0
 
 
 def test_tokenize_goes_on_only_with_the_same(drive, tmp_path, texts):
