@@ -1,6 +1,7 @@
 // Lets test_data.py drive dataloader.h, tokenizer.h and tokenize.h: reads commands from standard input, a line each,
 // and prints what they give.
 
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -66,6 +67,14 @@ static int traced_unlink(const char* path) {
 #include "../commands/tokenize.h"
 #include "../dataloader.h"
 
+// The words of a command. A blank in a path comes as the byte 0x1f.
+struct Words : std::istringstream { using std::istringstream::istringstream; };
+template <typename T> static Words& operator>>(Words& in, T& value) {
+    static_cast<std::istringstream&>(in) >> value;
+    if constexpr (std::is_same<T, std::string>::value) std::replace(value.begin(), value.end(), '\x1f', ' ');
+    return in;
+}
+
 static void print_rows(const std::vector<int32_t>& values, size_t rows, int T) {
     for (size_t row = 0; row < rows; row++)
         for (int t = 0; t < T; t++) printf("%d%c", values[row * T + t], t + 1 == T ? '\n' : ' ');
@@ -75,7 +84,7 @@ int main() {
     DataLoader d;
     std::string line, word;
     while (std::getline(std::cin, line)) {
-        std::istringstream in(line);
+        Words in(line);
         in >> word;
         std::vector<int32_t> inputs, targets;
         if (word == "pcg") {                    // pcg SEED N: raw outputs

@@ -85,7 +85,7 @@ class Tree:
                               errors="replace", timeout=100, env={**self.environment, **environment})
 
     def make(self, *words, **environment):
-        return self.run("make", "DEVICE=cpu", "MPICC=false", f"PYTHON={self.bin}/python", *words, **environment)
+        return self.run("make", "DEVICE=cpu", "MPICC=false", "PYTHON=python", *words, **environment)
 
     def lines(self):
         """What was written since the last call."""
