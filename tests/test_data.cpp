@@ -1,7 +1,6 @@
 // Lets test_data.py drive dataloader.h, tokenizer.h and tokenize.h: reads commands from standard input, a line each,
 // and prints what they give.
 
-#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -66,14 +65,7 @@ static int traced_unlink(const char* path) {
 
 #include "../commands/tokenize.h"
 #include "../dataloader.h"
-
-// The words of a command. A blank in a path comes as the byte 0x1f.
-struct Words : std::istringstream { using std::istringstream::istringstream; };
-template <typename T> static Words& operator>>(Words& in, T& value) {
-    static_cast<std::istringstream&>(in) >> value;
-    if constexpr (std::is_same<T, std::string>::value) std::replace(value.begin(), value.end(), '\x1f', ' ');
-    return in;
-}
+#include "words.h"
 
 static void print_rows(const std::vector<int32_t>& values, size_t rows, int T) {
     for (size_t row = 0; row < rows; row++)

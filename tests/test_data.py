@@ -17,6 +17,8 @@ import time
 
 import pytest
 
+from words import words
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -32,22 +34,12 @@ def program(tmp_path_factory):
     return build(tmp_path_factory.mktemp("build") / "test_data", "address,undefined")
 
 
-@pytest.fixture(scope="session")
-def words(tmp_path_factory):
-    """Commands as the program reads them: its words end at blanks, so those in paths become another byte."""
-    def with_blanks(command):
-        for folder in (str(tmp_path_factory.getbasetemp()), ROOT):
-            command = command.replace(folder, folder.replace(" ", "\x1f"))
-        return command
-    return with_blanks
-
-
 @pytest.fixture
-def drive(program, words):
+def drive(program):
     """Runs commands; the lines printed. With fails, the one line on standard error; with says, also the lines there;
     with stopped, the exit code."""
     def run(*commands, fails=False, says=False, stopped=False, limit=None):
-        r = subprocess.run([program], input=words("\n".join(commands) + "\n"), capture_output=True, text=True,
+        r = subprocess.run([program], input=words(*commands), capture_output=True, text=True,
                            preexec_fn=limit)
         if stopped:
             return r.returncode
@@ -791,15 +783,15 @@ def test_tokenize_any_number_of_threads(drive, tmp_path, texts):
     assert all(f == found[0] for f in found) and len(found[0][2]) > 20 and len(found[0][1]) > 20
 
 
-def test_tokenize_threads_do_not_race(words, tmp_path, texts):
+def test_tokenize_threads_do_not_race(tmp_path, texts):
     program = build(tmp_path / "racing", "thread")
-    command = f"tokenize bytes {tmp_path}/x.npy max=500000 save=300000 threads=7 {texts}\n"
+    command = f"tokenize bytes {tmp_path}/x.npy max=500000 save=300000 threads=7 {texts}"
     r = subprocess.run([program], input=words(command), capture_output=True, text=True)
     assert r.returncode == 0 and "WARNING" not in r.stderr, r.stderr[-3000:]
 
 
 @pytest.mark.parametrize("max_tokens", [0, 300000])
-def test_tokenize_killed_again_and_again(program, drive, words, tmp_path, texts, max_tokens):
+def test_tokenize_killed_again_and_again(program, drive, tmp_path, texts, max_tokens):
     """Killed soon after a save, as often as it takes; then the files are those of a run that was not killed, and there
     are no others."""
     for name in ("straight", "killed"):
@@ -816,7 +808,7 @@ def test_tokenize_killed_again_and_again(program, drive, words, tmp_path, texts,
         before = saved()
         with open(tmp_path / "said", "w+") as said:
             process = subprocess.Popen([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True)
-            process.stdin.write(words(command.format(tmp_path / "killed", max_tokens, texts) + "\n"))
+            process.stdin.write(words(command.format(tmp_path / "killed", max_tokens, texts)))
             process.stdin.close()
             while process.poll() is None and (saved() == before or kills == 12):
                 time.sleep(0.001)
@@ -931,7 +923,7 @@ def test_tokenize_believes_only_the_files_that_it_saved(drive, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("max_tokens", [0, 300])
-def test_tokenize_two_at_a_time_at_every_step(program, drive, words, tmp_path, max_tokens):
+def test_tokenize_two_at_a_time_at_every_step(program, drive, tmp_path, max_tokens):
     """A second run, while the first is stopped between two steps that others could see: it is refused, or finds the
     first one finished. It does the first no harm."""
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": "text " * (i % 30)}) + "\n" for i in range(20)))
@@ -939,7 +931,7 @@ def test_tokenize_two_at_a_time_at_every_step(program, drive, words, tmp_path, m
         (tmp_path / name).mkdir()
     command = f"tokenize bytes {{}}/x.npy max={max_tokens} {tmp_path}/a.jsonl"
     straight, refused = drive(command.format(tmp_path / "straight")), 0
-    twice = words(command.format(tmp_path / "twice") + "\n")
+    twice = words(command.format(tmp_path / "twice"))
     for step in range(1, 100):
         for p in (tmp_path / "twice").iterdir():
             p.unlink()

@@ -21,6 +21,7 @@ void die(const char* format, ...) {
 }
 
 #include "../tokenizer.h"
+#include "words.h"
 
 static std::string unhex(const std::string& s) {
     std::string bytes;
@@ -77,12 +78,13 @@ int main() {
     Tokenizer t;
     std::string line, word;
     while (std::getline(std::cin, line)) {
-        std::istringstream in(line);
+        Words in(line);
         in >> word;
         std::string name, out;
         std::vector<int> ids;
         if (word == "open") {                   // open NAME: the id that ends a document, ids
             std::getline(in >> std::ws, name);
+            std::replace(name.begin(), name.end(), '\x1f', ' ');
             tokenizer_open(&t, name);
             printf("%d %d\n", t.eos, t.vocab);
         } else if (word == "encode") {          // encode HEX: ids

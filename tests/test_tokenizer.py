@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 import nasty
+from words import words
 
 FIXTURE = ROOT / "tests" / "fixtures" / "tokenizer"
 VECTORS = json.loads((FIXTURE / "vectors.json").read_text())
@@ -50,7 +51,7 @@ def fast(programs):
 
 def drive(program, *commands, fails=False):
     """Runs commands; the lines printed. With fails, the one line on standard error."""
-    r = subprocess.run([program], input="\n".join(commands) + "\n", capture_output=True, text=True)
+    r = subprocess.run([program], input=words(*commands), capture_output=True, text=True)
     if fails:
         assert r.returncode == 1, (r.returncode, r.stderr)
         assert r.stderr.count("\n") == 1 and r.stderr.endswith("\n"), r.stderr
