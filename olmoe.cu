@@ -1791,6 +1791,7 @@ void olmoe_classify(Olmoe* m, const floatX* x /* (rows, C) */, int rows) {
 void olmoe_forward(Olmoe* m) {
     const OlmoeConfig& c = m->config;
     Activations& a = m->acts;
+    at_phase("forward");
     embedding_forward(a.layers[0].x, a.inputs, m->params.embed, m->N, c.C);
     for (int l = 0; l < c.L; l++) {
         at_layer(l);
@@ -1814,6 +1815,7 @@ Losses olmoe_losses(Olmoe* m, double lb_coef = 0, double z_coef = 0) {
     const OlmoeConfig& c = m->config;
     const size_t N = m->N, E = c.E, stride = m->capacity.N;
     const LayerActivations& all = m->acts.layers[0];
+    at_phase("losses");
     m->losses.resize(N);
     m->router_lse.resize(c.L * stride);
     m->router_partial.resize((size_t)c.L * SLABS * E);
@@ -1972,6 +1974,7 @@ void olmoe_backward(Olmoe* m, double lb_coef, double z_coef, int micro_batches, 
     const double N = m->N, LNK = c.L * N * c.K * micro_batches * world.size;
     const double lb_tokens = m->lb_global ? N * world.size : N;
     const float lb_scale = (float)(lb_coef * c.E / (LNK * lb_tokens)), z_scale = (float)(2 * z_coef / LNK);
+    at_phase("backward");
     index_tokens(m);
 
     matmul_backward_weight(main_stream, m->grads.lm_head, a.dlogits, a.final_out, m->N, c.C, c.V);
@@ -2075,7 +2078,8 @@ void olmoe_update(Olmoe* m, int64_t step, double grad_norm, const AdamWOptions& 
 #include "lib/options.h"        // the command line: one table parses, checks, and prints --help
 #include "lib/checkpoint.h"     // Hugging Face directories and the training state beside the weights, as files
 #include "lib/weights.h"        // weights and AdamW's state from files into a model, and back
-#include "lib/reports.h"        // printed tables, balance of the experts, the first NaN, the machine's peak
+#include "lib/reports.h"        // printed tables, balance of the experts, the first NaN
+#include "lib/peak.h"           // the most FLOP/s that a device can do, published or measured
 #include "lib/output.h"         // the output directory and its log, Ctrl-C
 #include "commands/generate.h"  // olmoe generate, and the samples of a training run
 #include "commands/verify.h"    // olmoe verify: a comparison with a reference file
@@ -2165,7 +2169,7 @@ struct TrainingRun {
 
     Olmoe model;
     Cache cache;                            // of the samples
-    double peak = 0;                        // FLOP/s of a rank
+    Peak peak;                              // FLOP/s of a rank
     std::string from;                       // the checkpoint that it resumed from, or ""
     std::vector<std::pair<std::string, std::string>> changed;   // what of its recipe is different now
 
@@ -2180,6 +2184,7 @@ struct TrainingRun {
 
 struct StepResult {
     Losses losses;                          // of all ranks
+    Balance balance;                        // of all ranks' micro-batches
     double norm = 0, lr = 0, seconds = 0;
     bool skipped = false;
     double sent[TRAFFICS] = {};             // bytes that this rank gave to collectives
@@ -2210,29 +2215,6 @@ std::vector<MicroBatch> pretraining_micro_batches(TrainingRun* run) {
 void pretraining_gradient(TrainingRun* run) { cross_entropy(run->model.acts, true, run->model.N, run->config.V); }
 
 static const Objective pretraining = {pretraining_micro_batches, pretraining_gradient};
-
-// The options against one another and the config
-void run_check_options(TrainingRun* run) {
-    TrainOptions& o = run->o;
-    const OlmoeConfig& c = run->config;
-    const std::string many = world.size > 1 ? text("%d ranks x ", world.size) : "";
-    if (c.E % o.ep != 0) die("the model's %d experts can't be divided among --ep %ld ranks", c.E, o.ep);
-    o.adamw.seed = (uint64_t)o.seed;
-    if (o.T == 0) o.T = c.max_T;
-    if (o.T > c.max_T) die("--seq %ld is longer than the config's max_position_embeddings %d", o.T, c.max_T);
-    if (o.global_batch == 0) o.global_batch = o.B * world.size;
-    if (o.global_batch % (o.B * world.size) != 0)
-        die("--global-batch %ld is not a multiple of %s--batch %ld", o.global_batch, many.c_str(), o.B);
-    run->micro_batches = (int)(o.global_batch / (o.B * world.size));
-    run->tokens_per_step = (double)o.global_batch * o.T;
-    run->steps = (int64_t)steps_of("steps", o.steps, run->tokens_per_step);
-    Schedule& s = run->schedule;
-    s.kind = o.schedule;
-    s.lr = o.lr;
-    s.min_lr = o.min_lr < 0 ? 0.1 * o.lr : o.min_lr;
-    s.warmup = o.schedule == "anneal" ? 0 : steps_of("warmup", o.warmup, run->tokens_per_step);
-    s.total = o.decay_steps.empty() ? run->steps : steps_of("decay-steps", o.decay_steps, run->tokens_per_step);
-}
 
 // Options, ranks, files; nothing of the device. The ranks meet before the files are opened: an error that all of
 // them find is then one line.
@@ -2278,7 +2260,7 @@ void run_start(TrainingRun* run) {
     run->from = checkpoint_to_resume(*run);
     output_check(o.out);
 
-    run->peak = o.peak_tflops > 0 ? o.peak_tflops * 1e12 : measure_peak();
+    run->peak = machine_peak(o.peak_tflops);
     const int prompt = run->has_tokenizer ? (int)sample_prompt(run->tokenizer, o.prompt).size() : 0;
     const int positions = std::min(run->config.max_T, prompt + (int)o.sample_tokens);
     Capacity capacity = capacity_of_rows(run->config, o.B, o.T, Use::training, (int)o.recompute);
@@ -2291,27 +2273,30 @@ void run_start(TrainingRun* run) {
     else if (!o.model.empty()) olmoe_load(&m, o.model);
     else olmoe_init(&m, o.seed);
     run->first_step = run->step;
-    run->balance.reset(run->config);
     log_open(run);
-    if (!o.trace.empty()) trace_write(trace_path(o));           // an error now, not after three steps
+    if (!o.trace.empty()) trace_write(trace_path(o));           // an error now, not after a step
     stopping_saves = true;
     run->started = seconds_now();
 }
 
-// Sums the losses over the ranks, and finds out together whether to stop, or who met a NaN: the same numbers on each
-// rank, so that all decide the same.
-void run_agree(TrainingRun* run, Losses* l, const std::string& not_finite /* where this rank met the first, or "" */) {
-    std::vector<double> sums = {l->loss, l->lb, l->z, l->nll, (double)l->valid, (double)stop_requested};
+// Sums the losses and the experts' rows over the ranks, and finds out together whether to stop, or who met a NaN: the
+// same numbers on each rank, so that all decide the same.
+void run_agree(TrainingRun* run, StepResult* r, const std::string& not_finite /* where this rank met it first, or "" */) {
+    Losses& l = r->losses;
+    std::vector<double>& counts = r->balance.counts;
+    std::vector<double> sums = {l.loss, l.lb, l.z, l.nll, (double)l.valid, (double)stop_requested};
     const size_t n = sums.size();
     sums.resize(n + world.size, 0);
     sums[n + world.rank] = !not_finite.empty();
+    sums.insert(sums.end(), counts.begin(), counts.end());
     host_sum(&sums);
-    l->loss = sums[0]; l->lb = sums[1]; l->z = sums[2]; l->nll = sums[3]; l->valid = (int64_t)sums[4];
-    l->ce = l->loss - l->lb - l->z;
+    l.loss = sums[0]; l.lb = sums[1]; l.z = sums[2]; l.nll = sums[3]; l.valid = (int64_t)sums[4];
+    l.ce = l.loss - l.lb - l.z;
+    std::copy(sums.end() - counts.size(), sums.end(), counts.begin());
     run->stop = sums[5] > 0;
-    for (int r = 0; r < world.size; r++) {
-        if (sums[n + r] == 0) continue;
-        if (r == world.rank)
+    for (int rank = 0; rank < world.size; rank++) {
+        if (sums[n + rank] == 0) continue;
+        if (rank == world.rank)
             die("step %ld: the loss is not finite; first in %s. The last checkpoint in %s is untouched", run->step,
                 not_finite.c_str(), run->o.out.c_str());
         sleep(3);                           // that rank's line comes first, and its end ends all
@@ -2328,7 +2313,8 @@ StepResult run_step(TrainingRun* run) {
     std::copy(traffic, traffic + TRAFFICS, before);
     run->step++;
     if (o.profile && run->step == run->steps) cudaCheck(cudaProfilerStart());
-    if (!o.trace.empty() && run->step <= run->first_step + 3) trace_begin();    // the first three steps
+    at_step(text("step %ld", run->step));
+    if (!o.trace.empty() && run->step == run->first_step + 1) trace_begin();    // its first two micro-batches
 
     const std::vector<MicroBatch> batches = run->objective->micro_batches(run);
     const int parts = (int)batches.size() * world.size;         // the step takes the mean of their auxiliary losses
@@ -2342,10 +2328,14 @@ StepResult run_step(TrainingRun* run) {
         const Losses l = olmoe_losses(m, o.lb_coef / parts, o.z_coef / parts);
         if (!std::isfinite(l.loss) && not_finite.empty()) not_finite = find_non_finite(m);
         r.losses.add(l);
-        run->balance.add(*m);
+        r.balance.add(*m);
+        if (trace.on && (i == 1 || i + 1 == batches.size())) trace_end(trace_path(o));
     }
-    run_agree(run, &r.losses, not_finite);
+    at_phase("agreement");
+    run_agree(run, &r, not_finite);
+    run->balance.add(r.balance);
 
+    at_phase("update");
     const Tensor* bad = nullptr;
     r.norm = olmoe_grad_norm(m, &bad);
     if (!std::isfinite(r.norm))
@@ -2360,13 +2350,10 @@ StepResult run_step(TrainingRun* run) {
     optimizer.lr = r.lr = learning_rate(run->schedule, (double)run->step);
     if (!r.skipped) olmoe_update(m, ++run->updates, r.norm, optimizer);
     cudaCheck(cudaStreamSynchronize(main_stream.stream));
+    at_step("");
     if (o.profile && run->step == run->steps) cudaCheck(cudaProfilerStop());
     r.seconds = seconds_now() - start;
     for (int i = 0; i < TRAFFICS; i++) r.sent[i] = traffic[i] - before[i];
-    if (trace.on) {
-        trace_end();
-        if (run->step == std::min(run->first_step + 3, run->steps) || run->stop) trace_write(trace_path(o));
-    }
     return r;
 }
 
@@ -2410,6 +2397,7 @@ Validation validate(TrainingRun* run, bool by_domain) {
 // Validation loss, and how evenly the experts are used: on the screen and in the step's line for the log
 void run_validate(TrainingRun* run, Json* line) {
     const bool by_domain = run->step == run->steps && run->domains.names.size() > 1;
+    at_step("validation");
     if (!run->o.val.empty()) {
         run->balance.reset(run->config);    // of the validation data alone
         const Validation v = validate(run, by_domain);
@@ -2419,18 +2407,21 @@ void run_validate(TrainingRun* run, Json* line) {
         (*line)["val_loss"] = digits(v.loss);
         if (in_bits) (*line)["val_bpb"] = digits(v.bits_per_byte);
         if (by_domain) print_domains(run->domains, run->config);
+        host_sum(&run->balance.counts);
     }
-    host_sum(&run->balance.counts);
     print_balance(run->balance);
     (*line)["balance"] = balance_json(run->balance);
     run->balance.reset(run->config);
+    at_step("");
 }
 
 // A text that the model continues
 void run_sample(TrainingRun* run) {
     const TrainOptions& o = run->o;
     const uint64_t seed = o.seed + run->step;
+    at_step("sample");
     print_sample(o.prompt, sample_text(&run->model, run->cache, run->tokenizer, o.prompt, o.sample_tokens, seed));
+    at_step("");
 }
 
 void run_close(TrainingRun* run) {

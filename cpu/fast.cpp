@@ -4,6 +4,7 @@
 #include "collective.h"
 #include "cuda_profiler_api.h"
 #include "gemm.h"
+#include "nvtx3/nvToolsExt.h"
 #include <algorithm>
 #include <chrono>
 #include <map>
@@ -86,13 +87,14 @@ static void run_group(const Group& group) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// Profile: calls and time of each kernel, and the list of matrix products, which run again at the end by themselves.
+// Profile: calls and time of each kernel and of each range of NVTX, and the list of matrix products, which run again at
+// the end by themselves.
 
 struct Count { long calls; double ms; };
 static struct Profile {
     bool on;
     double start, gemm_ms, memory_ms;
-    std::map<std::string, Count> kernels;
+    std::map<std::string, Count> kernels, ranges;      // ranges by path
     std::vector<Group> groups;
     std::vector<double> group_ms;
 } profile;
@@ -131,6 +133,28 @@ cudaError_t cudaProfilerStart() {
     return cudaSuccess;
 }
 
+// Those that begin and end while the profile is on count.
+struct OpenRange { std::string path; double start; };
+static std::vector<OpenRange> open_ranges;
+
+int nvtxRangePushA(const char* name) {
+    const std::string path = open_ranges.empty() ? name : open_ranges.back().path + "/" + name;
+    open_ranges.push_back({path, profile.on ? now_ms() : -1});
+    return (int)open_ranges.size() - 1;
+}
+
+int nvtxRangePop() {
+    if (open_ranges.empty()) return -1;
+    const auto [path, start] = open_ranges.back();
+    open_ranges.pop_back();
+    if (profile.on && start >= profile.start) {
+        Count& count = profile.ranges[path];
+        count.calls++;
+        count.ms += now_ms() - start;
+    }
+    return (int)open_ranges.size();
+}
+
 // All calls of products with one shape
 struct GemmSum { Gemm shape; long calls; double ms, gflop; };
 
@@ -164,14 +188,18 @@ static void write_profile(double wall_ms, double alone_ms) {
     };
     add("{\"threads\": %d, \"wall_ms\": %.6g, ", omp_get_max_threads(), wall_ms);
     add("\"gemm_ms_in_step\": %.6g, \"gemm_ms_alone\": %.6g, ", profile.gemm_ms, alone_ms);
-    add("\"memcpy_memset_ms\": %.6g, \"kernels\": {", profile.memory_ms);
-    for (auto& [name, count] : profile.kernels) {
-        json += comma + "\"" + name;
-        add("\": {\"calls\": %ld, \"ms\": %.6g}", count.calls, count.ms);
-        comma = ", ";
+    add("\"memcpy_memset_ms\": %.6g", profile.memory_ms);
+    for (auto [title, counts] : {std::pair{"kernels", &profile.kernels}, {"ranges", &profile.ranges}}) {
+        add(", \"%s\": {", title);
+        for (auto& [name, count] : *counts) {
+            json += comma + "\"" + name;
+            add("\": {\"calls\": %ld, \"ms\": %.6g}", count.calls, count.ms);
+            comma = ", ";
+        }
+        json += "}";
+        comma = "";
     }
-    json += "}, \"gemms\": [";
-    comma = "";
+    json += ", \"gemms\": [";
     for (auto& [key, sum] : sum_gemms()) {
         const Gemm& g = sum.shape;
         auto boolean = [](bool value) { return value ? "true" : "false"; };

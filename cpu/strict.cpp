@@ -19,6 +19,7 @@
 #include "collective.h"
 #include "cuda_profiler_api.h"
 #include "gemm.h"
+#include "nvtx3/nvToolsExt.h"
 #include <algorithm>
 #include <chrono>
 #include <deque>
@@ -949,3 +950,5 @@ cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t start, cudaEvent_t end) 
 cudaError_t cudaGetLastError() { return cudaSuccess; }       // what would be an error here has been reported
 cudaError_t cudaProfilerStart() { return cudaSuccess; }
 cudaError_t cudaProfilerStop() { return cudaSuccess; }
+int nvtxRangePushA(const char*) { return 0; }
+int nvtxRangePop() { return 0; }

@@ -80,31 +80,6 @@ std::string join(const std::vector<std::string>& words) {
     return s;
 }
 
-// FLOP/s of a large matmul in floatX: the machine's peak, as measured
-double measure_peak() {
-    double best = 0;
-    for (int n = 1024; n <= 8192; n *= 2) {
-        floatX *a, *b, *c;
-        const size_t bytes = (size_t)n * n * sizeof(floatX);
-        for (floatX** p : {&a, &b, &c}) {
-            cudaCheck(cudaMalloc((void**)p, bytes));
-            cudaCheck(cudaMemset(*p, 0, bytes));
-        }
-        double seconds = 0;
-        for (int i = 0; i < 4; i++) {
-            cudaCheck(cudaDeviceSynchronize());
-            double start = seconds_now();
-            matmul_forward(main_stream, c, a, b, n, n, n);
-            cudaCheck(cudaStreamSynchronize(main_stream.stream));
-            seconds = seconds_now() - start;
-            best = std::max(best, 2.0 * n * n * n / seconds);
-        }
-        for (floatX* p : {a, b, c}) cudaCheck(cudaFree(p));
-        if (seconds > 2e-3) break;
-    }
-    return best;
-}
-
 // A number of the log: 9 digits, and null where it is not finite
 Json digits(double x) {
     if (!std::isfinite(x)) return nullptr;
@@ -132,8 +107,14 @@ struct Balance {
     std::vector<double> counts;             // (L, E)
 
     void reset(const OlmoeConfig& c) { L = c.L; E = c.E; counts.assign((size_t)L * E, 0); }
+    // This rank's rows of the micro-batch in m
     void add(const Olmoe& m) {
+        if (counts.empty()) reset(m.config);
         for (int l = 0; l < L; l++) for (int e = 0; e < E; e++) counts[(size_t)l * E + e] += m.rows[l].sent[e];
+    }
+    void add(const Balance& more) {
+        if (counts.empty()) { *this = more; return; }
+        for (size_t i = 0; i < counts.size(); i++) counts[i] += more.counts[i];
     }
 };
 
@@ -152,6 +133,17 @@ LayerBalance layer_balance(const Balance& b, int l) {
     }
     r.entropy = b.E > 1 ? r.entropy / log((double)b.E) : 1;
     r.max_over_mean = sum > 0 ? max * b.E / sum : 0;
+    return r;
+}
+
+// Of all layers: the largest max_over_mean, and the experts that received no row
+LayerBalance whole_balance(const Balance& b) {
+    LayerBalance r;
+    for (int l = 0; l < b.L; l++) {
+        const LayerBalance layer = layer_balance(b, l);
+        r.max_over_mean = std::max(r.max_over_mean, layer.max_over_mean);
+        r.dead += layer.dead;
+    }
     return r;
 }
 

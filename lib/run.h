@@ -71,12 +71,13 @@ std::vector<Option> train_options(TrainOptions* o) {
         {"rendezvous", &o->rendezvous, "HOST:PORT|FILE",
          "where ranks meet that neither mpirun nor srun with PMIx started"},
         {"timeout", &o->timeout, "S", "seconds after which a rank that does not answer ends the run", 1, 1e6},
-        {"trace", &o->trace, "FILE", "when kernels and collectives of the first three steps were issued and ran, for "
-         "Perfetto; ranks above 0 add their number to the name"},
+        {"trace", &o->trace, "FILE", "when kernels and collectives of the first step's first two micro-batches were "
+         "issued and ran, for Perfetto; ranks above 0 add their number to the name"},
         {"profile", &o->profile, "", "profilers see the last step only (nsys profile -c cudaProfilerApi); "
          "a CPU build reports its kernels' times, in JSON on standard error"},
         {"peak-tflops", &o->peak_tflops, "X",
-         "the machine's peak, for the share of it that is used; 0: that of a large matmul, measured", 0, 1e9},
+         "the device's peak, of which MFU is a share; 0: what NVIDIA publishes for its name, dense BF16 or FP32 as the "
+         "build, or else a large product's, measured", 0, 1e9},
     };
 }
 
@@ -91,6 +92,29 @@ void train_options_parse(TrainOptions* o, int argc, char** argv) {
     // A limit of infinity is none. Of moments that are 0, eps 0 makes an update of 0 and not 0 / 0.
     for (double* limit : {&o->adamw.grad_clip, &o->skip_spikes}) if (std::isinf(*limit)) *limit = 0;
     o->adamw.eps = std::max(o->adamw.eps, 1e-30);
+}
+
+// The options against one another and the config
+void run_check_options(TrainingRun* run) {
+    TrainOptions& o = run->o;
+    const OlmoeConfig& c = run->config;
+    const std::string many = world.size > 1 ? text("%d ranks x ", world.size) : "";
+    if (c.E % o.ep != 0) die("the model's %d experts can't be divided among --ep %ld ranks", c.E, o.ep);
+    o.adamw.seed = (uint64_t)o.seed;
+    if (o.T == 0) o.T = c.max_T;
+    if (o.T > c.max_T) die("--seq %ld is longer than the config's max_position_embeddings %d", o.T, c.max_T);
+    if (o.global_batch == 0) o.global_batch = o.B * world.size;
+    if (o.global_batch % (o.B * world.size) != 0)
+        die("--global-batch %ld is not a multiple of %s--batch %ld", o.global_batch, many.c_str(), o.B);
+    run->micro_batches = (int)(o.global_batch / (o.B * world.size));
+    run->tokens_per_step = (double)o.global_batch * o.T;
+    run->steps = (int64_t)steps_of("steps", o.steps, run->tokens_per_step);
+    Schedule& s = run->schedule;
+    s.kind = o.schedule;
+    s.lr = o.lr;
+    s.min_lr = o.min_lr < 0 ? 0.1 * o.lr : o.min_lr;
+    s.warmup = o.schedule == "anneal" ? 0 : steps_of("warmup", o.warmup, run->tokens_per_step);
+    s.total = o.decay_steps.empty() ? run->steps : steps_of("decay-steps", o.decay_steps, run->tokens_per_step);
 }
 
 // The tokenizer, and the files that go into the checkpoints: now, because later they may be gone. With --tokenizer it
@@ -137,7 +161,7 @@ void run_table(const TrainingRun& run) {
                      : masters == Masters::remainder ? "master weights as remainders of 16 bits, "
                      : "no master weights, ";
     box.add("AdamW's state", text("%smoments in %s", kept, o.moments.c_str()));
-    box.add("peak", human(run.peak, "FLOP/s") + (o.peak_tflops > 0 ? " (given)" : " (a large matmul, measured)"));
+    box.add("peak", text("%s (%s)", human(run.peak.flops, "FLOP/s").c_str(), run.peak.source.c_str()));
     box_memory(&box, run.model);
     box.rule();
     auto size_of = [](const DataLoader& d) { return human((double)dataloader_tokens(&d)) + " tokens"; };
@@ -170,19 +194,21 @@ void run_table(const TrainingRun& run) {
 Json run_report(const TrainingRun& run, const StepResult& r) {
     const Losses& l = r.losses;
     const double rate = run.tokens_per_step / r.seconds;
+    const double mfu = rate * flops_per_token(run.config, (int)run.o.T) / (run.peak.flops * world.size);
+    const LayerBalance balance = whole_balance(r.balance);
     const bool last = run.step == run.steps || run.stop;
     const bool due = run.o.log_every > 0 && run.step % run.o.log_every == 0;
     if (due || last || run.step == run.first_step + 1) {
         const int64_t done = run.step - run.first_step, left = run.steps - run.step;
-        const double share = rate * flops_per_token(run.config, (int)run.o.T) / (run.peak * world.size);
-        printf("step %*ld/%ld | loss %.4f ce %.4f lb %.5f z %.5f | norm %.3f%s | lr %.2e | %.1f ms | %s tok/s | "
-               "%.0f%% of peak | eta %s\n", (int)std::to_string(run.steps).size(), run.step, run.steps, l.loss, r.ce(),
-               l.lb, l.z, r.norm, r.skipped ? " SKIPPED" : "", r.lr, 1000 * r.seconds, human(rate).c_str(), 100 * share,
-               human_time((seconds_now() - run.started) / done * left).c_str());
+        printf("step %*ld/%ld | loss %.4f ce %.4f lb %.5f z %.5f | norm %.3f%s | max/mean %.2f | lr %.2e | %.1f ms | "
+               "%s tok/s | MFU %.0f%% | eta %s\n", (int)std::to_string(run.steps).size(), run.step, run.steps, l.loss,
+               r.ce(), l.lb, l.z, r.norm, r.skipped ? " SKIPPED" : "", balance.max_over_mean, r.lr, 1000 * r.seconds,
+               human(rate).c_str(), 100 * mfu, human_time((seconds_now() - run.started) / done * left).c_str());
     }
     Json line = {{"step", run.step}, {"loss", digits(l.loss)}, {"ce_loss", digits(r.ce())}, {"lb_loss", digits(l.lb)},
                  {"z_loss", digits(l.z)}, {"grad_norm", digits(r.norm)}, {"lr", digits(r.lr)},
-                 {"ms", digits(1000 * r.seconds)}, {"tokens_per_s", digits(rate)}};
+                 {"max_over_mean", digits(balance.max_over_mean)}, {"dead", balance.dead},
+                 {"ms", digits(1000 * r.seconds)}, {"tokens_per_s", digits(rate)}, {"mfu", digits(mfu)}};
     if (world.size > 1) {
         const char* names[TRAFFICS] = {"gradients", "parameters", "rows", "counts", "sums"};
         for (int i = 0; i < TRAFFICS; i++) line["sent_bytes"][names[i]] = (int64_t)r.sent[i];
@@ -260,6 +286,7 @@ WouldSave run_would_save(const TrainingRun& run) {
 void run_save(TrainingRun* run) {
     const Olmoe& m = run->model;
     const TrainOptions& o = run->o;
+    at_step("checkpoint");
     output_follow(&run->o.out);
     cudaCheck(cudaDeviceSynchronize());
     Savers savers = {world.rank, world.size, [&](size_t offset) { return owner_of(m.tensors, offset); },
@@ -268,6 +295,7 @@ void run_save(TrainingRun* run) {
     checkpoint_save(o.out, run->step, m.config, BF16, m.masters != Masters::none, read, trainer_state(*run),
                     run->came_with, savers);
     if (world.rank == 0) checkpoint_prune(o.out, (int)o.keep_last, (int)o.keep_every, run_would_save(*run));
+    at_step("");
 }
 
 // The directory to resume from, or "". Rank 0 looks for the newest checkpoint, and reads all of the one to resume from;

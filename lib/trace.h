@@ -1,5 +1,5 @@
 // Where the program is: launches, which are checked and traced; layers and collectives, which the trace and the watch
-// over the ranks (ranks.h) name.
+// over the ranks (ranks.h) name; steps, phases and layers as NVTX ranges, which Nsight Systems shows.
 //
 // --trace FILE shows when each kernel and collective was issued and when it ran, by stream, in the format of Chrome's
 // tracing, which Perfetto opens. An event after each piece of work records when it ended. It began when it was issued
@@ -7,6 +7,7 @@
 //
 // Included once, by olmoe.cu, after cuda.h.
 #pragma once
+#include <nvtx3/nvToolsExt.h>
 #include "cuda.h"
 
 struct Trace {
@@ -19,9 +20,24 @@ struct Trace {
 };
 static Trace trace;
 
+// NVTX ranges, one in another: a step, or what is done between steps; a phase of it; a layer. A new one ends those of
+// its kind and below.
+enum class Range { step, phase, layer };
+void at_range(Range kind, const std::string& name /* "": none */) {
+    static std::vector<Range> open;
+    for (; !open.empty() && open.back() >= kind; open.pop_back()) nvtxRangePop();
+    if (name.empty()) return;
+    nvtxRangePushA(name.c_str());
+    open.push_back(kind);
+}
+
+void at_step(const std::string& name) { at_range(Range::step, name); }
+void at_phase(const std::string& name) { at_range(Range::phase, name); }
+
 // What follows is of layer l. A sign of life for the other ranks.
 void at_layer(int l) {
     trace.layer = l;
+    at_range(Range::layer, l < 0 ? "" : text("layer %d", l));
     ranks_alive();
 }
 
@@ -48,18 +64,11 @@ void waited(cudaStream_t stream) { if (trace.on) launched("", stream); }
 // Tracing begins with the device idle; the origin is now on the host and on every stream.
 void trace_begin() {
     cudaCheck(cudaDeviceSynchronize());
-    if (trace.start == 0) {
-        trace.start = seconds_now();
-        cudaCheck(cudaEventCreateWithFlags(&trace.origin, 0));
-        cudaCheck(cudaEventRecord(trace.origin, main_stream.stream));
-    }
+    trace.start = seconds_now();
+    cudaCheck(cudaEventCreateWithFlags(&trace.origin, 0));
+    cudaCheck(cudaEventRecord(trace.origin, main_stream.stream));
     trace.on = true;
     for (cudaStream_t s : all_streams()) launched("", s);
-}
-
-void trace_end() {
-    cudaCheck(cudaDeviceSynchronize());
-    trace.on = false;
 }
 
 void trace_write(const std::string& path) {
@@ -95,4 +104,11 @@ void trace_write(const std::string& path) {
     trace.entries.clear();
     fprintf(f, "\n]}\n");
     if (fclose(f) != 0) die("cannot write %s: %s", path.c_str(), strerror(errno));
+}
+
+void trace_end(const std::string& path) {
+    cudaCheck(cudaDeviceSynchronize());
+    trace.on = false;
+    trace_write(path);
+    cudaCheck(cudaEventDestroy(trace.origin));
 }

@@ -85,7 +85,11 @@ def log(out):
 
 # What a step computes, without what depends on the clock
 def steps(out):
-    return [{k: v for k, v in line.items() if k not in ("ms", "tokens_per_s")} for line in log(out) if "step" in line]
+    return [{k: v for k, v in line.items() if k not in ("ms", "tokens_per_s", "mfu")} for line in log(out) if "step" in line]
+
+
+def steps_with_times(out):
+    return [line for line in log(out) if "step" in line]
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +112,8 @@ def test_log(data, tmp_path):
     assert lines[0]["config"]["adamw"]["beta2"] == 0.95
     assert [line["step"] for line in lines[1:]] == [1, 2, 3, 4]
     for line in lines[1:]:
-        assert {"step", "loss", "ce_loss", "lb_loss", "z_loss", "grad_norm", "lr", "ms", "tokens_per_s"} <= set(line)
+        assert {"step", "loss", "ce_loss", "lb_loss", "z_loss", "grad_norm", "lr", "max_over_mean", "dead", "ms",
+                "tokens_per_s", "mfu"} <= set(line)
         assert ("val_loss" in line) == (line["step"] % 2 == 0) == ("balance" in line)
         # loss counts the cross entropy over all 48 positions, ce_loss is the mean over the 47 that have a target
         assert abs(line["loss"] - (line["ce_loss"] * 47 / 48 + line["lb_loss"] + line["z_loss"])) < 1e-6 * line["loss"]
@@ -117,6 +122,64 @@ def test_log(data, tmp_path):
         assert 1 <= layer["max_over_mean"] <= 5 and 0 <= layer["entropy"] <= 1
     assert out.count("sample:") == 2 and "bits per byte" in out
     assert "count" in out and "word" in out             # experts by domain
+
+
+def test_balance_of_a_batch(data, tmp_path):
+    """A step's line has the largest load of its layers, and their dead experts: those of the report where it covers this
+    step alone, of two micro-batches. The screen has the first."""
+    out = ok(*train_args(data, tmp_path, "--steps", 6, "--lr", 0.3, "--global-batch", 4, "--val-every", 1))
+    shown = re.findall(r"\| max/mean (\S+) \|", out)
+    assert len(shown) == 6
+    for line, load in zip(steps(tmp_path), shown):
+        layers = line["balance"]
+        assert line["max_over_mean"] == max(layer["max_over_mean"] for layer in layers)
+        assert line["dead"] == sum(layer["dead"] for layer in layers)
+        assert load == f"{line['max_over_mean']:.2f}"
+        assert all(sum(layer["counts"]) == 4 * 48 * 2 for layer in layers)
+    assert any(line["dead"] > 0 for line in steps(tmp_path)), "the learning rate was to kill experts"
+
+
+def test_balance_since_the_last_report(data, tmp_path):
+    """Without --val the report covers all steps since the last one."""
+    ok(*train_args(data, tmp_path, "--steps", 5, "--val-every", 3))
+    reports = [line["balance"] for line in steps(tmp_path) if "balance" in line]
+    assert [sum(layer["counts"]) for balance in reports for layer in balance] == [3 * 2 * 48 * 2] * 2 + [2 * 2 * 48 * 2] * 2
+
+
+def flops_per_token(T):
+    """Of CONFIG: 6 for each weight that a token meets, and attention, of which half is masked"""
+    C, F, L, V = (CONFIG[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"))
+    E, K = CONFIG["num_experts"], CONFIG["num_experts_per_tok"]
+    weights = L * (4 * C + 4 * C * C + E * C + K * 3 * F * C) + C + V * C
+    return 6 * weights + 6 * L * C * T
+
+
+@pytest.mark.parametrize("more, words", [(("--peak-tflops", 0.004), "4 GFLOP/s (given)"),
+                                         (("--peak-tflops", 0), "(a large product of random numbers, measured)")],
+                         ids=["given", "measured"])
+def test_mfu(data, tmp_path, more, words):
+    """The share of the peak that the table names, which is measured on a device that no table of NVIDIA's has."""
+    out = ok(*train_args(data, tmp_path, "--steps", 2, *more))
+    row = re.search(r"\| peak +\| (\S+) (.?)FLOP/s (.*?) *\|\n", out)
+    assert words in row[0], row[0]
+    peak = float(row[1]) * {"G": 1e9, "T": 1e12}[row[2]]
+    assert 1e8 < peak < 1e15
+    shown = re.findall(r"\| MFU (\d+)% \|", out)
+    for line, share in zip(steps_with_times(tmp_path), shown, strict=True):
+        assert line["mfu"] == pytest.approx(line["tokens_per_s"] * flops_per_token(48) / peak, rel=2e-3)
+        assert float(share) == pytest.approx(100 * line["mfu"], abs=0.51)
+
+
+def test_ranges(data, tmp_path):
+    """NVTX ranges of a step, its phases and their layers, as the CPU build's profile of the last step counts them."""
+    result = run(*train_args(data, tmp_path, "--steps", 2, "--global-batch", 4, "--profile"))
+    assert result.returncode == 0, result.stderr
+    ranges = {path: count["calls"] for path, count in json.loads(result.stderr)["ranges"].items()}
+    layers = {f"step 2/{phase}/layer {l}": 2 for phase in ("forward", "backward") for l in (0, 1)}
+    assert ranges == {"step 2": 1, "step 2/forward": 2, "step 2/backward": 2, "step 2/losses": 2, "step 2/agreement": 1,
+                      "step 2/update": 1, **layers}
+    ms = {path: count["ms"] for path, count in json.loads(result.stderr)["ranges"].items()}
+    assert 0 < sum(ms[path] for path in layers) < ms["step 2/forward"] + ms["step 2/backward"] < ms["step 2"]
 
 
 def test_learns(data, tmp_path):
