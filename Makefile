@@ -2,6 +2,7 @@
 # make setup                 install what is missing
 # make DEVICE=cpu|cuda PRECISION=FP32|BF16 [STRICT=1] [SANITIZE=address|undefined|thread] olmoe test_olmoe
 # make MARCH=haswell         for another processor than this one (the fast build of the CPU; g++ -march)
+# make DEVICE=cuda SM=90     for another GPU than this machine's: its compute capability (H100: 90), or several, "80 90"
 # make CXXFLAGS="-g ..."     further options of g++, after those of the build
 # make cuda                  compile for all GPUs, warnings and register spills are errors
 # make clean                 remove what was built; runs (build/train*), build/venv and build/llama.cpp stay
@@ -181,10 +182,30 @@ endif
 NVCCFLAGS = -O3 -std=c++17 -Xcompiler -Wall,-Wextra $(filter -I% -D%,$(MPI_CFLAGS)) $(NCCL_CFLAGS)
 LIBRARIES = -lcublas -lutf8proc -lz $(NCCL_LIBS) $(patsubst -Wl$(comma)%,-Xlinker %,$(filter -L% -l% -Wl%,$(MPI_LIBS)))
 
+# The GPU that is built for. Each of a list also gets its PTX, which later GPUs compile at the start.
+SM ?= native
 ifeq ($(DEVICE),cuda)
-$(BUILD)/%: %.cu Makefile build/ranks.flags
+ifneq ($(SM),native)
+digits = $(if $(2),$(call digits,$(subst $(firstword $(2)),,$(1)),$(wordlist 2,99,$(2))),$(1))
+ifneq ($(if $(strip $(SM)),$(strip $(call digits,$(SM),0 1 2 3 4 5 6 7 8 9 a f)),nothing),)
+  $(error SM=$(SM): write SM=native, or compute capabilities without the point, as in SM=90 or SM="80 90")
+endif
+endif
+ARCH = $(if $(filter native,$(SM)),-arch=native,$(foreach sm,$(SM),-gencode 'arch=compute_$(sm),code=[compute_$(sm),sm_$(sm)]'))
+
+# Changes with the GPU that is built for: all is then compiled again. Where no device answers, nvcc itself only warns, and
+# compiles for the oldest GPU that it knows, on which BF16 is slow.
+$(BUILD)/gpu.flags: FORCE
 	@mkdir -p $(@D)
-	$(NVCC) $(NVCCFLAGS) -lineinfo -arch=native $(DEFINES) -MMD -MP -MF $@.d $< -o $@ $(LIBRARIES)
+	@now='$(SM)'; [ "$$now" != native ] || { \
+	said=$$($(NVCC) -arch=native --dryrun -x cu -c /dev/null 2>&1) && now=$$(echo "$$said" | grep -o 'sm_[0-9][0-9a-f]*' | sort -u) && \
+	[ -n "$$now" ] && case $$said in *"Cannot find valid GPU"*) false;; esac; } || { \
+	echo 'make: SM=native, but $(NVCC) finds no GPU here; name the one to build for: SM=90 (H100, H200), 80 (A100), 86 (A10, RTX 30), 89 (L4, L40S, RTX 40), 100 (B200), 120 (RTX 50)' >&2; exit 1; }; \
+	echo "$$now" | cmp -s - $@ || echo "$$now" > $@
+
+$(BUILD)/%: %.cu Makefile build/ranks.flags $(BUILD)/gpu.flags
+	@mkdir -p $(@D)
+	$(NVCC) $(NVCCFLAGS) -lineinfo $(ARCH) $(DEFINES) -MMD -MP -MF $@.d $< -o $@ $(LIBRARIES)
 endif
 
 # Compiled for each generation of GPUs, but not run. ptxas's lines are printed; a spilled register is an error.

@@ -2912,6 +2912,47 @@ static void ranks_zero() {
 }
 
 // ------------------------------------------------------------------------------------------------
+// The device's peak
+
+// Names as drivers give them
+static void peak_names() {
+    const std::vector<std::pair<const char*, double>> known = {
+        {"NVIDIA A100-SXM4-80GB", 312}, {"A100-PCIE-40GB", 312}, {"NVIDIA A100 80GB PCIe", 312}, {"NVIDIA A10", 125},
+        {"NVIDIA H100 80GB HBM3", 989.4}, {"NVIDIA H100 PCIe", 756}, {"NVIDIA H100 NVL", 835.5}, {"NVIDIA H200", 989.5},
+        {"NVIDIA H200 NVL", 835.5}, {"NVIDIA GH200 480GB", 989.5}, {"NVIDIA B200", 2250}, {"NVIDIA L4", 121},
+        {"NVIDIA L40", 181.05}, {"NVIDIA L40S", 362.05}, {"NVIDIA GeForce RTX 3090", 71},
+        {"NVIDIA GeForce RTX 4090", 165.2}, {"NVIDIA GeForce RTX 5090", 209.5}, {"NVIDIA RTX A6000", 154.8},
+        {"NVIDIA RTX 6000 Ada Generation", 364.2}, {"Tesla V100-SXM2-32GB", 0}, {"Tesla T4", 0},
+    };
+    for (auto& [device, bf16] : known) {
+        const PublishedPeak* p = published_peak(device);
+        verdict(text("peak of %s", device), p && p->bf16 == bf16 && p->fp32 > 0);
+    }
+    for (const char* device : {"NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA A100-SXM4-40GB MIG 3g.20gb", "NVIDIA A10G",
+                               "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "NVIDIA H100",
+                               "NVIDIA GeForce RTX 3090 Ti", "AMD EPYC 9B45, 2 cores", "NVIDIA", ""})
+        verdict(text("no peak of %s", device), !published_peak(device));
+    check_equal("peaks of V100 and H100 in FP32", Vec{published_peak("Tesla V100-SXM2-16GB")->fp32,
+                published_peak("NVIDIA H100 80GB HBM3")->fp32}, Vec{15.7, 66.9});
+    for (const PublishedPeak& p : published_peaks)
+        verdict(text("the line of %s is found", p.device), published_peak(p.device) == &p);
+    const Peak given = machine_peak(2.5);
+    verdict("a given peak", given.flops == 2.5e12 && given.source == "given");
+}
+
+// The product that is timed is of independent normal numbers, cut off at three: variance 0.9733.
+static void peak_product() {
+    const int n = 256;
+    const PeakProduct p = product_open(n);
+    check_true("it takes time", product_run(p) > 0);
+    for (auto& [name, matrix, deviation] : {std::tuple{"a", p.a, 0.9866}, {"b", p.b, 0.9866}, {"c", p.c, 0.9733 * 16}}) {
+        const std::vector<float> x = device_floats(matrix, (size_t)n * n);
+        check(text("deviation of %s", name), l2(Vec(x.begin(), x.end())) / n, deviation, 0.02);
+    }
+    product_close(p);
+}
+
+// ------------------------------------------------------------------------------------------------
 
 struct Test { const char* name; void (*run)(); bool bf16; };    // bf16: also where floatX is bf16
 static const Test tests[] = {
@@ -2951,6 +2992,8 @@ static const Test tests[] = {
     {"model update", model_update, true},
     {"model state", model_state, true},
     {"model nan", model_nan, true},
+    {"peak names", peak_names, true},
+    {"peak product", peak_product, true},
     {"fixture regular", fixture_regular, false},
     {"fixture odd", fixture_odd, false},
     {"fixture all_experts", fixture_all_experts, false},

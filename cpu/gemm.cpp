@@ -110,13 +110,19 @@ static Product make_product(const Gemm& g) {
     p.dst = dnnl::memory::desc({g.n, g.m}, g.typeC == CUDA_R_32F ? type::f32 : type::bf16, {g.ldc, 1});
     dnnl::primitive_attr attributes;
     attributes.set_scratchpad_mode(dnnl::scratchpad_mode::user);
+    dnnl::post_ops after;
+#if DNNL_VERSION_MAJOR >= 3
+    if (g.alpha != 1) after.append_eltwise(dnnl::algorithm::eltwise_linear, g.alpha, 0);
+#else
     if (g.alpha != 1) attributes.set_output_scales(0, {g.alpha});
-    if (g.beta != 0) {
-        dnnl::post_ops sum;
-        sum.append_sum(g.beta);
-        attributes.set_post_ops(sum);
-    }
+#endif
+    if (g.beta != 0) after.append_sum(g.beta);
+    attributes.set_post_ops(after);
+#if DNNL_VERSION_MAJOR >= 3
+    dnnl::matmul::primitive_desc described(engine(), p.src, p.weights, p.dst, attributes);
+#else
     dnnl::matmul::primitive_desc described(dnnl::matmul::desc(p.src, p.weights, p.dst), attributes, engine());
+#endif
     p.scratchpad = described.scratchpad_desc();
     p.primitive = dnnl::matmul(described);
     return p;

@@ -85,7 +85,7 @@ def log(out):
 
 # What a step computes, without what depends on the clock
 def steps(out):
-    return [{k: v for k, v in line.items() if k not in ("ms", "tokens_per_s", "mfu")} for line in log(out) if "step" in line]
+    return [{k: v for k, v in line.items() if k not in ("ms", "tokens_per_s", "mfu")} for line in steps_with_times(out)]
 
 
 def steps_with_times(out):
@@ -125,8 +125,8 @@ def test_log(data, tmp_path):
 
 
 def test_balance_of_a_batch(data, tmp_path):
-    """A step's line has the largest load of its layers, and their dead experts: those of the report where it covers this
-    step alone, of two micro-batches. The screen has the first."""
+    """A step's line has the largest load of its layers, and their dead experts: those of the report where that covers
+    this step alone, of two micro-batches. The screen has the first."""
     out = ok(*train_args(data, tmp_path, "--steps", 6, "--lr", 0.3, "--global-batch", 4, "--val-every", 1))
     shown = re.findall(r"\| max/mean (\S+) \|", out)
     assert len(shown) == 6
@@ -143,7 +143,8 @@ def test_balance_since_the_last_report(data, tmp_path):
     """Without --val the report covers all steps since the last one."""
     ok(*train_args(data, tmp_path, "--steps", 5, "--val-every", 3))
     reports = [line["balance"] for line in steps(tmp_path) if "balance" in line]
-    assert [sum(layer["counts"]) for balance in reports for layer in balance] == [3 * 2 * 48 * 2] * 2 + [2 * 2 * 48 * 2] * 2
+    rows = [sum(layer["counts"]) for balance in reports for layer in balance]
+    assert rows == [3 * 2 * 48 * 2] * 2 + [2 * 2 * 48 * 2] * 2
 
 
 def flops_per_token(T):

@@ -1,8 +1,8 @@
-"""What a user meets before the program runs: the goals and options of make, names of texts, a processor that lacks
-what the program was built to use, and the scripts that launch ranks.
+"""What a user meets before the program runs: the goals and options of make, what setup finds, names of texts, a
+processor that lacks what the program was built to use, and the scripts that launch ranks.
 
-Nothing of the program is compiled. Stand-ins for g++, dpkg-query and others are first on PATH, and write down how they
-were called.
+Nothing of the program is compiled. Stand-ins for g++, nvcc, dpkg-query and others are first on PATH, and write down how
+they were called.
 """
 import io
 import json
@@ -40,6 +40,17 @@ PYTHON = """#!/bin/sh
 echo "python $*" >> "$LOG"
 case "$1" in *split_text.py) exec "$REAL_PYTHON" "$@";; esac
 [ "$2" != --out ] || { mkdir -p "$3"; touch "$3/train.jsonl" "$3/val.jsonl"; }
+"""
+# An nvcc that makes files. $GPU: the GPUs that native finds, as sm_90; none: it warns as NVIDIA's does
+NVCC = """#!/bin/sh
+line=$(printf '\t%s' "$@")
+case "$*" in *--dryrun*) ;; *) printf '%s\n' "nvcc$line" >> "$LOG";; esac
+case "$GPU $*" in
+    " "*-arch=native*) echo "nvcc warning : Cannot find valid GPU for '-arch=native', default arch is used" >&2;;
+esac
+case "$*" in *--dryrun*) for sm in ${GPU:-sm_75}; do echo "#$ ptxas -arch=$sm -m64" >&2; done; exit 0;; esac
+while [ $# -gt 0 ]; do [ "$1" = -o ] && out=$2; shift; done
+[ -z "$out" ] || { echo '#!/bin/sh' > "$out"; chmod +x "$out"; }
 """
 DPKG_QUERY = """#!/bin/sh
 [ ! -e "$LOG.installed" ] || printf 'ii '
@@ -188,6 +199,151 @@ def test_another_processor_is_built_for_again(tree):
     assert not compiled(tree.lines())
     made(tree.make("-j4", "CXXFLAGS=-g3", "olmoe"))
     assert "-g3" in compiled(tree.lines())["olmoe.o"]
+
+
+# ------------------------------------------------------------------------------------------------
+# The GPU that is built for
+
+def for_cuda(tree, *words, **environment):
+    return tree.make("DEVICE=cuda", f"NVCC={tree.bin}/nvcc", *words, **environment)
+
+
+def targets(tree):
+    """What nvcc was called for since the last call: name -> words that say for which GPU"""
+    calls = [line.split("\t") for line in tree.lines() if line.startswith("nvcc\t")]
+    return {words[words.index("-o") + 1].split("/")[-1]: [word for word in words if "arch=" in word] for words in calls}
+
+
+@pytest.fixture
+def gpu_tree(tree):
+    tree.program("nvcc", NVCC)
+    return tree
+
+
+def test_native_where_no_gpu_answers(gpu_tree):
+    """Refused before anything is compiled, with one line; compiled where one answers, or where a GPU is named."""
+    done = for_cuda(gpu_tree, "olmoe")
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("make: *** ")]
+    assert done.returncode == 2 and len(lines) == 1 and "finds no GPU here" in lines[0] and "SM=90 (H100" in lines[0]
+    assert not targets(gpu_tree) and not list(gpu_tree.folder.glob("build/*/olmoe"))
+    made(for_cuda(gpu_tree, "olmoe", GPU="sm_90"))
+    assert targets(gpu_tree) == {"olmoe": ["-arch=native"]}
+    made(for_cuda(gpu_tree, "SM=90", "olmoe"))
+    assert targets(gpu_tree) == {"olmoe": ["arch=compute_90,code=[compute_90,sm_90]"]}
+
+
+def test_an_nvcc_that_does_not_know_native(gpu_tree):
+    gpu_tree.program("nvcc", "#!/bin/sh\necho \"nvcc fatal   : Unsupported gpu architecture 'native'\" >&2\nexit 1\n")
+    done = for_cuda(gpu_tree, "olmoe")
+    assert done.returncode == 2 and "SM=90" in done.stderr, done.stderr
+
+
+def test_another_gpu_is_built_for_again(gpu_tree):
+    """In a folder that two kinds of machine share, native has two meanings."""
+    both = "sm_80 sm_90"
+    for gpu, again in (("sm_90", True), ("sm_90", False), ("sm_80", True), (both, True), (both, False)):
+        made(for_cuda(gpu_tree, "olmoe", GPU=gpu))
+        assert bool(targets(gpu_tree)) == again, gpu
+        time.sleep(0.02)
+
+
+def test_several_gpus_are_named(gpu_tree):
+    made(for_cuda(gpu_tree, "SM=80 90a", "olmoe"))
+    assert targets(gpu_tree) == {"olmoe": [f"arch=compute_{sm},code=[compute_{sm},sm_{sm}]" for sm in ("80", "90a")]}
+    for sm in ("9.0", "sm_90", "", "H100", "80,90"):
+        done = for_cuda(gpu_tree, f"SM={sm}", "olmoe")
+        assert done.returncode == 2 and f"SM={sm}: write SM=native, or" in done.stderr, done.stderr
+
+
+def test_builds_for_all_gpus_name_them(gpu_tree):
+    made(for_cuda(gpu_tree, "build/cuda-all-fp32/olmoe", "build/ptx-bf16/olmoe"))
+    calls = [line for line in gpu_tree.lines() if line.startswith("nvcc\t")]
+    assert [[f"compute_{sm}" in line for sm in (80, 90, 100)] for line in calls] == [[True] * 3, [False, True, False]]
+    assert not any("native" in line for line in calls)
+
+
+# ------------------------------------------------------------------------------------------------
+# Setup
+
+@pytest.fixture
+def bare(tree):
+    """setup.sh on a system that has the tools of `tree.bin` and a shell's, and no other."""
+    for name in list(os.listdir(tree.bin)):
+        (tree.bin / name).unlink()
+    for name in ("sh", "cat", "dirname", "id", "readlink", "tr"):
+        (tree.bin / name).symlink_to(shutil.which(name))
+    tree.environment.update(PATH=str(tree.bin))
+    for name in ("DEVICE", "NVCC", "NCCL_HOME"):
+        tree.environment.pop(name, None)
+    return tree
+
+
+def toolkit(tree, *missing):
+    """A CUDA toolkit in a folder of its own, and its nvcc"""
+    home = tree.folder / "cuda"
+    for name in {"bin/nvcc", "include/cublas_v2.h", "include/cuda_bf16.h", "include/nvtx3/nvToolsExt.h"} - set(missing):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text("#!/bin/sh\n")
+        (home / name).chmod(0o755)
+    (tree.bin / "nvcc").symlink_to(home / "bin/nvcc")
+    return home
+
+
+def set_up(tree, **environment):
+    done = tree.run(tree.bin / "sh", "scripts/setup.sh", **{"NVCC": f"{tree.bin}/nvcc", **environment})
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("tool, query, has, command", [
+    ("dnf", "rpm", '#!/bin/sh\ncase "$3" in *-devel) exit 1;; esac\n',
+     "dnf install onednn-devel json-devel utf8proc-devel zlib-devel openmpi-devel libzstd-devel"),
+    ("pacman", "pacman", '#!/bin/sh\nprintf "onednn\\nlibutf8proc\\n"\nexit 127\n',
+     "pacman -S --needed onednn libutf8proc")], ids=["dnf", "pacman"])
+def test_setup_of_other_distributions(bare, tool, query, has, command):
+    """What is missing is named as the distribution's packages are, and nothing is installed; where nothing is missing
+    that is enough."""
+    bare.program(tool, "#!/bin/sh\n")
+    bare.program(query, has)
+    code, out, errors = set_up(bare)
+    assert code == 1 and f"as root, run: {command}" in errors and out == ""
+    bare.program(query, "#!/bin/sh\n")
+    assert set_up(bare) == (0, "setup: everything is installed\n", "")
+
+
+def test_setup_where_no_packages_are_known(bare):
+    code, out, errors = set_up(bare)
+    assert code == 1 and "no apt-get, dnf or pacman here" in errors and "oneDNN 2 or 3" in errors and out == ""
+
+
+def installed(tree):
+    tree.program("apt-get", "#!/bin/sh\nexit 7\n")
+    tree.program("dpkg-query", "#!/bin/sh\nprintf 'ii '\n")
+
+
+def test_setup_reports_on_cuda(bare):
+    """What it never installs: of driver, toolkit and NCCL what is there and what is missing, where there is an nvcc."""
+    installed(bare)
+    home = toolkit(bare)
+    code, out, errors = set_up(bare)
+    assert code == 0 and errors == "", errors
+    assert "driver: MISSING" in out and f"toolkit: {home}\n" in out
+    bare.program("nvidia-smi", "#!/bin/sh\n")
+    (home / "include/nccl.h").touch()
+    code, out, errors = set_up(bare)
+    assert code == 0 and "MISSING" not in out and f"NCCL: {home}\n" in out and "driver: nvidia-smi finds a GPU" in out
+    assert set_up(bare, DEVICE="cpu") == (0, "setup: everything is installed\n", "")
+
+
+def test_setup_for_cuda_fails_where_it_could_not_be_built(bare):
+    installed(bare)
+    toolkit(bare, "include/nvtx3/nvToolsExt.h", "include/cublas_v2.h")
+    if any(Path(f"/usr/{local}include", name).exists() for local in ("", "local/")
+           for name in ("cublas_v2.h", "nvtx3/nvToolsExt.h")):
+        pytest.skip("the system has CUDA's headers, and they are found")
+    code, out, errors = set_up(bare, DEVICE="cuda")
+    assert code == 1 and "toolkit: MISSING: cublas_v2.h nvtx3/nvToolsExt.h of" in out
+    assert errors == "setup: a CUDA build needs what is missing above\n"
+    assert set_up(bare)[0] == 0                              # not asked for: the CPU build works
 
 
 # ------------------------------------------------------------------------------------------------
