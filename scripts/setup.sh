@@ -44,7 +44,7 @@ cuda_report() {
         home=$(dirname "$(dirname "$(readlink -f "$(command -v "$nvcc")")")")
         lacks=""
         for header in cublas_v2.h cuda_bf16.h nvtx3/nvToolsExt.h; do
-            if [ -z "$(folder_with "include/$header" "$home" /usr /usr/local)" ]; then lacks="$lacks $header"; fi
+            if [ -z "$(folder_with "include/$header" "$home" /usr)" ]; then lacks="$lacks $header"; fi
         done
         if [ -n "$lacks" ]; then
             echo "    toolkit: MISSING:$lacks of $home"

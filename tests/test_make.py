@@ -337,8 +337,7 @@ def test_setup_reports_on_cuda(bare):
 def test_setup_for_cuda_fails_where_it_could_not_be_built(bare):
     installed(bare)
     toolkit(bare, "include/nvtx3/nvToolsExt.h", "include/cublas_v2.h")
-    if any(Path(f"/usr/{local}include", name).exists() for local in ("", "local/")
-           for name in ("cublas_v2.h", "nvtx3/nvToolsExt.h")):
+    if any(Path("/usr/include", name).exists() for name in ("cublas_v2.h", "nvtx3/nvToolsExt.h")):
         pytest.skip("the system has CUDA's headers, and they are found")
     code, out, errors = set_up(bare, DEVICE="cuda")
     assert code == 1 and "toolkit: MISSING: cublas_v2.h nvtx3/nvToolsExt.h of" in out
