@@ -2280,8 +2280,8 @@ void run_start(TrainingRun* run) {
 }
 
 // Sums the losses and the experts' rows over the ranks, and finds out together whether to stop, or who met a NaN: the
-// same numbers on each rank, so that all decide the same.
-void run_agree(TrainingRun* run, StepResult* r, const std::string& not_finite /* where this rank met it first, or "" */) {
+// same numbers on each rank, so that all decide the same. not_finite: where this rank met the first, or "".
+void run_agree(TrainingRun* run, StepResult* r, const std::string& not_finite) {
     Losses& l = r->losses;
     std::vector<double>& counts = r->balance.counts;
     std::vector<double> sums = {l.loss, l.lb, l.z, l.nll, (double)l.valid, (double)stop_requested};

@@ -2945,7 +2945,9 @@ static void peak_product() {
     const int n = 256;
     const PeakProduct p = product_open(n);
     check_true("it takes time", product_run(p) > 0);
-    for (auto& [name, matrix, deviation] : {std::tuple{"a", p.a, 0.9866}, {"b", p.b, 0.9866}, {"c", p.c, 0.9733 * 16}}) {
+    const std::tuple<const char*, floatX*, double> all[] = {{"a", p.a, 0.9866}, {"b", p.b, 0.9866},
+                                                            {"c", p.c, 0.9733 * 16}};
+    for (auto& [name, matrix, deviation] : all) {
         const std::vector<float> x = device_floats(matrix, (size_t)n * n);
         check(text("deviation of %s", name), l2(Vec(x.begin(), x.end())) / n, deviation, 0.02);
     }

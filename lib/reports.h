@@ -1,4 +1,4 @@
-// What is printed about a model and a machine: tables, the balance of the experts, the first NaN.
+// What is printed about a model: counts, tables, the balance of the experts, the first NaN.
 //
 // Included once, by olmoe.cu, after its structs.
 #pragma once
