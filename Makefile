@@ -234,7 +234,7 @@ build/ptx-bf16/%: %.cu Makefile build/ranks.flags
 	$(call compile_to_ptx,-DPRECISION_BF16)
 define compile_to_ptx
 	@mkdir -p $(@D)
-	$(NVCC) $(NVCCFLAGS) -cudart shared -gencode arch=compute_90,code=compute_90 $(1) -MMD -MP -MF $@.d $< -o $@ $(LIBRARIES)
+	$(NVCC) $(NVCCFLAGS) -cudart shared -no-compress -gencode arch=compute_90,code=compute_90 $(1) -MMD -MP -MF $@.d $< -o $@ $(LIBRARIES)
 endef
 
 -include $(wildcard build/cuda-*/*.d build/ptx-*/*.d)

@@ -85,8 +85,9 @@ static Group replica_group;     // ranks that hold the same experts as this one
 static bool shard_optimizer = false;            // ZeRO-1
 
 static cudaEvent_t comm_event;
-static double* comm_buffer;                     // (COMM_BUFFER) for host_sum
 constexpr size_t COMM_BUFFER = 1 << 14;
+static double *comm_buffer, *comm_host;         // (COMM_BUFFER) on the device, and pinned: for numbers of the host
+constexpr int GROUP_CALLS = 2048;               // that NCCL takes in one group
 
 // Bytes that this rank gave to collectives since the start, by purpose; docs/scaling.md has the formulas
 enum Traffic { GRADIENTS, PARAMETERS, ROWS, COUNTS, SUMS, TRAFFICS };
@@ -98,26 +99,6 @@ void layout_set(int rank, int n, int ep, bool zero_1) {
     expert_group.rank = rank % ep; expert_group.size = ep;
     replica_group.rank = rank / ep; replica_group.size = n / ep;
     shard_optimizer = zero_1 && n > 1;
-}
-
-// Connects the ranks, all in the same order.
-void comm_open() {
-    cudaCheck(cudaStreamCreateWithFlags(&comm_stream, cudaStreamNonBlocking));
-    cudaCheck(cudaEventCreateWithFlags(&comm_event, cudaEventDisableTiming));
-    cudaCheck(cudaMalloc((void**)&comm_buffer, COMM_BUFFER * sizeof(double)));
-    if (world.size == 1) return;
-    ncclCheck(ncclCommInitRank(&world.comm, world.size, nccl_shared_id(world.rank), world.rank));
-    ncclCheck(ncclCommSplit(world.comm, replica_group.rank, expert_group.rank, &expert_group.comm, nullptr));
-    ncclCheck(ncclCommSplit(world.comm, expert_group.rank, replica_group.rank, &replica_group.comm, nullptr));
-}
-
-void comm_close() {
-    cudaCheck(cudaStreamSynchronize(comm_stream));
-    for (Group* g : {&expert_group, &replica_group, &world})
-        if (g->comm) { ncclCheck(ncclCommDestroy(g->comm)); g->comm = nullptr; }
-    cudaCheck(cudaFree(comm_buffer));
-    cudaCheck(cudaEventDestroy(comm_event));
-    cudaCheck(cudaStreamDestroy(comm_stream));
 }
 
 // Later collectives wait for the work that is in the main stream now; main_after_comm is the reverse.
@@ -149,12 +130,14 @@ void host_sum(std::vector<double>* x) {
     for (size_t begin = 0; begin < x->size(); begin += COMM_BUFFER) {
         size_t n = std::min(COMM_BUFFER, x->size() - begin);
         double* part = x->data() + begin;
-        cudaCheck(cudaMemcpyAsync(comm_buffer, part, n * sizeof(double), cudaMemcpyHostToDevice, comm_stream));
+        std::copy_n(part, n, comm_host);
+        cudaCheck(cudaMemcpyAsync(comm_buffer, comm_host, n * sizeof(double), cudaMemcpyHostToDevice, comm_stream));
         collective("sum of numbers", -1, SUMS, n * sizeof(double), [&] {
             ncclCheck(ncclAllReduce(comm_buffer, comm_buffer, n, ncclDouble, ncclSum, world.comm, comm_stream));
         });
-        cudaCheck(cudaMemcpyAsync(part, comm_buffer, n * sizeof(double), cudaMemcpyDeviceToHost, comm_stream));
+        cudaCheck(cudaMemcpyAsync(comm_host, comm_buffer, n * sizeof(double), cudaMemcpyDeviceToHost, comm_stream));
         cudaCheck(cudaStreamSynchronize(comm_stream));
+        std::copy_n(comm_host, n, part);
     }
 }
 
@@ -163,6 +146,8 @@ double host_sum(double x) {
     host_sum(&v);
     return v[0];
 }
+
+#include "lib/connect.h"        // comm_open and comm_close: the communicators of the groups
 
 // ------------------------------------------------------------------------------------------------
 // The model's shape and its parameters
@@ -447,6 +432,10 @@ void gemm(const Stream& s, Out* out, int ldo, const floatX* a, int lda, bool tra
                                                a, type, lda, (long long)stride_a, &beta, out, out_type, ldo,
                                                (long long)stride_o, batch, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
     launched("matmul", s.stream);
+    if (!launch_checks.finite) return;
+    cudaCheck(cudaStreamSynchronize(s.stream));
+    for (int i = 0; i < batch; i++)
+        check_finite("matmul", "its output", out + i * stride_o, (size_t)(M - 1) * ldo + N);
 }
 
 // y (N, O) = x (N, I) W^T, with W (O, I); added to y where beta is 1
@@ -990,6 +979,7 @@ void gather(T* out /* (R, C) */, const T* x /* (N, C) */, const int* index /* (R
 // host. Needs no comm_after_main: count_rows has copied counts to the host, so the main stream is done with them.
 void exchange_counts(RowCounts* rows, int* arrivals /* (G, E/G) */, const int* counts /* (E) */, int E, int layer) {
     int G = expert_group.size, mine = E / G;
+    comm_after_main();
     collective("exchange of counts", layer, COUNTS, (size_t)(E - mine) * sizeof(int), [&] {
         for (int g = 0; g < G; g++) {
             ncclCheck(ncclSend(counts + g * mine, mine, ncclInt, g, expert_group.comm, comm_stream));
@@ -1019,16 +1009,19 @@ void exchange_rows(T* to, const T* from, const RowCounts& rows, size_t width, Wa
         T* first = to + row * width;
         if (n > 0) ncclCheck(ncclRecv(first, n * width, nccl_type(to), rank, expert_group.comm, comm_stream));
     };
+    std::vector<size_t> start(E + 1, 0);    // of the rows of this rank's tokens, by expert
+    for (int i = 0; i < E; i++) start[i + 1] = start[i] + sent[i];
+    size_t row = 0;                         // of this rank's experts
     comm_after_main();
-    collective(name, layer, ROWS, leaving * width * sizeof(T), [&] {
-        size_t row = 0;
-        for (int e = 0; e < E; row += sent[e++])                // rows of this rank's tokens
-            if (home) receive(row, sent[e], e / mine); else send(row, sent[e], e / mine);
-        row = 0;
-        for (int e = 0; e < mine; e++)                          // rows of this rank's experts
-            for (int g = 0; g < G; row += arrived[g++ * mine + e])
-                if (home) send(row, arrived[g * mine + e], g); else receive(row, arrived[g * mine + e], g);
-    });
+    // Two ranks name their experts in the same order, also where the calls are too many for one group of NCCL's.
+    for (int first = 0, n = std::max(1, GROUP_CALLS / (2 * G)); first < mine; first += n)
+        collective(name, layer, ROWS, first == 0 ? leaving * width * sizeof(T) : 0, [&] {
+            for (int e = first; e < std::min(mine, first + n); e++)
+                for (int g = 0, i = e; g < G; row += arrived[i], g++, i += mine) {
+                    if (home) { receive(start[i], sent[i], g); send(row, arrived[i], g); }
+                    else { send(start[i], sent[i], g); receive(row, arrived[i], g); }
+                }
+        });
     main_after_comm();
 }
 
@@ -1239,8 +1232,7 @@ __host__ __device__ inline void store(float* to, float x, unsigned) { *to = x; }
 __host__ __device__ inline void store(__nv_bfloat16* to, float x, unsigned addend) {
     unsigned bits = float_bits(x);
     bool nan = (bits & 0x7fffffff) > 0x7f800000;
-    unsigned short upper = (unsigned short)(nan ? 0x7fff : (bits + addend) >> 16);      // a NaN stays one
-    memcpy((void*)to, &upper, 2);
+    *to = __ushort_as_bfloat16((unsigned short)(nan ? 0x7fff : (bits + addend) >> 16));     // a NaN stays one
 }
 __host__ __device__ inline void store(NoMaster*, float, unsigned) {}
 __host__ __device__ inline void store(Remainder* to, float x, unsigned) { to->bits = (unsigned short)float_bits(x); }
@@ -1377,7 +1369,7 @@ struct Olmoe {
     int N = 0, R = 0;                       // its tokens, and rows routed to experts
     int num_touched = 0;                    // different ids in it
     std::vector<RowCounts> rows;            // (L)
-    std::vector<float> losses, router_lse, router_partial;      // (N), (L, N), (L, SLABS, E) on the host
+    std::vector<float> losses, router_lse, router_partial;      // (N), (L, N), (L, slabs, E) on the host
 
     bool backward() const { return capacity.use != Use::inference; }
 };
@@ -1487,11 +1479,11 @@ void olmoe_plan(Olmoe* m, const OlmoeConfig& config, Capacity capacity) {
     plan_scratch(m);
 }
 
-// Layers that share a buffer with layer 0 get its address; arrays over all layers get their layer's part; second uses
-// of a buffer get the address of the first.
+// Layers that share a buffer with layer 0 get its address; arrays over all layers, which the host reads, get their
+// layer's part for this micro-batch; second uses of a buffer get the address of the first.
 void share_activations(Olmoe* m) {
     const OlmoeConfig& c = m->config;
-    const size_t N = m->capacity.N;
+    const size_t N = m->N;
     const int level = m->capacity.recompute;
     LayerActivations& first = m->acts.layers[0];
     for (int l = 1; l < c.L; l++) {
@@ -1505,7 +1497,7 @@ void share_activations(Olmoe* m) {
             a.router_logits = first.router_logits; a.router_probs = first.router_probs;
         }
         a.router_lse = first.router_lse + l * N;
-        a.router_partial = first.router_partial + (size_t)l * SLABS * c.E;
+        a.router_partial = first.router_partial + (size_t)l * slabs_for(m->N) * c.E;
         a.experts = first.experts + l * N * c.K;
         a.counts = first.counts + (size_t)l * c.E;
     }
@@ -1518,8 +1510,6 @@ void share_activations(Olmoe* m) {
 }
 
 // What the plan needs, part by part
-struct MemoryPart { const char* name; double bytes; const char* remark; };
-
 std::vector<MemoryPart> memory_plan(const Olmoe& m) {
     std::vector<MemoryPart> plan;
     auto add = [&](const char* name, double bytes, const char* remark = "") {
@@ -1535,12 +1525,13 @@ std::vector<MemoryPart> memory_plan(const Olmoe& m) {
     size_t arriving = m.scratch_rows.bytes(rows);
     for (const RowBuffers& r : m.layer_rows) arriving += r.bytes(rows);
     if (expert_group.size > 1) add("arriving rows", (double)arriving, " at even routing");
-    add("cuBLAS", (1.0 + EXPERT_STREAMS) * CUBLAS_WORKSPACE_BYTES);
+    add("workspaces", (1.0 + EXPERT_STREAMS) * CUBLAS_WORKSPACE_BYTES, " of cuBLAS");
+    for (const MemoryPart& part : device_overhead) add(part.name, part.bytes, part.remark);
     return plan;
 }
 
 void memory_allocate(const Olmoe& m, Memory* memory, const std::string& what, size_t times = 1) {
-    if (memory->allocate(times)) return;
+    if (memory->allocate(times, launch_checks.finite)) return;      // what is not written yet is finite
     std::string plan;
     double sum = 0;
     for (const MemoryPart& part : memory_plan(m)) {
@@ -1771,6 +1762,7 @@ void olmoe_set_batch(Olmoe* m, const MicroBatch& batch) {
     m->N = N;
     m->R = N * m->config.K;
     m->rows.assign(m->config.L, {});
+    share_activations(m);
     Activations& a = m->acts;
     copy_to_device(a.inputs, batch.inputs);
     copy_to_device(a.positions, batch.positions);
@@ -1798,8 +1790,9 @@ void olmoe_forward(Olmoe* m) {
         attention_block(m, l);
         experts_block(m, l);
     }
-    if (m->lb_global && world.size > 1) {   // the host has waited for the counts: no event is needed before
+    if (m->lb_global && world.size > 1) {
         size_t n = (size_t)c.L * c.E;
+        comm_after_main();
         collective("sum of the experts' rows", -1, COUNTS, n * sizeof(int), [&] {
             const int* counts = a.layers[0].counts;
             ncclCheck(ncclAllReduce(counts, m->scratch.global_counts, n, ncclInt, ncclSum, world.comm, comm_stream));
@@ -1813,12 +1806,12 @@ void olmoe_forward(Olmoe* m) {
 // above router_forward_kernel; with lb_global, lb is that of the tokens of all ranks.
 Losses olmoe_losses(Olmoe* m, double lb_coef = 0, double z_coef = 0) {
     const OlmoeConfig& c = m->config;
-    const size_t N = m->N, E = c.E, stride = m->capacity.N;
+    const size_t N = m->N, E = c.E, slabs = slabs_for(m->N);
     const LayerActivations& all = m->acts.layers[0];
     at_phase("losses");
     m->losses.resize(N);
-    m->router_lse.resize(c.L * stride);
-    m->router_partial.resize((size_t)c.L * SLABS * E);
+    m->router_lse.resize(c.L * N);
+    m->router_partial.resize(c.L * slabs * E);
     copy_to_host(m->losses.data(), m->acts.losses, N);
     copy_to_host(m->router_lse.data(), all.router_lse, m->router_lse.size());
     copy_to_host(m->router_partial.data(), all.router_partial, m->router_partial.size());
@@ -1834,9 +1827,9 @@ Losses olmoe_losses(Olmoe* m, double lb_coef = 0, double z_coef = 0) {
     for (int l = 0; l < c.L; l++) {
         counts.insert(counts.end(), m->rows[l].sent.begin(), m->rows[l].sent.end());
         for (size_t i = 0; i < E; i++)
-            for (int slab = 0; slab < slabs_for(m->N); slab++)
-                p[l * E + i] += m->router_partial[((size_t)l * SLABS + slab) * E + i];
-        for (size_t t = 0; t < N; t++) r.z += (double)m->router_lse[l * stride + t] * m->router_lse[l * stride + t];
+            for (size_t slab = 0; slab < slabs; slab++)
+                p[l * E + i] += m->router_partial[(l * slabs + slab) * E + i];
+        for (size_t t = 0; t < N; t++) r.z += (double)m->router_lse[l * N + t] * m->router_lse[l * N + t];
     }
     double tokens = (double)N;
     if (m->lb_global && lb_coef != 0) { host_sum(&counts); host_sum(&p); tokens *= world.size; }

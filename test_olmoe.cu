@@ -2352,6 +2352,55 @@ template <typename Body> static std::string error_message(Body body) {
     return message;
 }
 
+// Copies of any size, longer than the staging memory too, with sources that change as soon as the call returns
+static void test_copies() {
+    const size_t most = STAGING_BYTES / sizeof(int);
+    for (size_t n : {(size_t)0, (size_t)1, (size_t)7, most - 1, most, most + 1, 3 * most + 5}) {
+        Device<int> there(n);
+        Ints values = random_ints(n, 1 << 30), source = values, back(n, -1), large(n, -1);
+        copy_to_device(there.p, source);
+        std::fill(source.begin(), source.end(), -2);
+        copy_to_host(back.data(), there.p, n);
+        check_equal(text("copy of %zu numbers", n), back, values);
+        copy_to_host_sync(large.data(), there.p, n);
+        check_equal(text("copy of %zu numbers, without staging", n), large, values);
+    }
+    const size_t n = most / 3, many = 20;       // three fit into a slab; the device is late
+    Device<int> there(n * many);
+    Ints all, source(n), back(n * many);
+    for (size_t i = 0; i < many; i++) {
+        Ints values = random_ints(n, 1 << 30);
+        append(&all, values);
+        source = values;
+        copy_to_device(there + i * n, source.data(), n);
+        std::fill(source.begin(), source.end(), -3);
+    }
+    copy_to_host(back.data(), there.p, back.size());
+    check_equal("many copies", back, all);
+}
+
+// The message of a launch that fails, and of a result that is not finite. On a CPU whose launches return errors
+static void test_launch_messages() {
+    if (WARP > 1) return;
+    float *x, *y;
+    Memory memory;
+    memory.add(5000, &x, &y);
+    check_true("memory", memory.allocate(1, true));
+    check_true("bytes to the end of a tensor", Memory::bytes_from(x) == 20000 && Memory::bytes_from(y + 4999) == 4
+                   && Memory::bytes_from(y + 5000) == 0);
+    const std::string failed = error_message([&] { at_layer(3); LAUNCH(fill_kernel, 0, x, 5000, 1.f); });
+    check_true("a launch that fails", failed.find("olmoe: fill_kernel of layer 3 (main stream), or what ran before it: "
+                                                  "invalid configuration") == 0);
+    launch_checks.finite = true;
+    LAUNCH(fill_kernel, blocks_for(4990), x + 10, 4990, 1.f);
+    const std::string found = error_message([&] { LAUNCH(fill_kernel, 1, y + 4100, 100, INFINITY); });
+    check_true("a result that is not finite",
+               found == "olmoe: fill_kernel: what it wrote to y + 4100 is not finite, first inf at 0 of 900\n");
+    launch_checks.finite = false;
+    memory.release();
+    check_true("bytes of what is freed", Memory::bytes_from(x) == 0);
+}
+
 // What olmoe_set_batch refuses, each time of a batch that is good but for one thing. It checks before it copies: the
 // model here has no memory.
 static void batch_checks() {
@@ -2740,18 +2789,33 @@ struct Layout {
     ~Layout() { comm_close(); layout_set(world.rank, world.size, 1, false); comm_open(); }
 };
 
-// Rows to the experts and back, for routings that a model would hardly choose
+// Groups of one rank have no communicator, and groups of all ranks have that of all.
+static void ranks_communicators() {
+    for (int ep = 1; ep <= world.size; ep++) {
+        if (world.size % ep != 0) continue;
+        Layout layout(ep, false);
+        for (const Group* g : {&expert_group, &replica_group})
+            check_true(text("--ep %d, communicator of %d ranks", ep, g->size),
+                       (g->comm == nullptr) == (g->size == 1) && (g->comm == world.comm) == (g->size == world.size));
+        check_true("no error of the communicators", comm_error().empty());
+    }
+}
+
+// Rows to the experts and back, for routings that a model would hardly choose, and for more experts than one group of
+// NCCL's calls holds
 static void ranks_exchange() {
-    const int G = world.size, mine = 3, E = mine * G, self = world.rank;
+    const int G = world.size, self = world.rank;
     Layout layout(G, false);
     const char* patterns[] = {"random", "none at all", "all to one expert", "all to the first rank",
-                              "none to the last rank", "only to oneself", "one rank sends nothing"};
-    for (int pattern = 0; pattern < 7; pattern++) {
+                              "none to the last rank", "only to oneself", "one rank sends nothing", "many experts"};
+    for (int pattern = 0; pattern < 8; pattern++) {
+        const int mine = pattern == 7 ? GROUP_CALLS / (2 * G) + 5 : 3, E = mine * G;
         std::vector<Ints> sent(G, Ints(E, 0));                  // by rank and expert
         for (int g = 0; g < G; g++)
             for (int e = 0; e < E; e++) {
                 int n = random_below(6), owner = e / mine;
-                bool some = pattern == 0 || (pattern == 2 && e == 1) || (pattern == 3 && owner == 0)
+                bool some = pattern == 0 || (pattern == 7 && n < 3)
+                            || (pattern == 2 && e == 1) || (pattern == 3 && owner == 0)
                             || (pattern == 4 && owner != G - 1) || (pattern == 5 && owner == g)
                             || (pattern == 6 && g != G - 1);
                 sent[g][e] = some ? pattern == 2 ? n + 20 : n : 0;
@@ -2764,7 +2828,8 @@ static void ranks_exchange() {
         rows.arrived.resize(E);
         Ints want_arrived;
         for (int g = 0; g < G; g++) append(&want_arrived, slice(sent[g], self * mine, mine));
-        Device<int> counts(sent[self]), arrivals(E);
+        Device<int> values(sent[self]), counts(E), arrivals(E);
+        copy_on_device(counts.p, values.p, E);                  // for which nothing has waited yet
         exchange_counts(&rows, arrivals, counts, E, 0);
         check_equal(name + "arrivals", rows.arrived, want_arrived);
         for (int width : {1, 7, 24}) {
@@ -2958,6 +3023,8 @@ static void peak_product() {
 
 struct Test { const char* name; void (*run)(); bool bf16; };    // bf16: also where floatX is bf16
 static const Test tests[] = {
+    {"kernel copies", test_copies, true},
+    {"kernel launch messages", test_launch_messages, true},
     {"kernel linear", test_linear, true},
     {"kernel embedding", test_embedding, true},
     {"kernel rmsnorm", test_rmsnorm, true},
@@ -3001,6 +3068,7 @@ static const Test tests[] = {
     {"fixture all_experts", fixture_all_experts, false},
     {"fixture normalized", fixture_normalized, false},
     {"fixture bf16", fixture_bf16, true},
+    {"ranks communicators", ranks_communicators, true},
     {"ranks exchange", ranks_exchange, true},
     {"ranks model", ranks_model, true},
     {"ranks zero", ranks_zero, true},

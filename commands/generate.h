@@ -418,7 +418,7 @@ struct GenerateCommand {
 
 std::vector<Option> generate_options(GenerateCommand* g) {
     SamplingOptions& s = g->o.sampling;
-    return {
+    return with_launch_checks({
         {"model", &g->model, "DIR", "Hugging Face directory, or a checkpoint"},
         {"prompt", &g->prompts, "TEXTS", "texts to continue"},
         {"ids", &g->ids, "1,2,3", "token ids to continue, where there is no tokenizer"},
@@ -441,7 +441,7 @@ std::vector<Option> generate_options(GenerateCommand* g) {
         {"json", &g->json, "", "a JSON object a sample, a line each"},
         {"logprobs", &g->logprobs, "", "with --json: log-probabilities of the tokens in the model, at temperature 1"},
         {"stats", &g->stats, "", "tokens a second, on standard error"},
-    };
+    });
 }
 
 // The options against one another, and the tokenizer

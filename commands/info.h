@@ -58,13 +58,13 @@ void info_plan(Olmoe* m, const OlmoeConfig& c, const InfoOptions& o, const std::
 
 // Which ways of keeping AdamW's state leave room for the rest
 void box_fits(Box* box, const OlmoeConfig& c, const InfoOptions& o) {
-    box->add(text("fits %g GB?", o.memory), "--master-weights, --moments: all of the plan");
+    box->add(text("fits %g GB?", o.memory), "--master-weights, --moments: all of the plan, CUDA and NCCL");
     for (const char* masters : {"fp32", "remainder", "none"})
         for (const char* moments : {"fp32", "bf16"}) {
             if (!BF16 && strcmp(masters, "fp32") != 0) continue;
             Olmoe other;
             info_plan(&other, c, o, masters, moments);
-            const double sum = memory_sum(other);
+            const double sum = memory_sum(other) + overhead_estimate();
             const bool fits = sum <= o.memory * 1e9;
             box->add(fits ? "yes" : "no", text("%s, %s: %s", masters, moments, human(sum, "B").c_str()));
         }
@@ -199,7 +199,8 @@ Json info_json(const Olmoe& m, const InfoOptions& o) {
     Json j = {{"config", config_json(c, BF16)}, {"precision", BF16 ? "BF16" : "FP32"},
               {"parameters", num_parameters(c)}, {"active_parameters", num_active_parameters(c)},
               {"flops_per_token", (int64_t)flops_per_token(c, (int)o.T)}, {"seq", o.T},
-              {"groups", groups}, {"tensors", tensors_json(c)}, {"memory", memory}};
+              {"groups", groups}, {"tensors", tensors_json(c)}, {"memory", memory},
+              {"overhead_estimate", (int64_t)overhead_estimate()}};
     if (!o.model.empty()) j["dtypes"] = parameters_by_dtype(o.model, c);
     return j;
 }
@@ -231,6 +232,7 @@ int command_info(int argc, char** argv) {
     box.add("training", text("%s, %ld x %ld tokens a micro-batch, --recompute %ld", BF16 ? "BF16" : "FP32", o.B, o.T,
                              o.recompute));
     box_memory(&box, m);
+    box.add("CUDA and NCCL", "about " + human(overhead_estimate(), "B") + " more of a GPU (estimate)");
     box.rule();
     box_fits(&box, c, o);
     if (o.gpus > 1) {

@@ -363,13 +363,13 @@ void verify_losses(Verify* v) {
 int command_verify(int argc, char** argv) {
     Verify v;
     std::string dir, path;
-    options_parse(argc, argv, "verify --model DIR --reference FILE.safetensors [options]", {
+    options_parse(argc, argv, "verify --model DIR --reference FILE.safetensors [options]", with_launch_checks({
         {"model", &dir, "DIR", "Hugging Face directory"},
         {"reference", &path, "FILE", "safetensors: inputs, targets and what is to be compared"},
         {"rtol", &v.asked, "X",
          "relative L2 tolerance of a tensor; -1: as the file says (README.md), else 1e-4 in FP32, 3e-2 in BF16",
          -1, 1e3},
-    });
+    }));
     if (dir.empty() || path.empty()) die("verify needs --model DIR and --reference FILE");
     const Reference& r = v.reference;
     config_read(&v.config, dir);

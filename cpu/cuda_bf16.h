@@ -19,6 +19,12 @@ struct __nv_bfloat16 {
         return f;
     }
 
+    static inline __attribute__((always_inline)) __nv_bfloat16 of_bits(uint16_t bits) {
+        __nv_bfloat16 x;
+        x.bits = bits;
+        return x;
+    }
+
 private:
     // To nearest, ties to even; every NaN becomes 0x7fff, as on the GPU.
     static inline __attribute__((always_inline)) uint16_t round(float f) {
@@ -32,6 +38,7 @@ static_assert(sizeof(__nv_bfloat16) == 2 && std::is_trivially_copyable<__nv_bflo
 typedef __nv_bfloat16 nv_bfloat16;
 
 static inline float __bfloat162float(__nv_bfloat16 x) { return (float)x; }
+static inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short x) { return __nv_bfloat16::of_bits(x); }
 static inline __nv_bfloat16 __float2bfloat16(float x) { return (__nv_bfloat16)x; }
 static inline __nv_bfloat16 __float2bfloat16_rn(float x) { return (__nv_bfloat16)x; }
 

@@ -54,6 +54,8 @@ const char* cudaGetErrorString(cudaError_t error) {
         case cudaErrorInvalidDevice: return "invalid device";
         case cudaErrorInvalidResourceHandle:
             return "invalid handle: an event without timing, or one that was never recorded";
+        case cudaErrorIllegalAddress: return "an illegal memory access";
+        case cudaErrorLaunchFailure: return "a kernel failed";
         case cudaErrorNotReady: return "not ready: what comes before the event has not run";
     }
     return "unknown error";

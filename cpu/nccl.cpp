@@ -427,6 +427,13 @@ ncclResult_t ncclCommUserRank(const ncclComm_t comm, int* rank) {
     return ncclSuccess;
 }
 
+ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t* error) {
+    if (!comm || comm->closed) return ncclInvalidArgument;
+    *error = ncclSuccess;
+    return ncclSuccess;
+}
+
+const char* ncclGetLastError(ncclComm_t) { return ""; }
 const char* ncclGetErrorString(ncclResult_t result) {
     switch (result) {
         case ncclSuccess: return "no error";

@@ -837,38 +837,17 @@ static void enqueue_copy(CUstream_st* stream, void* to, const void* from, size_t
         running_call = nullptr;
     });
 }
-// Ordinary host memory is copied to a buffer before the call returns; the copy to the device comes later.
-static void enqueue_copy_of_pageable(CUstream_st* stream, void* to, const void* from, size_t bytes) {
-    auto staged = std::make_shared<std::vector<char>>((const char*)from, (const char*)from + bytes);
-    enqueue(stream, [=] {
-        running_call = "a copy";
-        if (!staged->empty()) memcpy(to, staged->data(), staged->size());
-        running_call = nullptr;
-    });
-}
-
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
     check_copy("cudaMemcpy", to, from, bytes, kind);
     CUstream_st* stream = streams[0].get();
-    if (kind == cudaMemcpyHostToDevice && !pinned.holds(from)) {
-        run_until(stream, stream->queued);
-        enqueue_copy_of_pageable(stream, to, from, bytes);
-    } else {
-        enqueue_copy(stream, to, from, bytes);
-        if (kind != cudaMemcpyDeviceToDevice) run_until(stream, stream->queued);
-    }
+    enqueue_copy(stream, to, from, bytes);
+    if (kind != cudaMemcpyDeviceToDevice) run_until(stream, stream->queued);
     return cudaSuccess;
 }
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream_) {
-    CUstream_st* stream = check_stream(stream_, "cudaMemcpyAsync");
+// CUDA does not promise when it reads or writes ordinary host memory: here it is as late as for pinned memory.
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
     check_copy("cudaMemcpyAsync", to, from, bytes, kind);
-    if (kind == cudaMemcpyHostToDevice && !pinned.holds(from)) {
-        enqueue_copy_of_pageable(stream, to, from, bytes);
-    } else {
-        enqueue_copy(stream, to, from, bytes);
-        bool pageable = (kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyHostToHost) && !pinned.holds(to);
-        if (pageable) run_until(stream, stream->queued);
-    }
+    enqueue_copy(check_stream(stream, "cudaMemcpyAsync"), to, from, bytes);
     return cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void* to, int byte, size_t bytes, cudaStream_t stream) {

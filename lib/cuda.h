@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <string>
 #include <vector>
 #include <unistd.h>
@@ -81,10 +82,22 @@ inline double seconds_now() {
 // ------------------------------------------------------------------------------------------------
 // Checked calls
 
+// Why a call failed. Some errors are those of a kernel that ran before, and may come with any call after it.
+inline std::string cuda_reason(cudaError_t error) {
+    const bool of_kernel = error >= cudaErrorIllegalAddress && error <= cudaErrorLaunchFailure;
+    return cudaGetErrorString(error) + std::string(of_kernel ? "; --sync finds the kernel" : "");
+}
+
+// NCCL's last error has more than the name of its kind.
+inline std::string nccl_reason(ncclResult_t result, ncclComm_t comm = nullptr) {
+    const char* last = ncclGetLastError(comm);
+    return ncclGetErrorString(result) + (last && *last ? std::string(" (") + last + ")" : "");
+}
+
 #define cudaCheck(call) do { cudaError_t e_ = (call); \
-    if (e_ != cudaSuccess) die("%s:%d: %s: %s", __FILE__, __LINE__, #call, cudaGetErrorString(e_)); } while (0)
+    if (e_ != cudaSuccess) die("%s:%d: %s: %s", __FILE__, __LINE__, #call, cuda_reason(e_).c_str()); } while (0)
 #define ncclCheck(call) do { ncclResult_t r_ = (call); \
-    if (r_ != ncclSuccess) die("%s:%d: %s: %s", __FILE__, __LINE__, #call, ncclGetErrorString(r_)); } while (0)
+    if (r_ != ncclSuccess) die("%s:%d: %s: %s", __FILE__, __LINE__, #call, nccl_reason(r_).c_str()); } while (0)
 #define cublasCheck(call) do { cublasStatus_t s_ = (call); \
     if (s_ != CUBLAS_STATUS_SUCCESS) \
         die("%s:%d: %s: %s", __FILE__, __LINE__, #call, cublasGetStatusString(s_)); } while (0)
@@ -99,7 +112,7 @@ inline int blocks_for(size_t threads) { return ceil_div(threads, BLOCK); }
 inline int blocks_for_rows(size_t rows) { return blocks_for(rows * WARP); }     // a warp for each row
 
 // ------------------------------------------------------------------------------------------------
-// The device and its streams
+// Streams
 
 // A stream, and the cuBLAS handle that works on it with a workspace of its own: only so does cuBLAS promise equal bits.
 struct Stream {
@@ -118,6 +131,30 @@ std::vector<cudaStream_t> all_streams() {
     std::vector<cudaStream_t> streams = {main_stream.stream, comm_stream};
     for (const Stream& s : expert_streams) streams.push_back(s.stream);
     return streams;
+}
+
+const char* stream_name(cudaStream_t stream) {
+    return stream == main_stream.stream ? "main stream" : stream == comm_stream ? "collectives" : "expert stream";
+}
+
+// Bytes of the device that are in use
+double device_used() {
+    size_t free = 0, total = 0;
+    cudaCheck(cudaMemGetInfo(&free, &total));
+    return (double)(total - free);
+}
+
+// A part of the memory plan
+struct MemoryPart { const char* name; double bytes; const char* remark; };
+
+// What CUDA and its libraries take beside the plan, as measured when they start; on a CPU nothing
+static std::vector<MemoryPart> device_overhead;
+
+// What `start` takes of the device, but for the bytes that are planned
+template <typename Body> void measure_overhead(const char* name, const char* remark, double planned, Body start) {
+    const double before = device_used();
+    start();
+    if (!NCCL_BY_MPI) device_overhead.push_back({name, std::max(0.0, device_used() - before - planned), remark});
 }
 
 void stream_create(Stream* s) {
@@ -142,42 +179,6 @@ void stream_destroy(Stream* s) {
     cudaCheck(cudaStreamDestroy(s->stream));
 }
 
-void device_open() {
-    int devices = 0;
-    if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0)
-        die("no CUDA device found; build for the CPU with: make DEVICE=cpu");
-    bool bound = devices == 1 && getenv("CUDA_VISIBLE_DEVICES");        // the launcher shows each rank its own GPU
-    if (!NCCL_BY_MPI && !bound) {                                       // ranks on a CPU share it
-        if (ranks.local_size > devices)
-            die("%d ranks on this machine, which has %d GPU%s; start one for each", ranks.local_size, devices,
-                devices > 1 ? "s" : "");
-        main_device = ranks.local_rank;
-    }
-    cudaCheck(cudaSetDevice(main_device));
-    stream_create(&main_stream);
-    for (Stream& s : expert_streams) stream_create(&s);
-}
-
-void device_close() {
-    cudaCheck(cudaDeviceSynchronize());
-    stream_destroy(&main_stream);
-    for (Stream& s : expert_streams) stream_destroy(&s);
-}
-
-std::string machine_name() {
-    cudaDeviceProp p;
-    cudaCheck(cudaGetDeviceProperties(&p, main_device));
-    return p.name;
-}
-
-// Rank 0 makes an id for NCCL, the others get it.
-ncclUniqueId nccl_shared_id(int rank) {
-    ncclUniqueId id = {};
-    if (rank == 0) ncclCheck(ncclGetUniqueId(&id));
-    ranks_broadcast(&id, sizeof id);
-    return id;
-}
-
 // ------------------------------------------------------------------------------------------------
 // Memory
 
@@ -186,6 +187,15 @@ struct Memory {
     struct Item { void** pointer; size_t bytes; };
     std::vector<Item> items;
     std::vector<void*> blocks;
+
+    // The bytes of all tensors that are allocated, by address; and those from p to the end of its tensor, 0: of none
+    static inline std::map<const char*, size_t> allocated;
+    static size_t bytes_from(const void* p) {
+        auto after = allocated.upper_bound((const char*)p);
+        if (after == allocated.begin()) return 0;
+        const auto& [begin, size] = *--after;
+        return begin + size > (const char*)p ? (size_t)(begin + size - (const char*)p) : 0;
+    }
 
     // `count` elements for each of the pointers
     template <typename... T> void add(size_t count, T**... pointers) {
@@ -197,36 +207,105 @@ struct Memory {
         for (const Item& i : items) sum += aligned(times * i.bytes);
         return sum;
     }
-    // Each item `times` over. False where there is no room.
-    bool allocate(size_t times = 1) {
+    // Each item `times` over, cleared or as it is. False where there is no room.
+    bool allocate(size_t times = 1, bool clear = false) {
         char* block = nullptr;
         if (!SEPARATE_ALLOCATIONS) {
             if (cudaMalloc((void**)&block, bytes(times)) != cudaSuccess) return false;
             blocks.push_back(block);
         }
         for (Item& i : items) {
-            if (!SEPARATE_ALLOCATIONS) { *i.pointer = block; block += aligned(times * i.bytes); continue; }
-            if (cudaMalloc(i.pointer, times * i.bytes) != cudaSuccess) return false;
-            blocks.push_back(*i.pointer);
+            if (!SEPARATE_ALLOCATIONS) { *i.pointer = block; block += aligned(times * i.bytes); }
+            else if (cudaMalloc(i.pointer, times * i.bytes) != cudaSuccess) return false;
+            else blocks.push_back(*i.pointer);
+            allocated[(char*)*i.pointer] = times * i.bytes;
+            if (clear) cudaCheck(cudaMemsetAsync(*i.pointer, 0, times * i.bytes, main_stream.stream));
         }
         return true;
     }
-    void release() { for (void* b : blocks) cudaCheck(cudaFree(b)); blocks.clear(); }
+    void release() {
+        for (void* b : blocks) cudaCheck(cudaFree(b));
+        for (Item& i : items) allocated.erase((char*)*i.pointer);
+        blocks.clear();
+    }
 };
 
 // ------------------------------------------------------------------------------------------------
 // Copies in the main stream's order. Plain cudaMemcpy and cudaMemset work in the default stream, for which the main
-// stream, being non-blocking, does not wait. `from` may change as soon as copy_to_device returns.
+// stream, being non-blocking, does not wait.
+//
+// CUDA does not promise when an asynchronous copy of ordinary (pageable) memory returns: before it has read the memory,
+// or only after all that is in the stream. So copies go through pinned memory, two slabs of it in turn.
 
+constexpr size_t STAGING_BYTES = 4 << 20;
+struct Staging {
+    char* slabs[2];
+    cudaEvent_t copied[2];                  // all copies of a slab are done
+    int slab;                               // that is being filled, ...
+    size_t used;                            // ... up to here
+};
+static Staging staging;
+
+void staging_open() {
+    for (int i : {0, 1}) {
+        cudaCheck(cudaMallocHost((void**)&staging.slabs[i], STAGING_BYTES));
+        cudaCheck(cudaEventCreateWithFlags(&staging.copied[i], cudaEventDisableTiming));
+        cudaCheck(cudaEventRecord(staging.copied[i], main_stream.stream));
+    }
+}
+
+void staging_close() {
+    for (int i : {0, 1}) {
+        cudaCheck(cudaFreeHost(staging.slabs[i]));
+        cudaCheck(cudaEventDestroy(staging.copied[i]));
+    }
+}
+
+// Pinned memory for the next copy, at most STAGING_BYTES. Waits until the copies that had it are done.
+char* staging_room(size_t bytes) {
+    if (staging.used + bytes > STAGING_BYTES) {
+        cudaCheck(cudaEventRecord(staging.copied[staging.slab], main_stream.stream));
+        staging.slab ^= 1;
+        staging.used = 0;
+        cudaCheck(cudaEventSynchronize(staging.copied[staging.slab]));
+    }
+    char* room = staging.slabs[staging.slab] + staging.used;
+    staging.used += (bytes + 255) / 256 * 256;
+    return room;
+}
+
+// `from` may change as soon as this returns.
 template <typename T> void copy_to_device(T* to, const T* from, size_t n) {
-    cudaCheck(cudaMemcpyAsync(to, from, n * sizeof(T), cudaMemcpyHostToDevice, main_stream.stream));
+    for (size_t at = 0, part; at < n * sizeof(T); at += part) {
+        part = std::min(STAGING_BYTES, n * sizeof(T) - at);
+        char* room = staging_room(part);
+        memcpy(room, (const char*)from + at, part);
+        cudaCheck(cudaMemcpyAsync((char*)to + at, room, part, cudaMemcpyHostToDevice, main_stream.stream));
+    }
 }
 
 template <typename T> void copy_to_device(T* to, const std::vector<T>& from) {
     copy_to_device(to, from.data(), from.size());
 }
 
+// Waits for the main stream.
 template <typename T> void copy_to_host(T* to, const T* from, size_t n) {
+    for (size_t at = 0, part; at < n * sizeof(T); at += part) {
+        part = std::min(STAGING_BYTES, n * sizeof(T) - at);
+        char* room = staging_room(part);
+        cudaCheck(cudaMemcpyAsync(room, (const char*)from + at, part, cudaMemcpyDeviceToHost, main_stream.stream));
+        cudaCheck(cudaStreamSynchronize(main_stream.stream));
+        memcpy((char*)to + at, room, part);
+    }
+}
+
+// For the large arrays of files, without staging: each waits until its copy is done.
+template <typename T> void copy_to_device_sync(T* to, const T* from, size_t n) {
+    cudaCheck(cudaMemcpyAsync(to, from, n * sizeof(T), cudaMemcpyHostToDevice, main_stream.stream));
+    cudaCheck(cudaStreamSynchronize(main_stream.stream));
+}
+
+template <typename T> void copy_to_host_sync(T* to, const T* from, size_t n) {
     cudaCheck(cudaMemcpyAsync(to, from, n * sizeof(T), cudaMemcpyDeviceToHost, main_stream.stream));
     cudaCheck(cudaStreamSynchronize(main_stream.stream));
 }
@@ -244,6 +323,51 @@ template <typename T> std::vector<float> device_floats(const T* device, size_t n
     std::vector<T> host(n);
     copy_to_host(host.data(), device, n);
     return std::vector<float>(host.begin(), host.end());
+}
+
+// ------------------------------------------------------------------------------------------------
+// The device, from its opening to its end
+
+void device_open() {
+    int devices = 0;
+    if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0)
+        die("no CUDA device found; build for the CPU with: make DEVICE=cpu");
+    bool bound = devices == 1 && getenv("CUDA_VISIBLE_DEVICES");        // the launcher shows each rank its own GPU
+    if (!NCCL_BY_MPI && !bound) {                                       // ranks on a CPU share it
+        if (ranks.local_size > devices)
+            die("%d ranks on this machine, which has %d GPU%s; start one for each", ranks.local_size, devices,
+                devices > 1 ? "s" : "");
+        main_device = ranks.local_rank;
+    }
+    cudaCheck(cudaSetDevice(main_device));
+    cudaCheck(cudaFree(nullptr));           // makes the context
+    if (!NCCL_BY_MPI) device_overhead = {{"CUDA", device_used(), " measured, with what other programs hold"}};
+    measure_overhead("cuBLAS", " measured", (1.0 + EXPERT_STREAMS) * CUBLAS_WORKSPACE_BYTES, [] {
+        stream_create(&main_stream);
+        for (Stream& s : expert_streams) stream_create(&s);
+    });
+    staging_open();
+}
+
+void device_close() {
+    cudaCheck(cudaDeviceSynchronize());
+    staging_close();
+    stream_destroy(&main_stream);
+    for (Stream& s : expert_streams) stream_destroy(&s);
+}
+
+std::string machine_name() {
+    cudaDeviceProp p;
+    cudaCheck(cudaGetDeviceProperties(&p, main_device));
+    return p.name;
+}
+
+// Rank 0 makes an id for NCCL, the others get it.
+ncclUniqueId nccl_shared_id(int rank) {
+    ncclUniqueId id = {};
+    if (rank == 0) ncclCheck(ncclGetUniqueId(&id));
+    ranks_broadcast(&id, sizeof id);
+    return id;
 }
 
 // ------------------------------------------------------------------------------------------------

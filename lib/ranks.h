@@ -29,6 +29,7 @@
 #include <fstream>
 #include <functional>
 #include <random>
+#include <mutex>
 #include <sstream>
 #include <string>
 #include <thread>
@@ -114,6 +115,8 @@ struct RankState {
     uint64_t token = 0;
     int wake = -1;                          // an eventfd: the main thread wants something
     std::thread thread;
+    std::mutex library_mutex;
+    std::string (*library_error)() = nullptr;   // under the mutex
     std::atomic<bool> watching{false}, leaving{false}, spoken{false};
     std::atomic<const char*> what{""};
     std::atomic<int> layer{-1};
@@ -724,6 +727,15 @@ inline void ranks_check_peer(int r, double now) {
     ranks_fail(it + seconds + details + me + " is " + here, r);
 }
 
+// Fails where a library has an error that no call of the main thread has returned.
+inline void ranks_check_library() {
+    RankState* s = ranks_state;
+    std::lock_guard<std::mutex> lock(s->library_mutex);
+    const std::string error = s->library_error ? s->library_error() : "";
+    if (error.empty()) return;
+    ranks_fail("rank " + std::to_string(s->self.rank) + " " + ranks_place(ranks_beat(RUNS)) + ": " + error);
+}
+
 inline void ranks_thread() {
     RankState* s = ranks_state;
     // `now` is a clock that stops while this process is stopped: a process that goes on must not find all others late.
@@ -738,6 +750,7 @@ inline void ranks_thread() {
     for (bool told = false; ; ) {
         ranks_listen_to_peers(beat - now, tick);
         if (s->spoken) ranks_fail("");
+        ranks_check_library();
         bool leaves = s->leaving, all_leave = leaves;
         if (now >= beat || leaves != told) {
             ranks_tell(leaves && s->self.rank > 0 ? LEAVES : RUNS);
@@ -834,6 +847,12 @@ inline void ranks_note(const char* what, int layer) {
     ranks_state->what = what;
     ranks_state->layer = layer;
     ranks_state->sequence++;
+}
+
+// What the watch asks at each heartbeat: the error of a library, or "". Null: nothing, from when this returns on.
+inline void ranks_watch_library(std::string (*error)()) {
+    std::lock_guard<std::mutex> lock(ranks_state->library_mutex);
+    ranks_state->library_error = error;
 }
 
 // A sign of life between collectives, for what may take longer than the timeout: at every tensor of a checkpoint, say.

@@ -68,8 +68,16 @@ double memory_sum(const Olmoe& m) {
 void box_memory(Box* box, const Olmoe& m) {
     for (const MemoryPart& part : memory_plan(m))
         box->add(std::string("memory: ") + part.name, human(part.bytes, "B") + part.remark);
-    bool nccl = world.size > 1 && !NCCL_BY_MPI;
-    box->add("memory: sum", human(memory_sum(m), "B") + (nccl ? " and NCCL's buffers" : ""));
+    box->add("memory: sum", human(memory_sum(m), "B"));
+}
+
+// What CUDA and NCCL take of a GPU beside the plan, in bytes: an estimate for H100s. The context and cuBLAS 0.5 GB; a
+// communicator 1.6 GB (NVIDIA/nccl, issue 864); the exchange of rows 0.47 GB for each other rank of the expert group
+// (issue 1685: 3.3 GB for seven).
+double overhead_estimate() {
+    int communicators = world.size > 1;
+    for (const Group* g : {&expert_group, &replica_group}) communicators += g->size > 1 && g->size < world.size;
+    return 0.5e9 + 1.6e9 * communicators + 0.47e9 * (expert_group.size - 1);
 }
 
 // Names of files for a table: up to three in full
@@ -194,7 +202,7 @@ void domains_open(DomainTable* d, const TokenFile& f, const OlmoeConfig& c) {
 // Adds the micro-batch in m, whose tokens are in the file from `first` on.
 void domains_add(DomainTable* d, Olmoe* m, size_t first) {
     const OlmoeConfig& c = m->config;
-    const size_t stride = (size_t)m->capacity.N * c.K, documents = d->documents.size();
+    const size_t stride = (size_t)m->N * c.K, documents = d->documents.size();
     std::vector<int> experts(c.L * stride);
     copy_to_host(experts.data(), m->acts.layers[0].experts, experts.size());
     size_t doc = 0;

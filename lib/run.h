@@ -12,7 +12,7 @@
 // Options
 
 std::vector<Option> train_options(TrainOptions* o) {
-    return {
+    return with_launch_checks({
         {"config", &o->config, "FILE", "start from random weights in the shape of this config.json"},
         {"model", &o->model, "DIR", "start from the weights of a Hugging Face directory"},
         {"data", &o->data, "FILES", "token files to train on (.npy of uint16 or uint32, or llm.c's .bin)"},
@@ -78,7 +78,7 @@ std::vector<Option> train_options(TrainOptions* o) {
         {"peak-tflops", &o->peak_tflops, "X",
          "the device's peak, of which MFU is a share; 0: what NVIDIA publishes for its name, dense BF16 or FP32 as the "
          "build, or else a large product's, measured", 0, 1e9},
-    };
+    });
 }
 
 void train_options_parse(TrainOptions* o, int argc, char** argv) {

@@ -1,5 +1,5 @@
-// Where the program is: launches, which are checked and traced; layers and collectives, which the trace and the watch
-// over the ranks (ranks.h) name; steps, phases and layers as NVTX ranges, which Nsight Systems shows.
+// Where the program is: launches, which are checked and traced; layers and collectives, which messages, the trace and
+// the watch over the ranks (ranks.h) name; steps, phases and layers as NVTX ranges, which Nsight Systems shows.
 //
 // --trace FILE shows when each kernel and collective was issued and when it ran, by stream, in the format of Chrome's
 // tracing, which Perfetto opens. An event after each piece of work records when it ended. It began when it was issued
@@ -44,9 +44,23 @@ void at_layer(int l) {
 // A collective begins, of a layer or, with -1, of none: what messages about a rank that does not come name.
 void at_collective(const char* name, int layer) { ranks_note(name, layer); }
 
+// --sync and --check-finite
+struct LaunchChecks {
+    bool sync = false;          // waits after every launch, so that its error is not found after a later one
+    bool finite = false;        // looks at what every kernel and matmul wrote
+};
+static LaunchChecks launch_checks;
+
+std::string of_layer(int layer) { return layer < 0 ? "" : text(" of layer %d", layer); }
+
 // After each kernel, matmul and collective: errors of the launch, and the trace.
 void launched(const char* name, cudaStream_t stream, int layer = trace.layer) {
-    cudaCheck(cudaGetLastError());
+    cudaError_t error = cudaGetLastError();
+    if (error == cudaSuccess && launch_checks.sync) error = cudaStreamSynchronize(stream);
+    if (error != cudaSuccess) {
+        const char* which = launch_checks.sync ? "" : ", or what ran before it";
+        die("%s%s (%s)%s: %s", name, of_layer(layer).c_str(), stream_name(stream), which, cuda_reason(error).c_str());
+    }
     if (!trace.on) return;
     Trace::Entry e = {name, layer, stream, seconds_now() - trace.start, nullptr};
     cudaCheck(cudaEventCreateWithFlags(&e.end, 0));
@@ -54,9 +68,58 @@ void launched(const char* name, cudaStream_t stream, int layer = trace.layer) {
     trace.entries.push_back(e);
 }
 
+// One warp for each run of NON_FINITE_RUN elements: how many of them are not finite
+constexpr int NON_FINITE_RUN = 4096;
+template <typename T> __global__ void count_non_finite_kernel(float* counts, const T* x, size_t n) {
+    size_t run = thread_index() / WARP;
+    int lane = threadIdx.x % WARP;
+    if (run * NON_FINITE_RUN >= n) return;
+    x += run * NON_FINITE_RUN;
+    int length = n - run * NON_FINITE_RUN < NON_FINITE_RUN ? (int)(n - run * NON_FINITE_RUN) : NON_FINITE_RUN;
+    float count = 0;
+    for (int i = lane; i < length; i += WARP) count += isfinite((float)x[i]) ? 0.f : 1.f;
+    count = warp_sum(count);
+    if (lane == 0) counts[run] = count;
+}
+
+// Ends the program where one of n elements on the device is not finite. `what` wrote them, to its `argument`, before
+// what the main stream does next.
+template <typename T> void check_finite(const char* what, const std::string& argument, const T* x, size_t n) {
+    float* device_counts = nullptr;
+    const size_t runs = (size_t)ceil_div(n, NON_FINITE_RUN);
+    if (n == 0) return;
+    cudaCheck(cudaMalloc((void**)&device_counts, runs * sizeof(float)));
+    count_non_finite_kernel<<<blocks_for_rows(runs), BLOCK, 0, main_stream.stream>>>(device_counts, x, n);
+    const std::vector<float> counts = device_floats(device_counts, runs);
+    cudaCheck(cudaFree(device_counts));
+    const auto bad = std::find_if(counts.begin(), counts.end(), [](float count) { return count > 0; });
+    if (bad == counts.end()) return;
+    size_t at = (size_t)(bad - counts.begin()) * NON_FINITE_RUN;
+    const std::vector<float> run = device_floats(x + at, std::min<size_t>(NON_FINITE_RUN, n - at));
+    const auto first = std::find_if(run.begin(), run.end(), [](float value) { return !std::isfinite(value); });
+    at += (size_t)(first - run.begin());
+    die("%s%s: what it wrote to %s is not finite, first %g at %zu of %zu", what, of_layer(trace.layer).c_str(),
+        argument.c_str(), *first, at, n);
+}
+
+// Looks at the arguments of a kernel that it may have written to: pointers to numbers that are not const, each from
+// there to the end of its tensor. names: of the arguments, separated by commas.
+inline void check_results(const char*, const char*) {}
+template <typename T, typename... Rest>
+void check_results(const char* kernel, const char* names, const T& argument, const Rest&... rest) {
+    while (*names == ' ' || *names == ',') names++;
+    size_t length = 0;
+    for (int open = 0; names[length] && (open > 0 || names[length] != ','); length++)
+        open += (names[length] == '(') - (names[length] == ')');
+    if constexpr (std::is_same<T, float*>::value || std::is_same<T, __nv_bfloat16*>::value)
+        check_finite(kernel, std::string(names, length), argument, Memory::bytes_from(argument) / sizeof(*argument));
+    check_results(kernel, names + length, rest...);
+}
+
 // A kernel in the main stream, in blocks of BLOCK threads
 #define LAUNCH(kernel, blocks, ...) do { kernel<<<blocks, BLOCK, 0, main_stream.stream>>>(__VA_ARGS__); \
-    launched(#kernel, main_stream.stream); } while (0)
+    launched(#kernel, main_stream.stream); \
+    if (launch_checks.finite) check_results(#kernel, #__VA_ARGS__, __VA_ARGS__); } while (0)
 
 // What the stream does next could not begin earlier than here.
 void waited(cudaStream_t stream) { if (trace.on) launched("", stream); }
@@ -84,7 +147,7 @@ void trace_write(const std::string& path) {
     fprintf(f, "{\"traceEvents\":[\n");
     thread_name("", 0, "issued");
     for (size_t i = 0; i < streams.size(); i++)
-        thread_name(",\n", i + 1, i == 0 ? "main stream" : i == 1 ? "collectives" : "expert stream");
+        thread_name(",\n", i + 1, stream_name(streams[i]));
     for (size_t i = 0; i < trace.entries.size(); i++) {
         const Trace::Entry& e = trace.entries[i];
         size_t stream = std::find(streams.begin(), streams.end(), e.stream) - streams.begin();

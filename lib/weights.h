@@ -73,9 +73,9 @@ void state_to_host(const Olmoe& m, State which, size_t at, const floatX* p, floa
         std::vector<std::decay_t<decltype(*moment1)>> moments(which == State::master ? 0 : n);
         std::vector<std::decay_t<decltype(*master)>> masters(n - moments.size());
         std::vector<floatX> weights(masters.size());
-        copy_to_host(moments.data(), which == State::m ? moment1 : moment2, moments.size());
-        copy_to_host(masters.data(), master, masters.size());
-        copy_to_host(weights.data(), p, weights.size());
+        copy_to_host_sync(moments.data(), which == State::m ? moment1 : moment2, moments.size());
+        copy_to_host_sync(masters.data(), master, masters.size());
+        copy_to_host_sync(weights.data(), p, weights.size());
         for (size_t i = 0; i < moments.size(); i++) to[i] = (float)moments[i];
         for (size_t i = 0; i < masters.size(); i++) to[i] = master_of(&masters[i], &weights[i]);
     });
@@ -92,9 +92,9 @@ void state_to_device(Olmoe* m, State which, size_t at, floatX* p, const float* f
             store(&masters[i], from[i], 0);
             store(&weights[i], from[i], HALF_AWAY);
         }
-        copy_to_device(which == State::m ? moment1 : moment2, moments);
-        copy_to_device(master, masters);
-        copy_to_device(p, weights);
+        copy_to_device_sync(which == State::m ? moment1 : moment2, moments.data(), moments.size());
+        copy_to_device_sync(master, masters.data(), masters.size());
+        copy_to_device_sync(p, weights.data(), weights.size());
     });
 }
 
@@ -134,7 +134,7 @@ void load_part(Olmoe* m, const SafeTensor& t, size_t begin, size_t n, size_t off
                std::vector<floatX>* narrow) {
     const bool same = t.dtype == (BF16 ? "BF16" : "F32"), masters = m->master_weights;
     floatX* to = element_at(m->tensors, m->params, offset);
-    if (same) copy_to_device(to, (const floatX*)t.data + begin, n);     // at any alignment
+    if (same) copy_to_device_sync(to, (const floatX*)t.data + begin, n);     // at any alignment
     if (same && !masters) return;
     floats->resize(n);
     narrow->resize(same ? 0 : n);
@@ -144,7 +144,7 @@ void load_part(Olmoe* m, const SafeTensor& t, size_t begin, size_t n, size_t off
             if (masters) store(&(*narrow)[j], (*floats)[j], HALF_AWAY);
             else (*narrow)[j] = (floatX)(*floats)[j];
     });
-    if (!same) copy_to_device(to, *narrow);
+    if (!same) copy_to_device_sync(to, narrow->data(), narrow->size());
     if (masters)
         for_updated(m->tensors, offset, n, [&](size_t first, size_t state, size_t count) {
             floatX* p = element_at(m->tensors, m->params, first);
@@ -191,7 +191,7 @@ void olmoe_load(Olmoe* m, const std::string& dir) {
 void state_read(const Olmoe& m, State which, size_t offset, size_t n, void* to) {
     ranks_alive();
     if (which == State::weights) {
-        copy_to_host((floatX*)to, element_at(m.tensors, m.params, offset), n);
+        copy_to_host_sync((floatX*)to, element_at(m.tensors, m.params, offset), n);
         return;
     }
     for_updated(m.tensors, offset, n, [&](size_t first, size_t at, size_t count) {

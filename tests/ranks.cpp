@@ -6,7 +6,7 @@
 //   timeout=S                               the watch's; without it, no watch
 //   board=FILE                              shared by the ranks of this machine: the collectives, where there is no MPI
 //   steps=N at=K who=R,... act=ACT          these ranks do ACT before their collective K (N: before they leave), after
-//                                           heartbeats had time to report K-1
+//                                           heartbeats had time to report K-1. library: a library has an error
 //   late=S                                  begins S seconds late
 //   word=N                                  what rank 0 broadcasts (123)
 //
@@ -91,6 +91,7 @@ int main(int argc, char** argv) {
             if (act == "crash") raise(SIGSEGV);
             if (act == "spin") for (volatile int forever = 1; forever; ) {}
             if (act == "hang") rest(1000);
+            if (act == "library") ranks_watch_library([] { return std::string("a library: link down"); }), rest(1000);
             if (act == "die") die("token 7 has id 99999; check the data");
             if (act == "exit") exit(0);
             if (act == "slow") rest(timeout > 0 ? 0.6 * timeout : 1.5);

@@ -8,6 +8,7 @@ import array
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -162,6 +163,21 @@ def test_generate(on_ranks, tmp_path):
     for mode in ("race", "async"):
         result = run("ptx-fp32/olmoe", *words, **MODES[mode])
         assert result.returncode == 0 and result.stdout == cpu.stdout, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_width_of_stores(precision):
+    """No kernel has a store that is narrower than what it stores: bf16 and Remainder have 2 bytes, all else 4 or more.
+    A copy by bytes would take several stores for each number."""
+    program = (ROOT / "build" / f"ptx-{precision}" / "olmoe").read_bytes()      # its PTX is not compressed
+    kernels = dict(re.findall(rb"\.entry (\w+)\((.*?)(?=\.entry|\.func|\0)", program, re.DOTALL))
+    seen = 0
+    for name, body in kernels.items():
+        narrow = precision == "bf16" or b"13__nv_bfloat16" in name or b"9Remainder" in name
+        for letters, bits in re.findall(rb"\bst\.(?:global|local|shared)?[.\w]*\.([a-z]+)(\d+)\s", body):
+            assert int(bits) >= (16 if narrow else 32), (name, letters, bits)
+            seen += 1
+    assert len(kernels) > 40 and seen > len(kernels), (len(kernels), seen)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -408,6 +408,14 @@ def test_several_at_fault(alone, tmp_path):
     assert len(stopped.lines) == 1 and f"rank 0 has not answered for {TIMEOUT} s" in stopped.lines[0]
 
 
+def test_error_of_a_library(alone, tmp_path):
+    """What a library finds out while the main thread waits is the one line, and ends all."""
+    for who in (0, 1):
+        run = shell(alone, tmp_path, 3, "timeout=60", "steps=1000", "at=7", f"who={who}", "act=library")
+        assert run.end(within=8).codes == [1, 1, 1]
+        assert run.lines == [f"olmoe: rank {who} at the all-reduce of layer 2: a library: link down"]
+
+
 def test_die_is_the_only_line(alone, tmp_path):
     """The error of the rank that dies is the only line; where all die, rank 0's."""
     words = ("timeout=4", "steps=1000", "at=7", "act=die")
