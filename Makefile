@@ -5,6 +5,8 @@
 # make DEVICE=cuda SM=90     for another GPU than this machine's: its compute capability (H100: 90), or several, "80 90"
 # make CXXFLAGS="-g ..."     further options of g++, after those of the build
 # make cuda                  compile for all GPUs, warnings and register spills are errors
+# make test-gpu              does all of it work on this GPU? MINUTES=10 at most, and a report to send: build/test-gpu.txt
+# make DEVICE=cuda SM=90 test-gpu-build      build its programs on a machine without a GPU, to carry over
 # make clean                 remove what was built; runs (build/train*), build/venv and build/llama.cpp stay
 
 .DEFAULT_GOAL := olmoe
@@ -321,6 +323,19 @@ export OLMOE_DATA ?= $(wildcard ../shared/data)
 export PTXRUN ?= $(wildcard ../shared/tools/ptxrun)
 test-ptx: ptx
 	$(RUN_TESTS) tests/test_ptxrun.py
+
+# What a first day on a GPU begins with: scripts/test_gpu.py, which also builds, so that its report has that. With nvcc the
+# programs are those of test-gpu-build, made anew where they are older than their sources; without it, as they are.
+.PHONY: test-gpu test-gpu-build test-gpu-fp32 test-gpu-bf16
+MINUTES ?= 10
+test-gpu:
+	@$(PYTHON) scripts/test_gpu.py --minutes $(MINUTES)
+
+test-gpu-build: test-gpu-fp32 test-gpu-bf16
+	@{ echo "commit $$(git describe --always --dirty --abbrev=12 2>/dev/null || echo not known)"; echo "SM $(or $(SM),native)"; \
+	  $(NVCC) --version | sed -n /release/p; } > build/test-gpu-built.txt
+test-gpu-fp32 test-gpu-bf16: test-gpu-%: build/ranks.flags
+	@$(MAKE) --no-print-directory DEVICE=cuda PRECISION=$(if $(filter bf16,$*),BF16,FP32) $(addprefix build/cuda-$*/,olmoe test_olmoe)
 
 # Faults of one line, each of which a named test has to notice. MUTANTS_FOR_CI=SECONDS (since .ci/run started): those of
 # the files that the change touches, and as many of the others as fit (tests/ci_mutants.py).

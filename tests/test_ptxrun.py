@@ -11,6 +11,7 @@ import random
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,66 @@ def test_generate(on_ranks, tmp_path):
     for mode in ("race", "async"):
         result = run("ptx-fp32/olmoe", *words, **MODES[mode])
         assert result.returncode == 0 and result.stdout == cpu.stdout, result.stdout + result.stderr
+
+
+def first_minutes(tmp_path, *more):
+    """scripts/test_gpu.py on the emulator: what it returned, and its report."""
+    report = tmp_path / "report.txt"
+    words = [sys.executable, "scripts/test_gpu.py", "--runner", EMULATOR, "--programs", "build/ptx-PRECISION",
+             "--small", "--gpus", "2", "--report", report, *more]
+    done = subprocess.run([*map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert report.exists(), done.stderr
+    text = report.read_text()
+    assert text.splitlines()[-1] == done.stdout.splitlines()[-1]
+    return done, text
+
+
+def test_first_minutes_on_a_gpu(tmp_path):
+    """All of `make test-gpu` in small shapes: nothing fails, and compute-sanitizer alone is left out."""
+    done, report = first_minutes(tmp_path, "--memory", "0.34")
+    assert done.returncode == 0, report
+    assert re.fullmatch(r"2[5-9] passed, 0 failed, 1 left out", done.stdout.splitlines()[-1]), report
+    assert re.search(r"^left out +0.0 s  compute-sanitizer: with an emulator$", report, re.M)
+    shares = re.findall(r"^ +([\d.]+) % +[\d.]+ ms +\d+ calls  (\w+)$", report, re.M)
+    assert {"matmul", "adamw_kernel", "attention_softmax_backward_kernel"} <= {name for _, name in shares}
+    assert abs(sum(float(share) for share, _ in shares) - 100) < 0.2
+    assert re.search(r" micro-batch \d x 32, .*plan 0.3\d GB of 0.34 GB free$", report, re.M)
+    assert re.search(r"^    \d+ tokens/s, .*\n    MFU ", report, re.M)
+
+
+def test_first_minutes_with_faults(tmp_path):
+    """A fixture of which one number has been changed, and a program that fails, are counted and named; and a training
+    that does not end before the time is over is left out with all that comes after it."""
+    for name in ("odd", "bf16"):
+        shutil.copytree(ROOT / "tests/fixtures" / name, tmp_path / "fixtures" / name)
+    damaged = tmp_path / "fixtures/odd/model.safetensors"
+    contents = bytearray(damaged.read_bytes())
+    contents[-2:] = b"\x40\x41"                 # the upper half of the last number: now about 12
+    damaged.write_bytes(contents)
+    for precision in ("fp32", "bf16"):
+        folder = tmp_path / f"programs-{precision}"
+        folder.mkdir()
+        for name in ("olmoe", "test_olmoe"):
+            (folder / name).symlink_to(ROOT / f"build/ptx-{precision}" / name)
+    (tmp_path / "programs-bf16/test_olmoe").unlink()
+    (tmp_path / "programs-bf16/test_olmoe").symlink_to("/bin/false")
+    trains_for_ever = tmp_path / "programs-fp32/olmoe"
+    trains_for_ever.unlink()
+    trains_for_ever.write_text('#!/bin/sh\n[ "$1" != train ] || exec sleep 600\n'
+                               f'exec {ROOT}/build/ptx-fp32/olmoe "$@"\n')
+    trains_for_ever.chmod(0o755)
+    words = ["--fixtures", tmp_path / "fixtures", "--programs", tmp_path / "programs-PRECISION"]
+    done, report = first_minutes(tmp_path, *words, "--minutes", "0.6")
+    failed = re.findall(r"^FAILED +[\d.]+ s  (.*?): (.*)$", report, re.M)
+    assert done.returncode == 1
+    assert [name for name, _ in failed] == ["test_olmoe BF16", "verify odd FP32", "verify odd BF16"], report
+    assert "no tally at its end" in failed[0][1] and "they DIFFER" in failed[1][1]
+    assert re.search(r"^    \| .*FAILED \(worst", report, re.M)
+    left = re.findall(r"^left out +[\d.]+ s  (.*?): (.*)$", report, re.M)
+    assert left[0][0] == "3 steps twice FP32" and left[0][1].endswith(", when its time was over")
+    assert [why for name, why in left[1:]] == ["no time was left"] * (len(left) - 1)
+    assert left[-1][0] == "OLMoE-1B-7B, random weights (small)"
+    assert done.stdout.splitlines()[-1] == f"3 passed, 3 failed, {len(left)} left out"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
