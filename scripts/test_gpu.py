@@ -722,6 +722,7 @@ def main(argv=None):
         except KeyboardInterrupt:
             session.counts["left out"] += 1
             session.not_passed.append(("left out", "the rest", "Ctrl-C"))
+            return finish(session) or 130
         return finish(session)
     finally:
         shutil.rmtree(session.folder, ignore_errors=True)

@@ -8,6 +8,7 @@ bf16, or strict on two ranks, or one of pytest's.
 CLI, DATA, TOKENIZER = "tests/test_cli.py::test_", "tests/test_data.py::test_", "tests/test_tokenizer.py::test_"
 CHECKPOINT, MAKE, GENERATE = ("tests/test_checkpoint.py::test_group", "tests/test_make.py::test_",
                               "tests/test_generate.py::test_")
+GPU_SCRIPT = "tests/test_gpu_script.py::test_"
 
 MUTANTS = [
     # ---- Embedding, norms, rotation
@@ -424,6 +425,17 @@ MUTANTS = [
     ("validation_data_is_read_too_late", "olmoe.cu",
      "dataloader_check(&run->val, instances, ranks_alive);",
      "", CLI + "validation_is_checked_before_training"),
+
+    # ---- The first ten minutes on a GPU
+    ("failures_do_not_show", "scripts/test_gpu.py",
+     'return 1 if counts["FAILED"] or not counts["passed"] else 0',
+     'return 0 if counts["passed"] else 1', GPU_SCRIPT + "failures_are_counted_and_named"),
+    ("what_hangs_leaves_its_children", "scripts/test_gpu.py",
+     "for pid in descendants(process.pid):",
+     "for pid in [process.pid]:", GPU_SCRIPT + "what_hangs_is_ended"),
+    ("a_plan_that_does_not_fit", "scripts/test_gpu.py",
+     "if fits[group] and plan(candidate) <= budget:",
+     "if fits[group]:", GPU_SCRIPT + "choice_of_a_plan"),
 
     # ---- make, and the scripts that launch ranks
     ("native_without_a_gpu", "Makefile", 'case $$said in *"Cannot find valid GPU"*) false;; esac;', "true;",

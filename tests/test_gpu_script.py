@@ -257,6 +257,17 @@ def test_minutes_are_over(tree):
     assert code == 1 and report.splitlines()[-1].startswith("0 passed, 0 failed, ")
 
 
+def test_interrupted(tree, monkeypatch):
+    """Ctrl-C: what was found until then is in the report."""
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(script, "verify", interrupted)
+    code, report = tree.run()
+    assert code == 130 and named(report, "passed") == ["test_olmoe FP32", "test_olmoe BF16"]
+    assert re.search(r"^left out  the rest: Ctrl-C$", report, re.M)
+    assert report.splitlines()[-1] == "2 passed, 0 failed, 1 left out"
+
+
 def test_sanitizers(tree):
     tree.without("test_olmoe", "verify", "train_twice", "recompute", "full_size")
     tree.set(BROKEN="racecheck*bf16")
