@@ -1017,9 +1017,11 @@ void exchange_rows(T* to, const T* from, const RowCounts& rows, size_t width, Wa
     for (int first = 0, n = std::max(1, GROUP_CALLS / (2 * G)); first < mine; first += n)
         collective(name, layer, ROWS, first == 0 ? leaving * width * sizeof(T) : 0, [&] {
             for (int e = first; e < std::min(mine, first + n); e++)
-                for (int g = 0, i = e; g < G; row += arrived[i], g++, i += mine) {
-                    if (home) { receive(start[i], sent[i], g); send(row, arrived[i], g); }
-                    else { send(start[i], sent[i], g); receive(row, arrived[i], g); }
+                for (int g = 0; g < G; g++) {
+                    const int i = g * mine + e;                 // expert e of rank g, or of its tokens for expert e
+                    if (home) receive(start[i], sent[i], g); else send(start[i], sent[i], g);
+                    if (home) send(row, arrived[i], g); else receive(row, arrived[i], g);
+                    row += arrived[i];
                 }
         });
     main_after_comm();

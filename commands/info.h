@@ -58,14 +58,14 @@ void info_plan(Olmoe* m, const OlmoeConfig& c, const InfoOptions& o, const std::
 
 // Which ways of keeping AdamW's state leave room for the rest
 void box_fits(Box* box, const OlmoeConfig& c, const InfoOptions& o) {
-    box->add(text("fits %g GB?", o.memory), "--master-weights, --moments: all of the plan, CUDA and NCCL");
+    box->add(text("fits %g GB?", o.memory), "--master-weights, --moments: all of the plan");
     for (const char* masters : {"fp32", "remainder", "none"})
         for (const char* moments : {"fp32", "bf16"}) {
             if (!BF16 && strcmp(masters, "fp32") != 0) continue;
             Olmoe other;
             info_plan(&other, c, o, masters, moments);
-            const double sum = memory_sum(other) + overhead_estimate();
-            const bool fits = sum <= o.memory * 1e9;
+            const double sum = memory_sum(other);
+            const bool fits = sum + overhead_estimate() <= o.memory * 1e9;
             box->add(fits ? "yes" : "no", text("%s, %s: %s", masters, moments, human(sum, "B").c_str()));
         }
 }
@@ -232,7 +232,7 @@ int command_info(int argc, char** argv) {
     box.add("training", text("%s, %ld x %ld tokens a micro-batch, --recompute %ld", BF16 ? "BF16" : "FP32", o.B, o.T,
                              o.recompute));
     box_memory(&box, m);
-    box.add("CUDA and NCCL", "about " + human(overhead_estimate(), "B") + " more of a GPU (estimate)");
+    box.add("CUDA, NCCL", "about " + human(overhead_estimate(), "B") + " more of a GPU (estimate)");
     box.rule();
     box_fits(&box, c, o);
     if (o.gpus > 1) {

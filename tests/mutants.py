@@ -8,7 +8,7 @@ bf16, or strict on two ranks, or one of pytest's.
 CLI, DATA, TOKENIZER = "tests/test_cli.py::test_", "tests/test_data.py::test_", "tests/test_tokenizer.py::test_"
 CHECKPOINT, MAKE, GENERATE = ("tests/test_checkpoint.py::test_group", "tests/test_make.py::test_",
                               "tests/test_generate.py::test_")
-GPU_SCRIPT = "tests/test_gpu_script.py::test_"
+GPU_SCRIPT, RANKS = "tests/test_gpu_script.py::test_", "tests/test_ranks.py::test_"
 
 MUTANTS = [
     # ---- Embedding, norms, rotation
@@ -152,8 +152,8 @@ MUTANTS = [
      "    cudaCheck(cudaStreamWaitEvent(main_stream.stream, comm_event, 0));\n",
      "", "ranks: ranks model"),
     ("rows_sent_before_they_are_there", "olmoe.cu",
-     "    comm_after_main();\n    collective(name, layer, ROWS",
-     "    collective(name, layer, ROWS", "ranks: ranks model"),
+     "    comm_after_main();\n    // Two ranks name",
+     "    // Two ranks name", "ranks: ranks model"),
     ("rows_read_before_they_are_there", "olmoe.cu",
      "    });\n    main_after_comm();\n}",
      "    });\n}", "ranks: ranks model"),
@@ -169,8 +169,8 @@ MUTANTS = [
     ("last_gradients_not_waited_for", "olmoe.cu", "    if (last) main_after_comm();\n", "", "ranks: ranks model"),
     ("parameters_not_waited_for", "olmoe.cu", "    if (shard_optimizer) main_after_comm();\n", "", "ranks: ranks zero"),
     ("rows_of_ranks_in_reverse", "olmoe.cu",
-     "for (int g = 0; g < G; row += arrived[g++ * mine + e])",
-     "for (int g = G - 1; g >= 0; row += arrived[g-- * mine + e])", "ranks: ranks exchange"),
+     "for (int g = 0; g < G; g++) {\n                    const int i",
+     "for (int g = G - 1; g >= 0; g--) {\n                    const int i", "ranks: ranks exchange"),
     ("auxiliary_losses_not_over_ranks", "olmoe.cu",
      "LNK = c.L * N * c.K * micro_batches * world.size;",
      "LNK = c.L * N * c.K * micro_batches;", "ranks: ranks model"),
@@ -398,6 +398,28 @@ MUTANTS = [
     ("fused_experts_have_up_before_gate", "lib/checkpoint.h",
      'i % 2 ? ".up_proj.weight" : ".gate_proj.weight"',
      'i % 2 ? ".gate_proj.weight" : ".up_proj.weight"', CHECKPOINT + "[layouts]"),
+
+    # ---- Launches, copies, communicators
+    ("failed_launch_is_not_named", "lib/trace.h",
+     "of_layer(layer).c_str(), stream_name(stream)", "\"\", stream_name(stream)", "fast: kernel launch messages"),
+    ("only_first_run_is_looked_at", "lib/trace.h",
+     "    x += run * NON_FINITE_RUN;\n", "", "fast: kernel launch messages"),
+    ("tensor_ends_where_the_next_does", "lib/cuda.h",
+     "return begin + size > (const char*)p ?", "return true ?", "fast: kernel launch messages"),
+    ("copies_of_pageable_memory", "lib/cuda.h",
+     "cudaMemcpyAsync((char*)to + at, room, part, cudaMemcpyHostToDevice",
+     "cudaMemcpyAsync((char*)to + at, (const char*)from + at, part, cudaMemcpyHostToDevice", "strict: kernel copies"),
+    ("staging_does_not_wait", "lib/cuda.h",
+     "        cudaCheck(cudaEventSynchronize(staging.copied[staging.slab]));\n", "", "strict: kernel copies"),
+    ("counts_are_sent_too_early", "olmoe.cu",
+     "    int G = expert_group.size, mine = E / G;\n    comm_after_main();\n",
+     "    int G = expert_group.size, mine = E / G;\n", "ranks: ranks exchange"),
+    ("second_group_of_calls_is_forgotten", "olmoe.cu",
+     "first < mine; first += n)", "first < std::min(mine, n); first += n)", "ranks: ranks exchange"),
+    ("communicator_for_all_twice", "lib/connect.h",
+     "if (g->size == world.size) g->comm = world.comm;\n            else if", "if", "ranks: ranks communicators"),
+    ("errors_of_libraries_are_not_asked_for", "lib/ranks.h",
+     "s->library_error ? s->library_error() : \"\"", "\"\"", RANKS + "error_of_a_library"),
 
     # ---- The command line
     ("values_that_begin_with_dashes_are_options", "lib/options.h",
