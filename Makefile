@@ -325,15 +325,18 @@ test-ptx: ptx
 	$(RUN_TESTS) tests/test_ptxrun.py
 
 # What a first day on a GPU begins with: scripts/test_gpu.py, which also builds, so that its report has that. With nvcc the
-# programs are those of test-gpu-build, made anew where they are older than their sources; without it, as they are.
+# programs are those of test-gpu-build, made anew where they are older than their sources; without it, as they are. What
+# they were last built from is noted beside them, for the report.
 .PHONY: test-gpu test-gpu-build test-gpu-fp32 test-gpu-bf16
 MINUTES ?= 10
 test-gpu:
 	@$(PYTHON) scripts/test_gpu.py --minutes $(MINUTES)
 
 test-gpu-build: test-gpu-fp32 test-gpu-bf16
-	@{ echo "commit $$(git describe --always --dirty --abbrev=12 2>/dev/null || echo not known)"; echo "SM $(or $(SM),native)"; \
-	  $(NVCC) --version | sed -n /release/p; } > build/test-gpu-built.txt
+	@note=build/test-gpu-built.txt; new=; \
+	for f in $(foreach p,fp32 bf16,build/cuda-$(p)/olmoe build/cuda-$(p)/test_olmoe); do [ $$note -nt $$f ] || new=1; done; \
+	[ -z "$$new" ] || { echo "commit $$(git describe --always --dirty --abbrev=12 2>/dev/null || echo not known)"; \
+	  echo "SM $(or $(SM),native)"; $(NVCC) --version | sed -n /release/p; } > $$note
 test-gpu-fp32 test-gpu-bf16: test-gpu-%: build/ranks.flags
 	@$(MAKE) --no-print-directory DEVICE=cuda PRECISION=$(if $(filter bf16,$*),BF16,FP32) $(addprefix build/cuda-$*/,olmoe test_olmoe)
 

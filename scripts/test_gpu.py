@@ -79,6 +79,12 @@ class Done:
     def __init__(self, code, out, err):
         self.code, self.out, self.err = code, out, err
 
+    def why(self, otherwise=""):
+        """The exit code, and the program's own line about it, or else this text."""
+        lines = [line for line in self.err.splitlines() if line.startswith("olmoe: ")]
+        reason = lines[-1] if lines else otherwise
+        return f"exit code {self.code}" + (f", {reason}" if reason else "")
+
     def ending(self):
         return [*self.out.splitlines()[-LAST_LINES:], *self.err.splitlines()[-LAST_LINES:]]
 
@@ -279,7 +285,7 @@ class Session:
         """Runs a command that has to end with 0."""
         done = self.run(words, patience, **more)
         if done.code not in (0, None):
-            raise Failed(f"exit code {done.code}", done.ending())
+            raise Failed(done.why(), done.ending())
         return done
 
     def step(self, name, body, *args, limit=None):
@@ -330,7 +336,7 @@ def tally_of(done):
     last = last_of(done)
     if done.code != 0 or not re.fullmatch(r"[1-9]\d* passed, 0 failed", last):
         what = last if re.fullmatch(r"\d+ passed, \d+ failed", last) else "no tally at its end"
-        raise Failed(f"exit code {done.code}, {what}", failures + done.ending())
+        raise Failed(done.why(what), failures + done.ending())
     return [last] + [line for line in done.out.splitlines() if line.startswith("checksum ")]
 
 
@@ -339,19 +345,21 @@ def test_olmoe(session, precision):
 
 
 def fixtures(session):
-    return sorted(path.parent for path in (ROOT / session.options.fixtures).glob("*/reference.safetensors"))
+    """The folders that hold a model and its reference"""
+    folder = Path(session.options.fixtures)
+    return sorted(folder / path.parent.name for path in (ROOT / folder).glob("*/reference.safetensors"))
 
 
 def verify(session, precision, model):
     words = session.words(precision, "olmoe", "verify", "--model", model,
                           "--reference", model / "reference.safetensors")
-    config = json.loads((model / "config.json").read_text())
+    config = json.loads((ROOT / model / "config.json").read_text())
     other_model = precision == "BF16" and config.get("torch_dtype", config.get("dtype")) != "bfloat16"
     done = session.run(words + (["--rtol", str(OTHER_EXPERTS)] if other_model else []), PATIENCE["verify"])
     rows = done.out.splitlines()
     if done.code != 0 or not last_of(done).endswith("they agree"):
-        raise Failed(f"exit code {done.code}, {last_of(done) or 'nothing printed'}",
-                     [row for row in rows if "FAILED" in row][:20] + done.ending())
+        failures = [row for row in rows if "FAILED" in row][:20]
+        raise Failed(done.why(last_of(done) or "nothing printed"), failures + done.ending())
     errors = {m[1]: float(m[2]) for m in (re.match(r"(\S+)(?: \(.*?\))? +(\S+) +\S+ %  ", row) for row in rows) if m}
     worst = max(errors, key=errors.get) if errors else None
     if other_model:
