@@ -106,15 +106,24 @@ def descendants(pid):
     return found
 
 
-def end(processes):
-    """Ends these processes and what they have started. They are not asked: `olmoe train` would save first."""
+def end(processes, ask=False):
+    """Ends these processes and what they have started. Only make is asked first, which then removes what is half
+    built; `olmoe train` would save."""
     for process in processes:
-        if process.poll() is None:
-            for pid in descendants(process.pid):
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except OSError:
-                    pass
+        if process.poll() is not None:
+            continue
+        started = descendants(process.pid)
+        if ask:
+            process.terminate()
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                pass
+        for pid in started:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except OSError:                     # it has ended
+                pass
     for process in processes:
         process.wait()
 
@@ -205,9 +214,6 @@ class Session:
         self.kept = {}                          # what a step leaves for later ones, by name
         self.folder = self.report = None
 
-    def left(self):
-        return self.deadline - time.monotonic()
-
     def say(self, *lines):
         """Into the report at once: a machine that dies leaves what was found until then."""
         for line in lines:
@@ -222,7 +228,7 @@ class Session:
             raise LeftOut(f"{path} is not there: it was not built")
         return [*shlex.split(self.options.runner), path, *map(str, args)]
 
-    def run(self, words, patience, ranks=0, until=None):
+    def run(self, words, patience, ranks=0, until=None, ask=False):
         """Runs a command, or one for each of several ranks, in the repository's folder. Fails after `patience`
         seconds, and is left out when the step's time is over. Where until() is true it is ended on purpose. Returns
         what it did, of ranks the first that failed, else rank 0."""
@@ -242,7 +248,7 @@ class Session:
         except OSError as error:
             raise Failed(f"{words[0]} cannot be run: {error.strerror}")
         finally:
-            end(processes)
+            end(processes, ask)
             texts = [[self.text(f) for f in pair] for pair in files]
         worst = next((i for i, p in enumerate(processes) if p.returncode > 0), 0)       # an error before a signal
         shown = 0 if on_purpose or why else worst
@@ -321,7 +327,7 @@ def build(session):
     if not make:
         raise Failed("there is no make")
     jobs = min(4, os.cpu_count() or 1)
-    session.ok([make, "-k", f"-j{jobs}", "DEVICE=cuda", "test-gpu-build"], PATIENCE["build"])
+    session.ok([make, "-k", f"-j{jobs}", "DEVICE=cuda", "test-gpu-build"], PATIENCE["build"], ask=True)
     return built_from()
 
 

@@ -50,8 +50,9 @@ if words[1] == "info":
     rows = 1e9 * int(option("--batch")) * (8, 5, 2)[int(option("--recompute"))]
     print(json.dumps({"memory": {"sum": weights + rows}, "flops_per_token": 8000000000}))
 if words[1] == "train":
-    rank, steps = int(os.environ.get("RANK", 0)), int(option("--steps"))
-    out = option("--out")
+    steps, out = int(option("--steps")), option("--out")
+    if os.environ.get("RANK", "0") != "0":
+        sys.exit(0)
     os.makedirs(out, exist_ok=True)
     print("| peak | 989 TFLOP/s |")
     with open(out + "/log.jsonl", "w") as log:
@@ -349,6 +350,20 @@ def test_build(tree, monkeypatch):
     assert code == 1 and named(report, "FAILED") == ["build with nvcc: exit code 2"]
     assert "    | no such option" in report and "test_olmoe FP32" in named(report, "passed")
     assert named(report, "left out") == ["test_olmoe BF16: build/cuda-bf16/test_olmoe is not there: it was not built"]
+
+
+def test_half_built_programs_do_not_stay(tree, monkeypatch):
+    """make would take one for built, in the next call."""
+    monkeypatch.setattr(script, "find_nvcc", lambda: str(tree.bin / "nvcc"))
+    half_built = 'echo half > "$out"; sleep 60 & echo $! >> "$PIDS"; wait'
+    tree.program(tree.bin / "nvcc", NVCC.replace('cp "$STAND_IN" "$out"', half_built))
+    tree.set(NVCC=tree.bin / "nvcc", MPICC="false")
+    half = tree.folder / "build/cuda-fp32/olmoe"
+    half.unlink()
+    code, report = tree.run("--minutes", "0.02")
+    assert code == 1 and named(report, "left out")[0].startswith("build with nvcc: not at its end after 1 s")
+    assert " -o build/cuda-fp32/olmoe" in tree.log.read_text() and not half.exists()
+    assert all(gone(pid) for pid in tree.pids.read_text().split())
 
 
 def test_make_passes_minutes():
