@@ -1,4 +1,4 @@
-"""Commands for the test programs test_data.cpp and test_tokenizer.cpp, which read words that end at blanks (words.h)."""
+"""Commands for test_data.cpp and test_tokenizer.cpp, which read words that end at blanks (words.h)."""
 import os
 import tempfile
 from pathlib import Path
