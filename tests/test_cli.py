@@ -1194,6 +1194,29 @@ def test_verify_bad_lengths_and_weights(tmp_path):
     assert ok("verify", "--model", FIXTURE, "--reference", path).splitlines()[-1].endswith("they agree")
 
 
+def test_launches_are_checked(data, straight, tmp_path):
+    """--sync and --check-finite change no number. The first result that is not finite is named by its kernel."""
+    lines = []
+    for name, more in (("plain", []), ("sync", ["--sync"]), ("finite", ["--check-finite"])):
+        ok(*train_args(data, tmp_path / name, "--steps", 2, "--val", data / "train.npy", "--val-batches", 1, *more))
+        lines.append(steps(tmp_path / name))
+    assert lines[0] == lines[1] == lines[2]
+    shutil.copytree(straight / "step-00000020", tmp_path / "model")
+    for name in ("model.layers.1.self_attn.v_proj.weight", "model.layers.0.input_layernorm.weight"):
+        set_value(tmp_path / "model" / "model.safetensors", name, 3, 3e38)      # products that overflow, or a norm
+        args = train_args(data, tmp_path / "out", "--steps", 2, "--check-finite")
+        args[1:3] = ["--model", tmp_path / "model"]
+        kernel = "matmul of layer 1" if "v_proj" in name else "rmsnorm_forward_kernel of layer 0"
+        refused(*args, words=[f"olmoe: {kernel}: what it wrote to ", " is not finite, first ", "inf at "])
+    model = FIXTURES / "odd"
+    for more in (["--sync"], ["--check-finite"]):
+        verified = ok("verify", "--model", model, "--reference", model / "reference.safetensors", *more)
+        assert verified.endswith("they agree\n")
+    texts = {ok("generate", "--model", model, "--ids", "1,2", "--max-tokens", 5, "--seed", 3, *more)
+             for more in ([], ["--sync"], ["--check-finite"])}
+    assert len(texts) == 1
+
+
 def test_info():
     out = ok("info", "--config", ROOT / "configs" / "olmoe-1b-7b.json")
     assert "6919161856" in out and "1282017280" in out and "7.879 GFLOP" in out
@@ -1247,6 +1270,19 @@ def test_info_json_of_ranks():
     assert share["tensors"] == alone["tensors"] and share["groups"] == alone["groups"]
     assert share["memory"]["parameters"] < 0.9 * alone["memory"]["parameters"]
     assert share["memory"]["optimizer"] < 0.3 * alone["memory"]["optimizer"] and "arriving rows" in share["memory"]
+
+
+def test_info_estimates_what_cuda_and_nccl_take():
+    """Not part of the plan's sum, and named as an estimate; what fits a GPU leaves room for it."""
+    args = ["--config", ROOT / "configs" / "tiny.json", "--batch", 1]
+    estimates = [info_json(*args, *more)["overhead_estimate"] for more in (
+        [], ["--gpus", 8], ["--gpus", 8, "--ep", 8], ["--gpus", 8, "--ep", 2])]
+    # CUDA; a communicator of all ranks; and exchanges with 7 others; and two smaller groups, exchanges with one
+    assert estimates == [500e6, 2100e6, 5390e6, 5770e6]
+    sum_of = info_json(*args)["memory"]["sum"]
+    for memory, word in ((sum_of + 600e6, "yes"), (sum_of + 400e6, "no")):
+        out = ok("info", *args, "--memory", memory / 1e9)
+        assert re.search(rf"\| {word} +\| fp32, fp32:", out) and "500 MB more of a GPU (estimate)" in out
 
 
 def test_info_json_of_a_model(straight):
