@@ -161,7 +161,7 @@ def choice_at(minute):
 def test_order_of_a_choice():
     choice, _ = choice_at(0)
     names = [m[0] for m in MUTANTS]
-    assert choice.order[:20] == names[:20]
+    assert sorted(choice.order[:20]) == sorted(names[:20]) != choice.order[:20]
     assert sorted(choice.order[20:]) == sorted(names[20:]) != choice.order[20:]
 
 
@@ -177,7 +177,8 @@ def test_others_end_with_the_65th_minute_or_after_25(minute, minutes):
     clock.now += 1000
     assert not choice.may_start(late)
     assert all(choice.may_start(name) for name in choice.order[:20])    # those of touched files always
-    assert choice.line() == "mutants: 22 of 60 ran (20 of touched files, 2 of the 40 others, drawn by 123456789abc)"
+    assert choice.line() == ("mutants: 22 of 60 ran (20 of 20 of touched files, 2 of the 40 others, "
+                             "drawn by 123456789abc)")
 
 
 def test_25_minutes_count_from_the_first_of_the_others():
@@ -190,11 +191,21 @@ def test_25_minutes_count_from_the_first_of_the_others():
     assert not choice.may_start(choice.order[22])
 
 
+def test_none_after_the_84th_minute():
+    choice, clock = choice_at(83)
+    assert choice.may_start(choice.order[0])
+    clock.now += 59
+    assert choice.may_start(choice.order[1])
+    clock.now += 1
+    assert not choice.may_start(choice.order[2])
+    assert choice.line() == "mutants: 2 of 60 ran (2 of 20 of touched files, 0 of the 40 others, drawn by 123456789abc)"
+
+
 def test_none_of_the_others_when_it_is_late():
     choice, _ = choice_at(70)
     assert not choice.may_start(choice.order[20])
     assert choice.may_start(choice.order[0])
-    assert choice.line() == "mutants: 1 of 60 ran (1 of touched files, 0 of the 40 others, drawn by 123456789abc)"
+    assert choice.line() == "mutants: 1 of 60 ran (1 of 20 of touched files, 0 of the 40 others, drawn by 123456789abc)"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -242,9 +253,10 @@ def in_ci(project, minute):
     """The output in CI at a minute, and how many mutants it says ran of the touched file and of the other one."""
     stdout, passed, failed = judge(project, "-p", "ci_mutants", "--ci-seconds", str(minute * 60))
     commit = project.git("rev-parse", "--short=12", "HEAD")
-    line = rf"^mutants: (\d+) of 10 ran \((\d+) of touched files, (\d+) of the (\d+) others, drawn by {commit}\)$"
-    ran, touched, others, of = map(int, re.search(line, stdout, re.M).groups())
-    assert ran == touched + others
+    line = (rf"^mutants: (\d+) of 10 ran \((\d+) of (\d+) of touched files, (\d+) of the (\d+) others, "
+            rf"drawn by {commit}\)$")
+    ran, touched, of_touched, others, of = map(int, re.search(line, stdout, re.M).groups())
+    assert ran == touched + others and touched == of_touched
     # Of each group a baseline, if a mutant of it ran
     assert passed + failed == ran + (touched > 0) + (others > 0)
     return stdout, touched, others, of, failed
@@ -277,11 +289,11 @@ def test_a_fault_that_nothing_notices_fails_in_ci(project):
     entries.write_text(entries.read_text()[:-1] + f", {unnoticed}]")
     stdout, passed, failed = judge(project, "-p", "ci_mutants", "--ci-seconds", "5000")
     assert failed == 1 and "FAILED   tests/test_mutants.py::test_mutant[b99]" in stdout
-    assert re.search(r"^mutants: 3 of 11 ran \(3 of touched files, 0 of the 8 others", stdout, re.M)
+    assert re.search(r"^mutants: 3 of 11 ran \(3 of 3 of touched files, 0 of the 8 others", stdout, re.M)
 
 
 def test_nothing_touched_and_late_is_no_failure(project):
     project.commit(20)
     stdout, passed, failed = judge(project, "-p", "ci_mutants", "--ci-seconds", "5000")
     assert (passed, failed) == (0, 0)
-    assert re.search(r"^mutants: 0 of 10 ran \(0 of touched files, 0 of the 10 others", stdout, re.M)
+    assert re.search(r"^mutants: 0 of 10 ran \(0 of 0 of touched files, 0 of the 10 others", stdout, re.M)
