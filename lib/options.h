@@ -9,7 +9,6 @@
 #include <string>
 #include <variant>
 #include <vector>
-#include "trace.h"
 
 [[noreturn]] void die(const char* format, ...) __attribute__((format(printf, 1, 2)));
 void print_check();         // ends the program if something that it printed was not written
@@ -39,15 +38,6 @@ inline std::string option_default(const Option& o) {
     if (auto word = o.as<Choice>()) return *word;
     if (auto steps = o.as<Steps>()) return *steps;
     return number;
-}
-
-// The options of a command, with those of all commands that compute.
-inline std::vector<Option> with_launch_checks(std::vector<Option> options) {
-    options.push_back({"sync", &launch_checks.sync, "",
-                       "wait after every kernel, so that an error is reported where it happened"});
-    options.push_back({"check-finite", &launch_checks.finite, "",
-                       "end at the first kernel or matmul whose result is not finite (slow)"});
-    return options;
 }
 
 inline void options_help(const char* usage, const std::vector<Option>& options) {

@@ -9,6 +9,7 @@
 #pragma once
 #include <nvtx3/nvToolsExt.h>
 #include "cuda.h"
+#include "options.h"
 
 struct Trace {
     struct Entry { const char* name; int layer; cudaStream_t stream; double issued; cudaEvent_t end; };
@@ -50,6 +51,15 @@ struct LaunchChecks {
     bool finite = false;        // looks at what every kernel and matmul wrote
 };
 static LaunchChecks launch_checks;
+
+// The options of a command, with those of all commands that compute.
+std::vector<Option> with_launch_checks(std::vector<Option> options) {
+    options.push_back({"sync", &launch_checks.sync, "",
+                       "wait after every kernel, so that an error is reported where it happened"});
+    options.push_back({"check-finite", &launch_checks.finite, "",
+                       "end at the first kernel or matmul whose result is not finite (slow)"});
+    return options;
+}
 
 std::string of_layer(int layer) { return layer < 0 ? "" : text(" of layer %d", layer); }
 

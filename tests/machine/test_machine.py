@@ -250,7 +250,7 @@ def test_signatures_are_nccls():
         functions = {m[2]: (m[1].strip(), flat(m[3])) for m in declarations}
         return functions, dict(re.findall(r"\b(nccl\w+)\s*=\s*(\d+)\b", text))
     (functions, values), (real_functions, real_values) = declared(f"{ROOT}/cpu/nccl.h"), declared(headers[0])
-    assert len(functions) == 15 and len(values) > 20
+    assert len(functions) == 17 and len(values) > 20
     assert {k: real_functions.get(k) for k in functions} == functions
     assert {k: real_values.get(k) for k in values} == values
 
