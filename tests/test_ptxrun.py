@@ -185,7 +185,7 @@ def test_first_minutes_on_a_gpu(tmp_path):
     assert re.fullmatch(r"2[5-9] passed, 0 failed, 1 left out", done.stdout.splitlines()[-1]), report
     assert re.search(r"^left out +0.0 s  compute-sanitizer: with an emulator$", report, re.M)
     shares = re.findall(r"^ +([\d.]+) % +[\d.]+ ms +\d+ calls  (\w+)$", report, re.M)
-    assert {"matmul", "adamw_kernel", "attention_softmax_backward_kernel"} <= {name for _, name in shares}
+    assert {"matmul", "cross_entropy_kernel", "attention_softmax_backward_kernel"} <= {name for _, name in shares}
     assert abs(sum(float(share) for share, _ in shares) - 100) < 0.2
     assert re.search(r" micro-batch \d x 32, .*plan 0.3\d GB of 0.34 GB free$", report, re.M)
     assert re.search(r"^    \d+ tokens/s, .*\n    MFU ", report, re.M)
@@ -238,7 +238,7 @@ def test_width_of_stores(precision):
         for letters, bits in re.findall(rb"\bst\.(?:global|local|shared)?[.\w]*\.([a-z]+)(\d+)\s", body):
             assert int(bits) >= (16 if narrow else 32), (name, letters, bits)
             seen += 1
-    assert len(kernels) > 40 and seen > len(kernels), (len(kernels), seen)
+    assert len(kernels) > 30 and seen > len(kernels), (len(kernels), seen)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
