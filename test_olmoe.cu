@@ -2387,7 +2387,7 @@ static void test_launch_messages() {
     memory.add(5000, &x, &y);
     check_true("memory", memory.allocate(1, true));
     check_true("bytes to the end of a tensor", Memory::bytes_from(x) == 20000 && Memory::bytes_from(y + 4999) == 4
-                   && Memory::bytes_from(y + 5000) == 0);
+                   && Memory::bytes_from(y + 5000) == 0 && Memory::bytes_from(y + 5001) == 0);
     const std::string failed = error_message([&] { at_layer(3); LAUNCH(fill_kernel, 0, x, 5000, 1.f); });
     check_true("a launch that fails", failed.find("olmoe: fill_kernel of layer 3 (main stream), or what ran before it: "
                                                   "invalid configuration") == 0);
@@ -2396,6 +2396,10 @@ static void test_launch_messages() {
     const std::string found = error_message([&] { LAUNCH(fill_kernel, 1, y + 4100, 100, INFINITY); });
     check_true("a result that is not finite",
                found == "olmoe: fill_kernel: what it wrote to y + 4100 is not finite, first inf at 0 of 900\n");
+    const float nan = NAN;
+    copy_to_device(y + 4500, &nan, 1);
+    const std::string late = error_message([&] { LAUNCH(fill_kernel, 1, y, 10, 1.f); });
+    check_true("one beyond the first run", late.find("nan at 4500 of 5000") != std::string::npos);
     launch_checks.finite = false;
     memory.release();
     check_true("bytes of what is freed", Memory::bytes_from(x) == 0);
