@@ -181,7 +181,7 @@ endif
 # ------------------------------------------------------------------------------------------------
 # CUDA
 
-NVCCFLAGS = -O3 -std=c++17 -Xcompiler -Wall,-Wextra $(filter -I% -D%,$(MPI_CFLAGS)) $(NCCL_CFLAGS)
+NVCCFLAGS = -O3 -std=c++17 -Icuda -Xcompiler -Wall,-Wextra $(filter -I% -D%,$(MPI_CFLAGS)) $(NCCL_CFLAGS)
 LIBRARIES = -lcublas -lutf8proc -lz $(NCCL_LIBS) $(patsubst -Wl$(comma)%,-Xlinker %,$(filter -L% -l% -Wl%,$(MPI_LIBS)))
 
 # The GPU that is built for. Each of a list also gets its PTX, which later GPUs compile at the start.

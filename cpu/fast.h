@@ -13,6 +13,11 @@ template <class T> static inline T __shfl_xor_sync(unsigned, T value, int) { ret
 template <class T> static inline T __shfl_sync(unsigned, T value, int) { return value; }
 static inline void __syncwarp(unsigned = 0xffffffff) {}
 
+// What the fast machine has not. A call is an error where it is compiled, not where a template only mentions it.
+#define OUTSIDE_STRICT __attribute__((error("this is outside the strict build")))
+void __syncthreads() OUTSIDE_STRICT;
+template <class T> OUTSIDE_STRICT cudaError_t cudaFuncSetAttribute(T* kernel, cudaFuncAttribute attribute, int value);
+
 namespace cuda_on_cpu {
 
 double begin_launch();                              // runs the matrix products that are still queued; the time in ns
@@ -78,8 +83,8 @@ template <class Kernel> struct Launch {
 };
 
 template <class Kernel>
-Launch<Kernel> launch(const char* name, Kernel kernel, dim3 grid, dim3 block, size_t /* shared */ = 0,
-                      cudaStream_t = nullptr) {
+Launch<Kernel> launch(const char* name, Kernel kernel, const void* /* address */, dim3 grid, dim3 block,
+                      size_t /* shared */ = 0, cudaStream_t = nullptr) {
     return {name, kernel, grid, block};
 }
 

@@ -1,0 +1,47 @@
+// Tensor cores on the CPU: what cuda/tensor_core.h declares, with the same meaning. The strict machine has all of it, and
+// checks its use (strict.cpp). The fast one has one lane in a warp, so that nothing here but the last two functions makes
+// sense there: TENSOR_CORES is false, and a kernel that calls the others does not compile, unless it is a template that
+// is never used.
+#pragma once
+#include "cuda_bf16.h"
+#include "cuda_runtime.h"
+
+#ifdef CUDA_STRICT
+constexpr bool TENSOR_CORES = true;
+namespace cuda_on_cpu {
+unsigned char* shared_memory();
+void mma(float* c, const unsigned* a, unsigned b0, unsigned b1);
+void ldmatrix(unsigned* r, const void* row, bool transposed);
+void copy_async(void* shared, const void* global, bool there);
+void copy_commit();
+void copy_wait(int n);
+}
+inline unsigned char* shared_memory() { return cuda_on_cpu::shared_memory(); }
+inline void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) { cuda_on_cpu::mma(c, a, b0, b1); }
+inline void ldmatrix(unsigned (&r)[4], const void* row) { cuda_on_cpu::ldmatrix(r, row, false); }
+inline void ldmatrix_transposed(unsigned (&r)[4], const void* row) { cuda_on_cpu::ldmatrix(r, row, true); }
+inline void copy_async(void* shared, const void* global, bool there) {
+    cuda_on_cpu::copy_async(shared, global, there);
+}
+inline void copy_commit() { cuda_on_cpu::copy_commit(); }
+template <int N> void copy_wait() { cuda_on_cpu::copy_wait(N); }
+#else
+constexpr bool TENSOR_CORES = false;
+OUTSIDE_STRICT unsigned char* shared_memory();
+OUTSIDE_STRICT void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1);
+OUTSIDE_STRICT void ldmatrix(unsigned (&r)[4], const void* row);
+OUTSIDE_STRICT void ldmatrix_transposed(unsigned (&r)[4], const void* row);
+OUTSIDE_STRICT void copy_async(void* shared, const void* global, bool there);
+OUTSIDE_STRICT void copy_commit();
+template <int N> OUTSIDE_STRICT void copy_wait();
+#endif
+
+// As ex2.approx.ftz: subnormal numbers are 0. (One that is given has a power of 1 anyway.)
+inline float fast_exp2(float x) {
+    float y = exp2f(x);
+    return y < 1.17549435e-38f ? 0.f : y;
+}
+
+inline unsigned pack_bf16(float low, float high) {
+    return __float2bfloat16(low).bits | (unsigned)__float2bfloat16(high).bits << 16;
+}
