@@ -12,7 +12,9 @@
 //     also drawn, within what events allow. cudaMemset and cudaMemcpy are no more synchronous than CUDA promises.
 //   - collectives whose buffers overlap where NCCL forbids it, or for which the ranks' calls differ.
 //   - launches beyond CUDA's limits, warp functions whose masks do not match the lanes that call them, lanes that wait
-//     forever.
+//     forever, __syncthreads that not all threads of a block call in the same line.
+//   - of shared memory: use before it is written, or of a block that is over, overruns, missing barriers. The bytes of
+//     an asynchronous copy come when its thread waits for it, and not before; until then they are uninitialised.
 // It does not find: overflow of index products, a kernel's pointers inside of structs, accesses outside of their
 // allocation but inside of another one, races in which every order gives the same result, a missing event between two
 // collectives (they run in the order of their calls). Only one thread of the host may call CUDA and touch its memory.
@@ -20,6 +22,7 @@
 #include "cuda_profiler_api.h"
 #include "gemm.h"
 #include "nvtx3/nvToolsExt.h"
+#include "tensor_core.h"
 #include <algorithm>
 #include <chrono>
 #include <deque>
@@ -139,9 +142,40 @@ static bool open_allocation(const void* p) {
     return true;
 }
 
+// Shared memory of the block that runs. Its pages are its own: the next block's are other ones.
+//     | inaccessible | front slack, the block's bytes, at most 127 bytes | inaccessible | ...
+constexpr size_t SHARED_DEFAULT = 48 << 10, SHARED_MOST = 227 << 10, SHARED_ALIGNMENT = 128;
+struct Shared {
+    char *first, *end;                  // addresses for all blocks, used in turns
+    char *begin, *pages, *end_pages;
+    size_t bytes;
+    bool ever(const void* p) const { return p >= first && p < end; }
+    bool holds(const void* p, size_t n) const { return p >= begin && (char*)p + n <= begin + bytes; }
+};
+static Shared shared;
+
+static void describe_shared(const char* p, char* text, size_t size) {
+    if (shared.bytes == 0 || p < shared.pages - GUARD / 2 || p >= shared.end_pages + GUARD / 2)
+        snprintf(text, size, shared.bytes == 0 ? "%p is shared memory, of which this launch has none"
+                                               : "%p is shared memory of a block that is over", (const void*)p);
+    else if (p < shared.begin)
+        snprintf(text, size, "%p is %zu bytes before the block's %zu bytes of shared memory", (const void*)p,
+                 (size_t)(shared.begin - p), shared.bytes);
+    else if (p >= shared.begin + shared.bytes)
+        snprintf(text, size, "%p is %zu bytes after the end of the block's %zu bytes of shared memory", (const void*)p,
+                 (size_t)(p - shared.begin) - shared.bytes, shared.bytes);
+    else
+        snprintf(text, size, "%p is byte %zu of the block's %zu bytes of shared memory", (const void*)p,
+                 (size_t)(p - shared.begin), shared.bytes);
+}
+
 static const char* describe(const void* address) {
     static char text[512];
     const char* p = (const char*)address;
+    if (shared.ever(p)) {
+        describe_shared(p, text, sizeof text);
+        return text;
+    }
     const Arena* arena = device.holds(p) ? &device : pinned.holds(p) ? &pinned : nullptr;
     if (!arena) {
         const char* format = p < (char*)65536 ? "%p is a null pointer or a small offset from one"
@@ -211,6 +245,39 @@ static void check_slack() {
                 if (*p != (char)POISON) report("overwritten: %s", describe(p));
         }
 #endif
+}
+
+static void open_shared(size_t bytes) {
+    shared.bytes = bytes;
+    if (bytes == 0) { shared.begin = shared.first; return; }
+    size_t rounded = (bytes + SHARED_ALIGNMENT - 1) / SHARED_ALIGNMENT * SHARED_ALIGNMENT;
+    size_t size = (rounded + PAGE - 1) / PAGE * PAGE;
+    shared.pages = shared.end_pages + GUARD;
+    if (shared.pages + size + GUARD > shared.end) shared.pages = shared.first + GUARD;
+    shared.end_pages = shared.pages + size;
+    shared.begin = shared.end_pages - rounded;
+    if (mprotect(shared.pages, size, PROT_READ | PROT_WRITE) != 0) { perror("mprotect"); abort(); }
+    memset(shared.pages, POISON, size);
+#ifdef __SANITIZE_ADDRESS__
+    ASAN_POISON_MEMORY_REGION(shared.pages, shared.begin - shared.pages);
+    ASAN_POISON_MEMORY_REGION(shared.begin + bytes, shared.end_pages - shared.begin - bytes);
+#endif
+}
+static void close_shared() {
+    if (shared.bytes == 0) return;
+    size_t size = (size_t)(shared.end_pages - shared.pages);
+#ifdef __SANITIZE_ADDRESS__
+    ASAN_UNPOISON_MEMORY_REGION(shared.pages, size);
+#else
+    for (char* p = shared.pages; p < shared.end_pages; p++) {
+        if (p == shared.begin) p += shared.bytes;
+        if (p < shared.end_pages && *p != (char)POISON) report("overwritten: %s", describe(p));
+    }
+#endif
+    if (mprotect(shared.pages, size, PROT_NONE) != 0) { perror("mprotect"); abort(); }
+    madvise(shared.pages, size, MADV_DONTNEED);
+    shared.bytes = 0;
+    shared.begin = shared.first;
 }
 
 // `bytes` at p must be inside one allocation of device memory, or of pinned memory where that is allowed.
@@ -338,9 +405,12 @@ static void on_fault(int signal_number, siginfo_t* info, void* context) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// A block. Its threads are ready, wait for their warp, or are done. The next one is drawn uniformly from those that are
-// ready. A thread that has not begun needs no stack of its own yet: the fiber whose thread has ended runs it, so that
-// kernels without warp functions never switch.
+// A block. Its threads are ready, wait for their warp or their block, or are done. The next one is drawn uniformly from
+// those that are ready. Every second block with shared memory, by a draw, runs warp by warp: the next thread is one of
+// the first warp that has a ready one, in an order that is drawn anew at each barrier. So a warp is ahead of others by as
+// much as the barriers allow, which shows where one is missing; with the uniform draw they stay close together.
+// A thread that has not begun needs no stack of its own yet: the fiber whose thread has ended runs it, so that kernels
+// without warp functions and barriers never switch.
 
 struct Thread {
     Fiber* fiber;                        // where it waits; null: has not begun
@@ -349,18 +419,24 @@ struct Thread {
     unsigned mask;
     int lane_asked;                      // or the number to xor the lane with
     uint64_t value, result;
+    int groups;                          // of asynchronous copies that it has ended
     void* tsan;
 };
-constexpr int WARP_LANES = 32;
+constexpr int WARP_LANES = 32, MOST_WARPS = 32;
+constexpr unsigned ALL_LANES = 0xffffffff;
 struct Warp {
-    unsigned lanes, done, waiting;       // bits of those that exist, have returned, wait
+    unsigned lanes, done, waiting;       // bits of those that exist, have returned, wait for other lanes
+    bool at_barrier;                     // one of them waits for the block
     bool uniform;                        // all lanes that wait do so for `kind` and `mask`: nearly always
     Collective kind;
     unsigned mask;
 };
 static std::vector<Thread> threads;
 static std::vector<Warp> warps;
-static std::vector<int> ready;
+static std::vector<int> ready[MOST_WARPS];          // by the rank of the warp if a block runs warp by warp; else in [0]
+static bool by_warp;
+static int rank_of_warp[MOST_WARPS], first_ready;   // all before first_ready are empty
+static struct { const char* file; int line, arrived; } block_barrier;
 static int current, unfinished, handed_over;
 static const std::function<void()>* body;
 static std::vector<std::unique_ptr<Fiber>> fibers;
@@ -369,16 +445,31 @@ static std::vector<Fiber*> idle;         // those without a thread, each waiting
 static char begun, ended;
 static char warp_tags[64];               // two for each warp, used in turns
 static char warp_turn[32];
+static char block_tags[2], block_turn;   // the same for the block
 static std::vector<void*> tsan_threads;
 static uint32_t tsan_shift;
 #endif
 
 static int draw() {
-    uint32_t i = random_below((uint32_t)ready.size());
-    int thread = ready[i];
-    ready[i] = ready.back();
-    ready.pop_back();
+    while (ready[first_ready].empty()) first_ready++;
+    std::vector<int>& from = ready[first_ready];
+    uint32_t i = random_below((uint32_t)from.size());
+    int thread = from[i];
+    from[i] = from.back();
+    from.pop_back();
     return thread;
+}
+static void make_ready(int thread) {
+    int rank = by_warp ? rank_of_warp[thread / WARP_LANES] : 0;
+    ready[rank].push_back(thread);
+    first_ready = std::min(first_ready, rank);
+}
+static void draw_order_of_warps() {
+    for (int i = 0; i < (int)warps.size(); i++) {
+        int j = (int)random_below((uint32_t)i + 1);
+        rank_of_warp[i] = rank_of_warp[j];
+        rank_of_warp[j] = i;
+    }
 }
 
 static void set_current(int thread) {
@@ -387,23 +478,96 @@ static void set_current(int thread) {
     threadIdx = {x, row % blockDim.y, row / blockDim.y};
 }
 
+static const char* const collective_names[] = {"__shfl_xor_sync", "__shfl_sync", "__syncwarp", "mma", "ldmatrix",
+                                               "ldmatrix_transposed", "__syncthreads"};
+
 static void describe_warp(int warp, char* text, size_t size) {
-    static const char* names[] = {"__shfl_xor_sync", "__shfl_sync", "__syncwarp"};
     size_t n = 0;
     text[0] = 0;
     int first = warp * WARP_LANES, last = std::min(first + WARP_LANES, (int)threads.size());
-    for (int kind = 0; kind < 3; kind++) {
+    for (int kind = 0; kind <= BARRIER; kind++) {
         unsigned lanes = 0, mask = 0;
         for (int i = first; i < last; i++)
             if (threads[i].waiting && threads[i].kind == kind) {
                 lanes |= 1u << (i - first);
                 mask = threads[i].mask;
             }
-        if (lanes && n < size)
-            n += (size_t)snprintf(text + n, size - n, "; lanes %08x wait in %s with mask %08x",
-                                  lanes, names[kind], mask);
+        if (!lanes || n >= size) continue;
+        n += (size_t)snprintf(text + n, size - n, "; lanes %08x wait in %s", lanes, collective_names[kind]);
+        if (kind <= SYNCWARP && n < size) n += (size_t)snprintf(text + n, size - n, " with mask %08x", mask);
     }
     if (warps[warp].done && n < size) snprintf(text + n, size - n, "; lanes %08x have returned", warps[warp].done);
+}
+
+static void complete_shuffle(int warp, unsigned here, int lane) {
+    int first = warp * WARP_LANES;
+    Thread& t = threads[first + lane];
+    int source = t.kind == SHFL_XOR ? lane ^ t.lane_asked : t.lane_asked & (WARP_LANES - 1);
+    if (source < 0 || source >= WARP_LANES || !(here >> source & 1)) {
+        char text[512];
+        describe_warp(warp, text, sizeof text);
+        set_current(first + lane);
+        report("a shuffle with mask %08x reads lane %d, which does not take part%s", t.mask, source, text);
+    }
+    t.result = threads[first + source].value;
+}
+
+// Asynchronous copies of each thread that it has not waited for, in order.
+struct Copy { void* to; const void* from; int group; };         // from null: zeros
+static std::vector<Copy> copies[MOST_WARPS * WARP_LANES];
+
+static void check_copies_at_end() {
+    if (!copies[current].empty())
+        report("a thread returns without a wait for %zu of its asynchronous copies: the first one, to %s",
+               copies[current].size(), describe(copies[current][0].to));
+}
+
+// What mma and ldmatrix take and give, on the stack of the lane that calls them.
+struct MmaOperands { float* c; const unsigned* a; unsigned b[2]; };
+struct MatrixRow { uint16_t row[8]; unsigned* r; };
+
+static float bf16_of(unsigned pair, int upper) { return __uint_as_float(upper ? pair & 0xffff0000 : pair << 16); }
+
+// Each sum in order of k, in fp32. The products are exact, so that this is the sum of a chain of fmaf.
+static void complete_mma(const Thread* lanes) {
+    typedef float Row __attribute__((vector_size(32)));
+    float a[16][16], b[16][8], c[16][8];
+    for (int lane = 0; lane < WARP_LANES; lane++) {
+        const MmaOperands* of = (const MmaOperands*)lanes[lane].value;
+        int g = lane / 4, t = lane % 4;
+        for (int e = 0; e < 2; e++) {
+            for (int i = 0; i < 4; i++) a[g + i % 2 * 8][2 * t + i / 2 * 8 + e] = bf16_of(of->a[i], e);
+            for (int i = 0; i < 2; i++) {
+                b[2 * t + 8 * i + e][g] = bf16_of(of->b[i], e);
+                c[g + 8 * i][2 * t + e] = of->c[2 * i + e];
+            }
+        }
+    }
+    for (int i = 0; i < 16; i++) {
+        Row sum, factors;
+        memcpy(&sum, c[i], sizeof sum);
+        for (int k = 0; k < 16; k++) {
+            memcpy(&factors, b[k], sizeof factors);
+            sum += a[i][k] * factors;
+        }
+        memcpy(c[i], &sum, sizeof sum);
+    }
+    for (int lane = 0; lane < WARP_LANES; lane++)
+        for (int i = 0; i < 4; i++)
+            ((const MmaOperands*)lanes[lane].value)->c[i] = c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+}
+
+static void complete_ldmatrix(const Thread* lanes, bool transposed) {
+    auto element = [&](int matrix, int row, int column) -> unsigned {
+        return ((const MatrixRow*)lanes[8 * matrix + row].value)->row[column];
+    };
+    for (int lane = 0; lane < WARP_LANES; lane++) {
+        unsigned* r = ((const MatrixRow*)lanes[lane].value)->r;
+        int g = lane / 4, t = 2 * (lane % 4);
+        for (int i = 0; i < 4; i++)
+            r[i] = transposed ? element(i, t, g) | element(i, t + 1, g) << 16
+                              : element(i, g, t) | element(i, g, t + 1) << 16;
+    }
 }
 
 // If all lanes that wait for each other with `mask` have come, they are ready. Lanes that have returned do not count.
@@ -415,28 +579,46 @@ static void try_complete(int warp, unsigned mask) {
         for (int lane = 0; lane < WARP_LANES; lane++)
             if ((here >> lane & 1) && threads[first + lane].mask != mask) here &= ~(1u << lane);
     if (mask & w.lanes & ~w.done & ~here) return;
-    for (int lane = 0; lane < WARP_LANES; lane++) {
-        if (!(here >> lane & 1)) continue;
-        Thread& t = threads[first + lane];
-        if (t.kind != SYNCWARP) {
-            int source = t.kind == SHFL_XOR ? lane ^ t.lane_asked : t.lane_asked & (WARP_LANES - 1);
-            if (source < 0 || source >= WARP_LANES || !(here >> source & 1)) {
-                char text[512];
-                describe_warp(warp, text, sizeof text);
-                set_current(first + lane);
-                report("a shuffle with mask %08x reads lane %d, which does not take part%s", mask, source, text);
-            }
-            t.result = threads[first + source].value;
+    if (!here) return;
+    Collective kind = threads[first + __builtin_ctz(here)].kind;
+    if (kind == SHFL || kind == SHFL_XOR) {
+        for (int lane = 0; lane < WARP_LANES; lane++)
+            if (here >> lane & 1) complete_shuffle(warp, here, lane);
+    } else if (kind != SYNCWARP) {
+        if (here != ALL_LANES) {
+            char text[512];
+            describe_warp(warp, text, sizeof text);
+            set_current(first + __builtin_ctz(here));
+            report("%s takes all 32 lanes of a warp, and lanes %08x are missing%s",
+                   collective_names[kind], ~here, text);
         }
+        if (kind == MMA) complete_mma(&threads[first]);
+        else complete_ldmatrix(&threads[first], kind == LDMATRIX_TRANSPOSED);
     }
     for (int lane = 0; lane < WARP_LANES; lane++)
         if (here >> lane & 1) {
             threads[first + lane].waiting = false;
-            ready.push_back(first + lane);
+            make_ready(first + lane);
         }
     w.waiting &= ~here;
 #if defined(CUDA_TSAN)
     warp_turn[warp] ^= 1;
+#endif
+}
+
+// If all threads that have not returned have come to __syncthreads, they are ready.
+static void try_open_barrier() {
+    if (block_barrier.arrived == 0 || block_barrier.arrived < unfinished) return;
+    block_barrier.arrived = 0;
+    if (by_warp) draw_order_of_warps();
+    for (Warp& w : warps) w.at_barrier = false;
+    for (int i = 0; i < (int)threads.size(); i++)
+        if (threads[i].waiting) {
+            threads[i].waiting = false;
+            make_ready(i);
+        }
+#if defined(CUDA_TSAN)
+    block_turn ^= 1;
 #endif
 }
 
@@ -481,11 +663,13 @@ static void work() {
 #else
         (*body)();
 #endif
+        check_copies_at_end();
         unfinished--;
         int warp = current / WARP_LANES, first = warp * WARP_LANES;
         warps[warp].done |= 1u << (current - first);
         for (int i = first; warps[warp].waiting && i < first + WARP_LANES && i < (int)threads.size(); i++)
-            if (threads[i].waiting) try_complete(warp, threads[i].mask);
+            if (threads[i].waiting && threads[i].kind != BARRIER) try_complete(warp, threads[i].mask);
+        try_open_barrier();
     }
 }
 
@@ -511,43 +695,25 @@ static Fiber* fresh_fiber() {
     return fiber;
 }
 
-uint64_t exchange(Collective kind, unsigned mask, uint64_t value, int lane_asked) {
-    int me = current, warp = me / WARP_LANES, first = warp * WARP_LANES, lane = me - first;
-    Thread& t = threads[me];
-    if (!(mask >> lane & 1)) report("lane %d calls a warp function whose mask %08x leaves it out", lane, mask);
-    Warp& w = warps[warp];
-    bool same = w.uniform && w.kind == kind && w.mask == mask;
-    if (w.waiting == 0) {
-        w.uniform = same = true;
-        w.kind = kind;
-        w.mask = mask;
+// Lanes that wait in a warp function for this one, or that this one will wait for, must be in the same function.
+static void check_meeting(Collective kind, unsigned mask, int warp, int lane) {
+    int first = warp * WARP_LANES;
+    for (int i = 0; i < WARP_LANES && first + i < (int)threads.size(); i++) {
+        const Thread& other = threads[first + i];
+        bool meets = (mask >> i & 1) || (other.mask >> lane & 1);
+        if (!other.waiting || !meets || (other.mask == mask && other.kind == kind)) continue;
+        char text[512], with_mask[32] = "";
+        describe_warp(warp, text, sizeof text);
+        if (kind <= SYNCWARP) snprintf(with_mask, sizeof with_mask, " with mask %08x", mask);
+        report("lane %d calls %s%s, but lanes that it %s wait elsewhere%s", lane, collective_names[kind], with_mask,
+               kind == BARRIER ? "leaves behind" : "names", text);
     }
-    if (!same) {
-        w.uniform = false;
-        for (int i = 0; i < WARP_LANES && first + i < (int)threads.size(); i++) {
-            const Thread& other = threads[first + i];
-            bool meets = (mask >> i & 1) || (other.mask >> lane & 1);
-            if (other.waiting && meets && (other.mask != mask || other.kind != kind)) {
-                char text[512];
-                describe_warp(warp, text, sizeof text);
-                report("lane %d calls %s with mask %08x, but lanes that it names wait elsewhere%s", lane,
-                       kind == SYNCWARP ? "__syncwarp" : kind == SHFL ? "__shfl_sync" : "__shfl_xor_sync", mask, text);
-            }
-        }
-    }
-    w.waiting |= 1u << lane;
-    t.waiting = true;
-    t.kind = kind;
-    t.mask = mask;
-    t.value = value;
-    t.lane_asked = lane_asked;
-    t.fiber = current_fiber;
-#if defined(CUDA_TSAN)
-    char* tag = &warp_tags[2 * warp + warp_turn[warp]];
-    __tsan_release(tag);
-#endif
-    try_complete(warp, mask);
-    int next = draw();          // there is one: lanes that wait for each other in different places have been reported
+}
+
+// Gives the processor to the next thread, until this one is ready again and drawn. There is a next one: lanes that wait
+// for each other in different places have been reported.
+static void give_way(int me, char* tag) {
+    int next = draw();
     if (next != me) {
         set_current(next);
         Fiber* to = threads[next].fiber;
@@ -562,11 +728,117 @@ uint64_t exchange(Collective kind, unsigned mask, uint64_t value, int lane_asked
     }
 #if defined(CUDA_TSAN)
     __tsan_acquire(tag);
+#else
+    (void)tag;
 #endif
+}
+
+uint64_t exchange(Collective kind, unsigned mask, uint64_t value, int lane_asked) {
+    int me = current, warp = me / WARP_LANES, lane = me % WARP_LANES;
+    Thread& t = threads[me];
+    if (!(mask >> lane & 1)) report("lane %d calls a warp function whose mask %08x leaves it out", lane, mask);
+    Warp& w = warps[warp];
+    bool same = w.uniform && w.kind == kind && w.mask == mask && !w.at_barrier;
+    if (w.waiting == 0 && !w.at_barrier) {
+        w.uniform = same = true;
+        w.kind = kind;
+        w.mask = mask;
+    }
+    if (!same) {
+        w.uniform = false;
+        check_meeting(kind, mask, warp, lane);
+    }
+    w.waiting |= 1u << lane;
+    t.waiting = true;
+    t.kind = kind;
+    t.mask = mask;
+    t.value = value;
+    t.lane_asked = lane_asked;
+    t.fiber = current_fiber;
+    char* tag = nullptr;
+#if defined(CUDA_TSAN)
+    tag = &warp_tags[2 * warp + warp_turn[warp]];
+    __tsan_release(tag);
+#endif
+    try_complete(warp, mask);
+    give_way(me, tag);
     return t.result;
 }
 
-static void run_kernel(const char* name, dim3 grid, dim3 block, const std::function<void()>& thread) {
+void barrier(const char* file, int line) {
+    int me = current, warp = me / WARP_LANES;
+    Thread& t = threads[me];
+    if (block_barrier.arrived > 0 && (line != block_barrier.line || strcmp(file, block_barrier.file) != 0))
+        report("a divergent barrier: this thread calls __syncthreads at %s:%d, others of its block wait in that at "
+               "%s:%d", file, line, block_barrier.file, block_barrier.line);
+    if (warps[warp].waiting) check_meeting(BARRIER, 0, warp, me % WARP_LANES);
+    block_barrier.file = file;
+    block_barrier.line = line;
+    block_barrier.arrived++;
+    warps[warp].at_barrier = true;
+    t.waiting = true;
+    t.kind = BARRIER;
+    t.mask = 0;
+    t.fiber = current_fiber;
+    char* tag = nullptr;
+#if defined(CUDA_TSAN)
+    tag = &block_tags[(int)block_turn];
+    __tsan_release(tag);
+#endif
+    try_open_barrier();
+    give_way(me, tag);
+}
+
+// ------------------------------------------------------------------------------------------------
+// Tensor cores, shared memory, asynchronous copies (tensor_core.h)
+
+unsigned char* shared_memory() { return (unsigned char*)shared.begin; }
+
+void mma(float* c, const unsigned* a, unsigned b0, unsigned b1) {
+    MmaOperands operands{c, a, {b0, b1}};
+    exchange(MMA, ALL_LANES, (uint64_t)&operands, 0);
+}
+
+static void check_shared(const char* call, const char* what, const void* p) {
+    if ((uintptr_t)p % 16 != 0) report("%s: %s is not aligned to 16 bytes: %s", call, what, describe(p));
+    if (!shared.holds(p, 16)) report("%s: %s is not in the block's shared memory: %s", call, what, describe(p));
+}
+
+// The row is read now, when the lane comes: another warp may write at any time from here on.
+void ldmatrix(unsigned* r, const void* row, bool transposed) {
+    Collective kind = transposed ? LDMATRIX_TRANSPOSED : LDMATRIX;
+    check_shared(collective_names[kind], "the row", row);
+    MatrixRow operands;
+    memcpy(operands.row, row, sizeof operands.row);
+    operands.r = r;
+    for (int i = 0; i < 8; i++)
+        if (operands.row[i] == 0xffff)         // no operation gives this NaN
+            report("%s reads shared memory that is not initialised: %s", collective_names[kind],
+                   describe((const uint16_t*)row + i));
+    exchange(kind, ALL_LANES, (uint64_t)&operands, 0);
+}
+
+void copy_async(void* to, const void* from, bool there) {
+    check_shared("copy_async", "the destination", to);
+    if ((uintptr_t)from % 16 != 0) report("copy_async: the source is not aligned to 16 bytes: %s", describe(from));
+    if (there) check_range("copy_async", "the source", from, 16, true);
+    memset(to, POISON, 16);
+    copies[current].push_back({to, there ? from : nullptr, threads[current].groups});
+}
+void copy_commit() { threads[current].groups++; }
+void copy_wait(int n) {
+    std::vector<Copy>& mine = copies[current];
+    size_t done = 0;
+    for (; done < mine.size() && mine[done].group + n < threads[current].groups; done++) {
+        const Copy& copy = mine[done];
+        if (copy.from) memcpy(copy.to, copy.from, 16);
+        else memset(copy.to, 0, 16);
+    }
+    mine.erase(mine.begin(), mine.begin() + (ptrdiff_t)done);
+}
+
+static void run_kernel(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
+                       const std::function<void()>& thread) {
     running_kernel = name;
     gridDim = grid;
     blockDim = block;
@@ -591,8 +863,12 @@ static void run_kernel(const char* name, dim3 grid, dim3 block, const std::funct
         threads.assign((size_t)size, Thread());
         warps.assign((size_t)(size + WARP_LANES - 1) / WARP_LANES, Warp());
         for (int i = 0; i < size; i++) warps[i / WARP_LANES].lanes |= 1u << i % WARP_LANES;
-        ready.resize((size_t)size);
-        for (int i = 0; i < size; i++) ready[i] = i;
+        open_shared(shared_bytes);
+        by_warp = shared_bytes > 0 && warps.size() > 1 && random_below(2) == 1;
+        if (by_warp) draw_order_of_warps();
+        first_ready = 0;
+        for (int i = 0; i < size; i++) make_ready(i);
+        block_barrier.arrived = 0;
         unfinished = size;
         handed_over = -1;
         Fiber* fiber = fresh_fiber();
@@ -604,6 +880,7 @@ static void run_kernel(const char* name, dim3 grid, dim3 block, const std::funct
 #if defined(CUDA_TSAN)
         __tsan_switch_to_fiber(host_tsan, 1);
 #endif
+        close_shared();
     }
 #if defined(CUDA_TSAN)
     __tsan_acquire(&ended);
@@ -656,6 +933,11 @@ Start::Start() {
         arena->next = arena->begin + GUARD;
         arena->end = arena->begin + size;
     }
+    size_t size = (size_t)1 << 30;
+    void* p = mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) { perror("cuda-on-cpu: address space"); abort(); }
+    shared.first = shared.begin = shared.end_pages = (char*)p;
+    shared.end = shared.first + size;
     static char stack[64 << 10];            // for the handler: a fiber's own stack may be what overflowed
     stack_t alternative = {};
     alternative.ss_sp = stack;
@@ -727,8 +1009,23 @@ static void run_all() {
     }
 }
 
-void cuda_on_cpu::enqueue_launch(const char* name, dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
-                                 std::function<void()> thread) {
+// Bytes of shared memory that launches of a kernel may ask for, where that was set
+static std::vector<std::pair<const void*, size_t>> allowed_shared;
+static size_t allowed_for(const void* kernel) {
+    for (auto& [its, bytes] : allowed_shared) if (its == kernel) return bytes;
+    return SHARED_DEFAULT;
+}
+cudaError_t cuda_on_cpu::allow_shared_memory(const void* kernel, cudaFuncAttribute attribute, int bytes) {
+    if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || bytes < 0 || (size_t)bytes > SHARED_MOST)
+        report("cudaFuncSetAttribute: %d bytes of shared memory; CUDA allows at most %zu", bytes, SHARED_MOST);
+    for (auto& [its, now] : allowed_shared)
+        if (its == kernel) { now = (size_t)bytes; return cudaSuccess; }
+    allowed_shared.push_back({kernel, (size_t)bytes});
+    return cudaSuccess;
+}
+
+void cuda_on_cpu::enqueue_launch(const char* name, const void* address, dim3 grid, dim3 block, size_t shared_bytes,
+                                 cudaStream_t stream, std::function<void()> thread) {
     unsigned long long threads_of_block = (unsigned long long)block.x * block.y * block.z;
     if (threads_of_block == 0 || threads_of_block > 1024 || block.z > 64)
         report("launch of %s: a block of (%u, %u, %u) threads; CUDA allows 1 to 1024, and 64 in z",
@@ -736,8 +1033,11 @@ void cuda_on_cpu::enqueue_launch(const char* name, dim3 grid, dim3 block, size_t
     if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
         report("launch of %s: a grid of (%u, %u, %u) blocks; CUDA allows 1 to 2147483647 in x, 65535 in y and z",
                name, grid.x, grid.y, grid.z);
-    if (shared > 48 << 10) report("launch of %s: %zu bytes of shared memory; CUDA allows 49152", name, shared);
-    enqueue(check_stream(stream, "launch"), [=] { run_kernel(name, grid, block, thread); });
+    if (shared_bytes > allowed_for(address))
+        report("launch of %s: %zu bytes of shared memory; CUDA allows %zu, as %s",
+               name, shared_bytes, allowed_for(address), allowed_for(address) == SHARED_DEFAULT
+               ? "cudaFuncSetAttribute has not set another number" : "cudaFuncSetAttribute has set");
+    enqueue(check_stream(stream, "launch"), [=] { run_kernel(name, grid, block, shared_bytes, thread); });
 }
 
 void enqueue_gemm(const Gemm& g, cudaStream_t stream) {

@@ -11,11 +11,15 @@ namespace cuda_on_cpu {
 
 // A pointer among the arguments of a kernel must not point to ordinary host memory.
 void check_kernel_pointer(const char* kernel, int argument, const void* pointer);
-void enqueue_launch(const char* name, dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+// `address` is the kernel's; null where the launch asks for no shared memory.
+void enqueue_launch(const char* name, const void* address, dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
                     std::function<void()> thread);
+cudaError_t allow_shared_memory(const void* kernel, cudaFuncAttribute attribute, int bytes);
 
+// Waits until all threads of the block that have not returned have called it, all from the same line.
+void barrier(const char* file, int line);
 // Waits until all lanes of mask have called it, then returns the value that lane `source` gave.
-enum Collective { SHFL_XOR, SHFL, SYNCWARP };
+enum Collective { SHFL_XOR, SHFL, SYNCWARP, MMA, LDMATRIX, LDMATRIX_TRANSPOSED, BARRIER };
 uint64_t exchange(Collective kind, unsigned mask, uint64_t value, int source_or_xor);
 
 template <class T> T exchange_as(Collective kind, unsigned mask, T value, int lane) {
@@ -30,6 +34,7 @@ template <class T> T exchange_as(Collective kind, unsigned mask, T value, int la
 template <class Kernel> struct Launch {
     const char* name;
     Kernel kernel;
+    const void* address;
     dim3 grid, block;
     size_t shared;
     cudaStream_t stream;
@@ -44,14 +49,14 @@ template <class Kernel> struct Launch {
         };
         (check(args), ...);
         Kernel body = kernel;
-        enqueue_launch(name, grid, block, shared, stream, [body, args...] { body(args...); });
+        enqueue_launch(name, address, grid, block, shared, stream, [body, args...] { body(args...); });
     }
 };
 
 template <class Kernel>
-Launch<Kernel> launch(const char* name, Kernel kernel, dim3 grid, dim3 block, size_t shared = 0,
+Launch<Kernel> launch(const char* name, Kernel kernel, const void* address, dim3 grid, dim3 block, size_t shared = 0,
                       cudaStream_t stream = nullptr) {
-    return {name, kernel, grid, block, shared, stream};
+    return {name, kernel, address, grid, block, shared, stream};
 }
 
 }  // namespace cuda_on_cpu
@@ -63,3 +68,10 @@ template <class T> static inline T __shfl_sync(unsigned mask, T value, int lane)
     return cuda_on_cpu::exchange_as(cuda_on_cpu::SHFL, mask, value, lane);
 }
 static inline void __syncwarp(unsigned mask = 0xffffffff) { cuda_on_cpu::exchange(cuda_on_cpu::SYNCWARP, mask, 0, 0); }
+// The line is the caller's.
+static inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    cuda_on_cpu::barrier(file, line);
+}
+template <class T> cudaError_t cudaFuncSetAttribute(T* kernel, cudaFuncAttribute attribute, int value) {
+    return cuda_on_cpu::allow_shared_memory((const void*)kernel, attribute, value);
+}

@@ -1,7 +1,7 @@
-// Tensor cores on the CPU: what cuda/tensor_core.h declares, with the same meaning. The strict machine has all of it, and
-// checks its use (strict.cpp). The fast one has one lane in a warp, so that nothing here but the last two functions makes
-// sense there: TENSOR_CORES is false, and a kernel that calls the others does not compile, unless it is a template that
-// is never used.
+// Tensor cores on the CPU: what cuda/tensor_core.h declares, with the same meaning. The strict machine has all of it,
+// and checks its use (strict.cpp). The fast one has one lane in a warp, so that only the last two functions make sense
+// there: TENSOR_CORES is false, and a call of the others is an error, unless it is in a part that is never compiled:
+// behind `if constexpr (TENSOR_CORES)`.
 #pragma once
 #include "cuda_bf16.h"
 #include "cuda_runtime.h"
