@@ -51,7 +51,7 @@ dim3 blockDim, gridDim;
 namespace cuda_on_cpu {
 
 static uint64_t random_state;
-static uint32_t random_below(uint32_t n) {
+static inline uint32_t random_below(uint32_t n) {
     random_state ^= random_state << 13;
     random_state ^= random_state >> 7;
     random_state ^= random_state << 17;
@@ -407,8 +407,8 @@ static void on_fault(int signal_number, siginfo_t* info, void* context) {
 // ------------------------------------------------------------------------------------------------
 // A block. Its threads are ready, wait for their warp or their block, or are done. The next one is drawn uniformly from
 // those that are ready. Every second block with shared memory, by a draw, runs warp by warp: the next thread is one of
-// the first warp that has a ready one, in an order that is drawn anew at each barrier. So a warp is ahead of others by as
-// much as the barriers allow, which shows where one is missing; with the uniform draw they stay close together.
+// the first warp that has a ready one, in an order that is drawn anew at each barrier. So a warp is ahead of others by
+// as much as the barriers allow, which shows where one is missing; with the uniform draw they stay close together.
 // A thread that has not begun needs no stack of its own yet: the fiber whose thread has ended runs it, so that kernels
 // without warp functions and barriers never switch.
 
@@ -420,6 +420,7 @@ struct Thread {
     int lane_asked;                      // or the number to xor the lane with
     uint64_t value, result;
     int groups;                          // of asynchronous copies that it has ended
+    uint3 index;                         // threadIdx
     void* tsan;
 };
 constexpr int WARP_LANES = 32, MOST_WARPS = 32;
@@ -433,7 +434,8 @@ struct Warp {
 };
 static std::vector<Thread> threads;
 static std::vector<Warp> warps;
-static std::vector<int> ready[MOST_WARPS];          // by the rank of the warp if a block runs warp by warp; else in [0]
+struct Ready { int count, threads[MOST_WARPS * WARP_LANES]; };
+static Ready ready[MOST_WARPS];                     // by the rank of the warp if a block runs warp by warp; else in [0]
 static bool by_warp;
 static int rank_of_warp[MOST_WARPS], first_ready;   // all before first_ready are empty
 static struct { const char* file; int line, arrived; } block_barrier;
@@ -450,19 +452,19 @@ static std::vector<void*> tsan_threads;
 static uint32_t tsan_shift;
 #endif
 
-static int draw() {
-    while (ready[first_ready].empty()) first_ready++;
-    std::vector<int>& from = ready[first_ready];
-    uint32_t i = random_below((uint32_t)from.size());
-    int thread = from[i];
-    from[i] = from.back();
-    from.pop_back();
+static inline int draw() {
+    while (ready[first_ready].count == 0) first_ready++;
+    Ready& from = ready[first_ready];
+    uint32_t i = random_below((uint32_t)from.count);
+    int thread = from.threads[i];
+    from.threads[i] = from.threads[--from.count];
     return thread;
 }
-static void make_ready(int thread) {
+static inline void make_ready(int thread) {
     int rank = by_warp ? rank_of_warp[thread / WARP_LANES] : 0;
-    ready[rank].push_back(thread);
-    first_ready = std::min(first_ready, rank);
+    Ready& to = ready[rank];
+    to.threads[to.count++] = thread;
+    if (rank < first_ready) first_ready = rank;
 }
 static void draw_order_of_warps() {
     for (int i = 0; i < (int)warps.size(); i++) {
@@ -472,10 +474,9 @@ static void draw_order_of_warps() {
     }
 }
 
-static void set_current(int thread) {
+static inline void set_current(int thread) {
     current = thread;
-    unsigned x = (unsigned)thread % blockDim.x, row = (unsigned)thread / blockDim.x;
-    threadIdx = {x, row % blockDim.y, row / blockDim.y};
+    threadIdx = threads[thread].index;
 }
 
 static const char* const collective_names[] = {"__shfl_xor_sync", "__shfl_sync", "__syncwarp", "mma", "ldmatrix",
@@ -499,7 +500,7 @@ static void describe_warp(int warp, char* text, size_t size) {
     if (warps[warp].done && n < size) snprintf(text + n, size - n, "; lanes %08x have returned", warps[warp].done);
 }
 
-static void complete_shuffle(int warp, unsigned here, int lane) {
+static inline void complete_shuffle(int warp, unsigned here, int lane) {
     int first = warp * WARP_LANES;
     Thread& t = threads[first + lane];
     int source = t.kind == SHFL_XOR ? lane ^ t.lane_asked : t.lane_asked & (WARP_LANES - 1);
@@ -516,45 +517,46 @@ static void complete_shuffle(int warp, unsigned here, int lane) {
 struct Copy { void* to; const void* from; int group; };         // from null: zeros
 static std::vector<Copy> copies[MOST_WARPS * WARP_LANES];
 
-static void check_copies_at_end() {
-    if (!copies[current].empty())
-        report("a thread returns without a wait for %zu of its asynchronous copies: the first one, to %s",
-               copies[current].size(), describe(copies[current][0].to));
+static void report_copies_at_end() {
+    report("a thread returns without a wait for %zu of its asynchronous copies: the first one, to %s",
+           copies[current].size(), describe(copies[current][0].to));
 }
 
 // What mma and ldmatrix take and give, on the stack of the lane that calls them.
 struct MmaOperands { float* c; const unsigned* a; unsigned b[2]; };
 struct MatrixRow { uint16_t row[8]; unsigned* r; };
 
-static float bf16_of(unsigned pair, int upper) { return __uint_as_float(upper ? pair & 0xffff0000 : pair << 16); }
-
 // Each sum in order of k, in fp32. The products are exact, so that this is the sum of a chain of fmaf.
 static void complete_mma(const Thread* lanes) {
-    typedef float Row __attribute__((vector_size(32)));
-    float a[16][16], b[16][8], c[16][8];
+    typedef float Four __attribute__((vector_size(16)));
+    alignas(16) float a[16][16], b[16][8], c[16][8];
     for (int lane = 0; lane < WARP_LANES; lane++) {
         const MmaOperands* of = (const MmaOperands*)lanes[lane].value;
-        int g = lane / 4, t = lane % 4;
-        for (int e = 0; e < 2; e++) {
-            for (int i = 0; i < 4; i++) a[g + i % 2 * 8][2 * t + i / 2 * 8 + e] = bf16_of(of->a[i], e);
-            for (int i = 0; i < 2; i++) {
-                b[2 * t + 8 * i + e][g] = bf16_of(of->b[i], e);
-                c[g + 8 * i][2 * t + e] = of->c[2 * i + e];
-            }
+        int g = lane / 4, t = 2 * (lane % 4);
+        for (int i = 0; i < 4; i++) {
+            float* to = &a[g + i % 2 * 8][t + i / 2 * 8];
+            to[0] = __uint_as_float(of->a[i] << 16);
+            to[1] = __uint_as_float(of->a[i] & 0xffff0000);
+        }
+        for (int i = 0; i < 2; i++) {
+            b[t + 8 * i][g] = __uint_as_float(of->b[i] << 16);
+            b[t + 8 * i + 1][g] = __uint_as_float(of->b[i] & 0xffff0000);
+            memcpy(&c[g + 8 * i][t], of->c + 2 * i, 8);
         }
     }
     for (int i = 0; i < 16; i++) {
-        Row sum, factors;
-        memcpy(&sum, c[i], sizeof sum);
+        Four *sums = (Four*)c[i], left = sums[0], right = sums[1];
         for (int k = 0; k < 16; k++) {
-            memcpy(&factors, b[k], sizeof factors);
-            sum += a[i][k] * factors;
+            const Four* factors = (const Four*)b[k];
+            left += a[i][k] * factors[0];
+            right += a[i][k] * factors[1];
         }
-        memcpy(c[i], &sum, sizeof sum);
+        sums[0] = left;
+        sums[1] = right;
     }
     for (int lane = 0; lane < WARP_LANES; lane++)
-        for (int i = 0; i < 4; i++)
-            ((const MmaOperands*)lanes[lane].value)->c[i] = c[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
+        for (int i = 0; i < 2; i++)
+            memcpy(((const MmaOperands*)lanes[lane].value)->c + 2 * i, &c[lane / 4 + i * 8][lane % 4 * 2], 8);
 }
 
 static void complete_ldmatrix(const Thread* lanes, bool transposed) {
@@ -606,9 +608,18 @@ static void try_complete(int warp, unsigned mask) {
 #endif
 }
 
+// Threads that have returned do not count at a barrier, but a warp comes as a whole: nvcc compiles __syncthreads to an
+// instruction for all lanes of a warp (PTX's barrier.sync.aligned).
+static void check_whole_warp(int warp) {
+    if (!warps[warp].at_barrier || !warps[warp].done) return;
+    char text[512];
+    describe_warp(warp, text, sizeof text);
+    report("a divergent barrier: __syncthreads takes all lanes of a warp%s", text);
+}
+
 // If all threads that have not returned have come to __syncthreads, they are ready.
 static void try_open_barrier() {
-    if (block_barrier.arrived == 0 || block_barrier.arrived < unfinished) return;
+    if (block_barrier.arrived < unfinished) return;
     block_barrier.arrived = 0;
     if (by_warp) draw_order_of_warps();
     for (Warp& w : warps) w.at_barrier = false;
@@ -663,13 +674,16 @@ static void work() {
 #else
         (*body)();
 #endif
-        check_copies_at_end();
+        if (!copies[current].empty()) report_copies_at_end();
         unfinished--;
         int warp = current / WARP_LANES, first = warp * WARP_LANES;
         warps[warp].done |= 1u << (current - first);
         for (int i = first; warps[warp].waiting && i < first + WARP_LANES && i < (int)threads.size(); i++)
             if (threads[i].waiting && threads[i].kind != BARRIER) try_complete(warp, threads[i].mask);
-        try_open_barrier();
+        if (block_barrier.arrived > 0) {
+            check_whole_warp(warp);
+            try_open_barrier();
+        }
     }
 }
 
@@ -712,7 +726,7 @@ static void check_meeting(Collective kind, unsigned mask, int warp, int lane) {
 
 // Gives the processor to the next thread, until this one is ready again and drawn. There is a next one: lanes that wait
 // for each other in different places have been reported.
-static void give_way(int me, char* tag) {
+static inline void give_way(int me, char* tag) {
     int next = draw();
     if (next != me) {
         set_current(next);
@@ -780,6 +794,7 @@ void barrier(const char* file, int line) {
     t.kind = BARRIER;
     t.mask = 0;
     t.fiber = current_fiber;
+    check_whole_warp(warp);
     char* tag = nullptr;
 #if defined(CUDA_TSAN)
     tag = &block_tags[(int)block_turn];
@@ -867,7 +882,13 @@ static void run_kernel(const char* name, dim3 grid, dim3 block, size_t shared_by
         by_warp = shared_bytes > 0 && warps.size() > 1 && random_below(2) == 1;
         if (by_warp) draw_order_of_warps();
         first_ready = 0;
-        for (int i = 0; i < size; i++) make_ready(i);
+        uint3 index = {0, 0, 0};
+        for (int i = 0; i < size; i++) {
+            threads[i].index = index;
+            if (++index.x == block.x) { index.x = 0; index.y++; }
+            if (index.y == block.y) { index.y = 0; index.z++; }
+            make_ready(i);
+        }
         block_barrier.arrived = 0;
         unfinished = size;
         handed_over = -1;

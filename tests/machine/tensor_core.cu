@@ -161,21 +161,21 @@ static void test_products() {
 
 // ---- barriers
 
-// y[i] of a block is the sum of its x[0] .. x[i]. Threads beyond n return before the first barrier.
+// y[i] of a block is the sum of its x[0] .. x[i]. Warps beyond n return before the first barrier.
 template <int unused> __global__ void prefix_sums(float* y, const float* x, int n) {
     int i = threadIdx.x;
-    if (i >= n) return;
+    if (i / 32 * 32 >= n) return;
     x += (size_t)blockIdx.x * n;
     float *now = (float*)shared_memory(), *next = now + n;
-    now[i] = x[i];
+    if (i < n) now[i] = x[i];
     for (int step = 1; step < n; step *= 2) {
         __syncthreads();
-        next[i] = now[i] + (i >= step ? now[i - step] : 0);
+        if (i < n) next[i] = now[i] + (i >= step ? now[i - step] : 0);
         float* swap = now;
         now = next;
         next = swap;
     }
-    y[(size_t)blockIdx.x * n + i] = now[i];
+    if (i < n) y[(size_t)blockIdx.x * n + i] = now[i];
 }
 static void test_barriers() {
     if constexpr (TENSOR_CORES) {
@@ -237,7 +237,7 @@ static void test_functions() {
 
 // ---- what a warp's mma and ldmatrix cost on the strict machine
 
-template <int unused> __global__ void repeat(float* y, int times) {
+template <int which> __global__ void repeat(float* y, int times) {
     int lane = threadIdx.x % 32;
     unsigned a[4], *words = (unsigned*)shared_memory();
     float c[4] = {};
@@ -245,8 +245,9 @@ template <int unused> __global__ void repeat(float* y, int times) {
     __syncthreads();
     ldmatrix(a, words + lane * 4);
     for (int i = 0; i < times; i++)
-        if (unused == 0) mma(c, a, 0, 0);
-        else ldmatrix(a, words + lane * 4);
+        if (which == 0) mma(c, a, 0, 0);
+        else if (which == 1) ldmatrix(a, words + lane * 4);
+        else __syncwarp();
     y[threadIdx.x] = c[0] + (float)a[0];
 }
 template <int which> static void time_of(const char* name) {
@@ -263,6 +264,7 @@ int main(int argc, char** argv) {
         if constexpr (TENSOR_CORES) {
             time_of<0>("mma");
             time_of<1>("ldmatrix");
+            time_of<2>("__syncwarp");
         }
         return 0;
     }
