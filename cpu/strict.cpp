@@ -724,8 +724,8 @@ static void check_meeting(Collective kind, unsigned mask, int warp, int lane) {
     }
 }
 
-// Gives the processor to the next thread, until this one is ready again and drawn. There is a next one: lanes that wait
-// for each other in different places have been reported.
+// Gives the processor to the next thread, until this one is ready and drawn. There is a next one: lanes that wait for
+// each other in different places have been reported.
 static inline void give_way(int me, char* tag) {
     int next = draw();
     if (next != me) {
@@ -741,7 +741,7 @@ static inline void give_way(int me, char* tag) {
         switch_to(to);
     }
 #if defined(CUDA_TSAN)
-    __tsan_acquire(tag);
+    if (tag) __tsan_acquire(tag);
 #else
     (void)tag;
 #endif
@@ -841,10 +841,15 @@ void copy_async(void* to, const void* from, bool there) {
     copies[current].push_back({to, there ? from : nullptr, threads[current].groups});
 }
 void copy_commit() { threads[current].groups++; }
+// Others may run before the bytes come: they see what a copy overwrites too early, or what they use without a barrier.
 void copy_wait(int n) {
-    std::vector<Copy>& mine = copies[current];
+    int me = current;
+    threads[me].fiber = current_fiber;
+    make_ready(me);
+    give_way(me, nullptr);
+    std::vector<Copy>& mine = copies[me];
     size_t done = 0;
-    for (; done < mine.size() && mine[done].group + n < threads[current].groups; done++) {
+    for (; done < mine.size() && mine[done].group + n < threads[me].groups; done++) {
         const Copy& copy = mine[done];
         if (copy.from) memcpy(copy.to, copy.from, 16);
         else memset(copy.to, 0, 16);

@@ -3,6 +3,7 @@
 #include <cublas_v2.h>
 #include <cuda_runtime.h>
 #include <nccl.h>
+#include <tensor_core.h>
 #include <cstdio>
 #include <cstring>
 #include <vector>
@@ -397,6 +398,291 @@ static int overwritten_before_sum() {           // a writes over what b has not 
     return result(y, 64, 1);
 }
 
+// ---- shared memory and barriers
+
+__global__ void from_other_warp(float* y, bool synchronise) {
+    float* shared = (float*)shared_memory();
+    shared[threadIdx.x] = (float)threadIdx.x;
+    if (synchronise) __syncthreads();
+    y[threadIdx.x] = shared[63 - threadIdx.x] - (float)(63 - threadIdx.x);
+}
+static int missing_barrier() {
+    float* y = device<float>(64);
+    from_other_warp<<<1, 64, 256, a>>>(y, !bug);
+    return result(y, 64, 0);
+}
+// Each warp takes a turn to write what all read: without the second barrier it writes before the others have read.
+__global__ void take_turns(float* y, bool synchronise) {
+    float* shared = (float*)shared_memory();
+    float sum = 0;
+    for (unsigned turn = 0; turn < 4; turn++) {
+        if (threadIdx.x / 32 == turn) shared[threadIdx.x % 32] = (float)(turn + 1);
+        __syncthreads();
+        for (int i = 0; i < 4; i++) { __syncwarp(); sum += shared[(threadIdx.x + i) % 32]; }
+        if (synchronise) __syncthreads();
+    }
+    y[threadIdx.x] = sum;
+}
+static int missing_second_barrier() {
+    float* y = device<float>(128);
+    take_turns<<<1, 128, 128, a>>>(y, !bug);
+    return result(y, 128, 40);
+}
+__global__ void two_barriers(float* y, bool together) {
+    if (together || threadIdx.x < 32)
+        __syncthreads();
+    else
+        __syncthreads();
+    y[threadIdx.x] = 1;
+}
+static int divergent_barrier() {
+    float* y = device<float>(64);
+    two_barriers<<<1, 64, 0, a>>>(y, !bug);
+    return result(y, 64, 1);
+}
+__global__ void barrier_or_warp(float* y, bool all) {
+    if (all || threadIdx.x % 32 < 16) __syncthreads();
+    else __syncwarp();
+    y[threadIdx.x] = 1;
+}
+static int barrier_in_half_a_warp() {
+    float* y = device<float>(64);
+    barrier_or_warp<<<1, 64, 0, a>>>(y, !bug);
+    return result(y, 64, 1);
+}
+// A whole warp that has returned is not waited for. Lanes of a warp that goes on must not return.
+__global__ void early_return(float* y, unsigned n) {
+    if (threadIdx.x >= n) return;
+    __syncthreads();
+    y[threadIdx.x] = 1;
+}
+static int barrier_after_lanes_returned() {
+    float* y = device<float>(96);
+    fill<<<1, 96, 0, a>>>(y, 96, 1);
+    early_return<<<1, 96, 0, a>>>(y, bug ? 65 : 64);
+    return result(y, 96, 1);
+}
+__global__ void read_first(float* y, bool write) {
+    float* shared = (float*)shared_memory();
+    if (write || blockIdx.x == 0) shared[threadIdx.x] = 1;
+    y[blockIdx.x * 32 + threadIdx.x] = shared[threadIdx.x];
+}
+static int shared_uninitialised() {             // what one block has written is not there in another one
+    float* y = device<float>(64);
+    read_first<<<2, 32, 128, a>>>(y, !bug);
+    return result(y, 64, 1);
+}
+__global__ void leave_pointer(float* y, float** left, bool follow) {
+    float* shared = (float*)shared_memory();
+    shared[0] = 1;
+    y[blockIdx.x] = follow && *left ? **left : shared[0];
+    *left = shared;
+}
+static int shared_of_another_block() {
+    float *y = device<float>(2), **left = device<float*>(1);
+    cudaMemsetAsync(left, 0, sizeof(float*), a);
+    leave_pointer<<<2, 1, 128, a>>>(y, left, bug);
+    return result(y, 2, 1);
+}
+__global__ void write_shared(float* y, int at, float value) {
+    float* shared = (float*)shared_memory();
+    shared[0] = 1;
+    shared[at] = value;
+    y[0] = shared[0];
+}
+static int shared_after_end() {                 // 384 bytes are a multiple of the alignment
+    float* y = device<float>(1);
+    write_shared<<<1, 1, 384, a>>>(y, bug ? 96 : 95, 1);
+    return result(y, 1, 1);
+}
+static int shared_shortly_after_end() {
+    float* y = device<float>(1);
+    write_shared<<<1, 1, 400, a>>>(y, bug ? 100 : 99, 1);
+    return result(y, 1, 1);
+}
+static int shared_before_begin() {
+    float* y = device<float>(1);
+    write_shared<<<1, 1, 400, a>>>(y, bug ? -1 : 1, 1);
+    return result(y, 1, 1);
+}
+static int shared_not_asked_for() {
+    float* y = device<float>(1);
+    write_shared<<<1, 1, bug ? 0 : 4, a>>>(y, 0, 1);
+    return result(y, 1, 1);
+}
+
+// ---- tensor cores: a warp multiplies matrices of ones
+
+constexpr unsigned ONES = 0x3f803f80;
+__global__ void ones(float* y, unsigned lanes, bool return_others) {
+    float c[4] = {};
+    unsigned a[4] = {ONES, ONES, ONES, ONES};
+    if (threadIdx.x < lanes) mma(c, a, ONES, ONES);
+    else if (return_others) return;
+    else __syncwarp();
+    y[threadIdx.x] = c[0];
+}
+static int mma_after_lanes_returned() {
+    float* y = device<float>(32);
+    ones<<<1, 32, 0, a>>>(y, bug ? 16 : 32, true);
+    return result(y, 32, 16);
+}
+static int mma_in_half_a_warp() {
+    float* y = device<float>(32);
+    ones<<<1, 32, 0, a>>>(y, bug ? 16 : 32, false);
+    return result(y, 32, 16);
+}
+static int mma_in_small_block() {
+    float* y = device<float>(16);
+    ones<<<1, bug ? 16 : 32, 0, a>>>(device<float>(32), 32, true);
+    fill<<<1, 16, 0, a>>>(y, 16, 1);
+    return result(y, 16, 1);
+}
+// The first element that a lane gets by ldmatrix at these bytes of shared memory, of which `written` words are ones
+__global__ void load_matrix(float* y, int written, int first, int stride, const void* elsewhere, unsigned lanes) {
+    unsigned r[4], *shared = (unsigned*)shared_memory();
+    for (int i = threadIdx.x; i < written; i += 32) shared[i] = ONES;
+    __syncwarp();
+    const void* row = (const char*)shared + first + (int)threadIdx.x * stride;
+    if (threadIdx.x < lanes) ldmatrix(r, elsewhere && threadIdx.x == 9 ? elsewhere : row);
+    else ldmatrix_transposed(r, row);
+    y[threadIdx.x] = __uint_as_float(r[0] << 16);
+}
+static int ldmatrix_in_half_a_warp() {
+    float* y = device<float>(32);
+    load_matrix<<<1, 32, 512, a>>>(y, 128, 0, 16, nullptr, bug ? 16 : 32);
+    return result(y, 32, 1);
+}
+static int ldmatrix_misaligned() {
+    float* y = device<float>(32);
+    load_matrix<<<1, 32, 512, a>>>(y, 128, 0, bug ? 8 : 16, nullptr, 32);
+    return result(y, 32, 1);
+}
+static int ldmatrix_after_end() {
+    float* y = device<float>(32);
+    load_matrix<<<1, 32, 512, a>>>(y, 128, bug ? 16 : 0, 16, nullptr, 32);
+    return result(y, 32, 1);
+}
+static int ldmatrix_of_global_memory() {
+    float* y = device<float>(32);
+    load_matrix<<<1, 32, 512, a>>>(y, 128, 0, 16, bug ? y : nullptr, 32);
+    return result(y, 32, 1);
+}
+static int ldmatrix_uninitialised() {
+    float* y = device<float>(32);
+    load_matrix<<<1, 32, 512, a>>>(y, bug ? 127 : 128, 0, 16, nullptr, 32);
+    return result(y, 32, 1);
+}
+
+// ---- asynchronous copies: two groups of 16 bytes a thread, from x to shared memory to y
+
+struct Copies {
+    int first_wait = 1, second_wait = 0;        // copy_wait<...> before the use of the first and second group; -1: none
+    bool commit = true, last_wait = true, there = true, by_others = false, synchronise = true;
+    int to = 0, from = 0;                       // bytes by which addresses are wrong
+};
+__device__ inline void wait_for_all_but(int groups) {
+    if (groups == 1) copy_wait<1>();
+    if (groups == 0) copy_wait<0>();
+}
+__global__ void copy_groups(float* y, const float* x, Copies with) {
+    int i = 4 * threadIdx.x, n = 4 * blockDim.x, other = with.by_others ? n - 4 - i : i;
+    float* shared = (float*)shared_memory();
+    for (int group = 0; group < 2; group++) {
+        char* to = (char*)(shared + group * n + i) + group * with.to;
+        const char* from = (const char*)(x + group * n + i) + group * with.from;
+        copy_async(to, from, group == 0 || with.there);
+        if (with.commit || group == 0) copy_commit();
+    }
+    for (int group = 0; group < 2; group++) {
+        wait_for_all_but(group == 0 ? with.first_wait : with.second_wait);
+        if (with.by_others && with.synchronise) __syncthreads();
+        for (int j = 0; j < 4; j++) y[group * n + other + j] = shared[group * n + other + j];
+    }
+    if (with.last_wait) {
+        copy_commit();
+        copy_wait<0>();
+    }
+}
+static int copy_with(const Copies& with, float want = 1) {
+    float *x = device<float>(512), *y = device<float>(512);
+    fill<<<4, 128, 0, a>>>(x, 512, want);
+    copy_groups<<<1, 64, 2048, a>>>(y, x, with);
+    return result(y, 512, want);
+}
+static int missing_wait() {
+    Copies with;
+    if (bug) with.first_wait = -1;
+    return copy_with(with);
+}
+static int wait_for_too_few() {
+    Copies with;
+    if (bug) with.second_wait = 1;
+    return copy_with(with);
+}
+static int missing_commit() {
+    Copies with;
+    if (bug) with.commit = false;
+    return copy_with(with);
+}
+static int wait_without_barrier() {
+    Copies with;
+    with.by_others = true;
+    if (bug) with.synchronise = false;
+    return copy_with(with);
+}
+static int copy_never_waited_for() {
+    Copies with;
+    if (bug) with.second_wait = 1;
+    with.last_wait = false;
+    return copy_with(with);
+}
+static int copy_to_misaligned() {
+    Copies with;
+    if (bug) with.to = 8;
+    return copy_with(with);
+}
+static int copy_to_after_end() {
+    Copies with;
+    if (bug) with.to = 16;
+    return copy_with(with);
+}
+static int copy_to_before_begin() {
+    Copies with;
+    if (bug) with.to = -2048;
+    return copy_with(with);
+}
+static int copy_from_misaligned() {
+    Copies with;
+    if (bug) with.from = 4;
+    return copy_with(with);
+}
+static int copy_from_after_end() {              // where nothing is there, nothing is read
+    Copies with;
+    with.from = 16;
+    with.there = bug;
+    return copy_with(with, 0);
+}
+// The next copy begins before all have read the last one. Its bytes are the same: they see that it is under way.
+__global__ void reuse(float* y, const float* x, bool synchronise) {
+    float *shared = (float*)shared_memory(), sum = 0;
+    for (int tile = 0; tile < 3; tile++) {
+        copy_async(shared + 4 * threadIdx.x, x + 4 * threadIdx.x, true);
+        copy_commit();
+        copy_wait<0>();
+        __syncthreads();
+        sum += shared[threadIdx.x];
+        if (synchronise) __syncthreads();
+    }
+    y[threadIdx.x] = sum;
+}
+static int copy_over_what_is_read() {
+    float *x = device<float>(512), *y = device<float>(128);
+    fill<<<4, 128, 0, a>>>(x, 512, 1);
+    reuse<<<1, 128, 2048, a>>>(y, x, !bug);
+    return result(y, 128, 3);
+}
+
 // ---- launches
 
 static int too_many_threads() {
@@ -417,6 +703,28 @@ static int grid_too_high() {
 static int too_much_shared_memory() {
     float* y = device<float>(64);
     fill<<<1, 64, bug ? 49153 : 49152, a>>>(y, 64, 1);
+    return result(y, 64, 1);
+}
+
+static int more_shared_memory_than_set() {
+    float* y = device<float>(64);
+    cudaFuncSetAttribute(fill, cudaFuncAttributeMaxDynamicSharedMemorySize, 100000);
+    fill<<<1, 64, bug ? 100001 : 100000, a>>>(y, 64, 1);
+    return result(y, 64, 1);
+}
+template <int which> __global__ void fill_one_of_two(float* y) { y[threadIdx.x] = which; }
+static int shared_memory_set_for_another() {    // instance of the same template
+    float* y = device<float>(64);
+    cudaFuncSetAttribute(fill_one_of_two<1>, cudaFuncAttributeMaxDynamicSharedMemorySize, 50000);
+    if (bug) fill_one_of_two<2><<<1, 64, 50000, a>>>(y);
+    else fill_one_of_two<1><<<1, 64, 50000, a>>>(y);
+    return result(y, 64, 1);
+}
+static int more_shared_memory_than_there_is() {
+    float* y = device<float>(64);
+    int most = 227 * 1024;
+    cudaFuncSetAttribute(fill, cudaFuncAttributeMaxDynamicSharedMemorySize, bug ? most + 1 : most);
+    fill<<<1, 64, most, a>>>(y, 64, 1);
     return result(y, 64, 1);
 }
 
@@ -460,8 +768,17 @@ int main(int argc, char** argv) {
         CASE(use_of_destroyed_stream), CASE(sum_too_long), CASE(sum_of_host_memory), CASE(sum_not_in_place),
         CASE(gather_not_in_place), CASE(received_twice), CASE(never_received), CASE(sum_without_event),
         CASE(use_before_sum), CASE(overwritten_before_sum), CASE(too_many_threads), CASE(no_blocks),
-        CASE(grid_too_high), CASE(too_much_shared_memory), CASE(misaligned_pack), CASE(index_overflow),
-        CASE(blocks_write_the_same),
+        CASE(grid_too_high), CASE(too_much_shared_memory), CASE(more_shared_memory_than_set),
+        CASE(shared_memory_set_for_another), CASE(more_shared_memory_than_there_is),
+        CASE(missing_barrier), CASE(missing_second_barrier), CASE(divergent_barrier), CASE(barrier_in_half_a_warp),
+        CASE(barrier_after_lanes_returned), CASE(shared_uninitialised), CASE(shared_of_another_block),
+        CASE(shared_after_end), CASE(shared_shortly_after_end), CASE(shared_before_begin), CASE(shared_not_asked_for),
+        CASE(mma_after_lanes_returned), CASE(mma_in_half_a_warp), CASE(mma_in_small_block),
+        CASE(ldmatrix_in_half_a_warp), CASE(ldmatrix_misaligned), CASE(ldmatrix_after_end),
+        CASE(ldmatrix_of_global_memory), CASE(ldmatrix_uninitialised), CASE(missing_wait), CASE(wait_for_too_few),
+        CASE(missing_commit), CASE(wait_without_barrier), CASE(copy_never_waited_for), CASE(copy_to_misaligned),
+        CASE(copy_to_after_end), CASE(copy_to_before_begin), CASE(copy_from_misaligned), CASE(copy_from_after_end),
+        CASE(copy_over_what_is_read), CASE(misaligned_pack), CASE(index_overflow), CASE(blocks_write_the_same),
     };
     if (argc == 1) {
         for (auto& c : cases) printf("%s\n", c.name);

@@ -46,10 +46,18 @@ def run(program, *arguments, **environment):
 # ---- both machines compute
 
 @pytest.mark.parametrize("options", [(), ("STRICT=1",)], ids=["fast", "strict"])
-@pytest.mark.parametrize("name", ["gemm", "launches", "cpu_math", "events"])
+@pytest.mark.parametrize("name", ["gemm", "launches", "cpu_math", "events", "tensor_core"])
 def test_results(name, options):
     done = run(build(name, *options))
     assert done.returncode == 0 and done.stdout.endswith(f"{name} ok\n"), done.stdout + done.stderr
+
+
+def test_tensor_cores_with_seeds():
+    """The same bits in every order of warps, and as a chain of fmaf has them."""
+    runs = [run(build("tensor_core", "STRICT=1"), CUDA_SEED=seed) for seed in SEEDS]
+    assert all(done.returncode == 0 and done.stdout == runs[0].stdout for done in runs), runs
+    products = runs[0].stdout.splitlines()[:-1]
+    assert len(products) == 7 and all(", as a chain of fmaf, hash " in line for line in products), products
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -126,7 +134,58 @@ CASES = {
     "too_many_threads": "launch of fill: a block of \\(1025, 1, 1\\) threads",
     "no_blocks": "launch of fill: a grid of \\(0, 1, 1\\) blocks",
     "grid_too_high": "launch of fill: a grid of \\(1, 65536, 1\\) blocks",
-    "too_much_shared_memory": "launch of fill: 49153 bytes of shared memory",
+    "too_much_shared_memory": "launch of fill: 49153 bytes of shared memory; CUDA allows 49152",
+    "more_shared_memory_than_set": "launch of fill: 100001 bytes of shared memory; CUDA allows 100000",
+    "shared_memory_set_for_another": "launch of fill_one_of_two<2>: 50000 bytes of shared memory; CUDA allows 49152",
+    "more_shared_memory_than_there_is": "cudaFuncSetAttribute: 232449 bytes of shared memory; CUDA allows at most "
+                                        "232448",
+    "missing_barrier": None,
+    "missing_second_barrier": None,
+    "divergent_barrier": "a divergent barrier: this thread calls __syncthreads at \\S*bugs.cu:\\d+, others of its "
+                         "block wait in that at \\S*bugs.cu:\\d+.*in kernel two_barriers, .* thread \\(\\d+, 0, 0\\)",
+    "barrier_in_half_a_warp": "lane \\d+ calls __sync(threads|warp).*, but lanes that it (leaves behind|names) wait "
+                              "elsewhere; lanes \\w+ wait in __sync(warp|threads).*in kernel barrier_or_warp",
+    "barrier_after_lanes_returned": "a divergent barrier: __syncthreads takes all lanes of a warp; .*lanes \\w+ have "
+                                    "returned.*in kernel early_return, .* thread \\((6[4-9]|[789]\\d), 0, 0\\)",
+    "shared_uninitialised": None,
+    "shared_of_another_block": "invalid read: 0x\\w+ is shared memory of a block that is over.*in kernel leave_pointer",
+    "shared_after_end": "invalid write: 0x\\w+ is 0 bytes after the end of the block's 384 bytes of shared memory"
+                        ".*in kernel write_shared",
+    "shared_shortly_after_end": "overwritten: 0x\\w+ is 0 bytes after the end of the block's 400 bytes of shared memory"
+                                ".*in kernel write_shared",
+    "shared_before_begin": "overwritten: 0x\\w+ is \\d bytes before the block's 400 bytes of shared memory"
+                           ".*in kernel write_shared",
+    "shared_not_asked_for": "invalid write: 0x\\w+ is shared memory, of which this launch has none",
+    "mma_after_lanes_returned": "mma takes all 32 lanes of a warp, and lanes ffff0000 are missing; lanes 0000ffff wait "
+                                "in mma; lanes ffff0000 have returned.*in kernel ones, .* thread \\(0, 0, 0\\)",
+    "mma_in_half_a_warp": "lane \\d+ calls (mma|__syncwarp).*, but lanes that it names wait elsewhere"
+                          ".*in kernel ones, .* thread \\(\\d+, 0, 0\\)",
+    "mma_in_small_block": "mma takes all 32 lanes of a warp, and lanes ffff0000 are missing.*in kernel ones",
+    "ldmatrix_in_half_a_warp": "lane \\d+ calls ldmatrix\\w*, but lanes that it names wait elsewhere; lanes \\w+ wait "
+                               "in ldmatrix.*in kernel load_matrix, .* thread \\(\\d+, 0, 0\\)",
+    "ldmatrix_misaligned": "ldmatrix: the row is not aligned to 16 bytes: 0x\\w+ is byte \\d+ of the block's 512 bytes"
+                           ".*in kernel load_matrix, .* thread \\(\\d*[13579], 0, 0\\)",
+    "ldmatrix_after_end": "ldmatrix: the row is not in the block's shared memory: 0x\\w+ is 0 bytes after the end"
+                          ".*in kernel load_matrix, .* thread \\(31, 0, 0\\)",
+    "ldmatrix_of_global_memory": "ldmatrix: the row is not in the block's shared memory: 0x\\w+ is byte 0 of device "
+                                 "allocation 1 .*in kernel load_matrix, .* thread \\(9, 0, 0\\)",
+    "ldmatrix_uninitialised": "ldmatrix reads shared memory that is not initialised: 0x\\w+ is byte 508 of the block's "
+                              "512 bytes.*in kernel load_matrix, .* thread \\(31, 0, 0\\)",
+    "missing_wait": None,
+    "wait_for_too_few": None,
+    "missing_commit": None,
+    "wait_without_barrier": None,
+    "copy_never_waited_for": "a thread returns without a wait for 1 of its asynchronous copies: the first one, to "
+                             "0x\\w+ is byte \\d+ of the block's 2048 bytes.*in kernel copy_groups, .* thread",
+    "copy_to_misaligned": "copy_async: the destination is not aligned to 16 bytes.*in kernel copy_groups, .* thread",
+    "copy_to_after_end": "copy_async: the destination is not in the block's shared memory: 0x\\w+ is 0 bytes after the "
+                         "end.*in kernel copy_groups, .* thread \\(63, 0, 0\\)",
+    "copy_to_before_begin": "copy_async: the destination is not in the block's shared memory: 0x\\w+ is \\d+ bytes "
+                            "before.*in kernel copy_groups, .* thread",
+    "copy_from_misaligned": "copy_async: the source is not aligned to 16 bytes.*in kernel copy_groups, .* thread",
+    "copy_from_after_end": "copy_async: the source of 16 bytes is not inside of an allocation: its first byte, 0x\\w+ "
+                           "is 0 bytes after the end of .*in kernel copy_groups, .* thread \\(63, 0, 0\\)",
+    "copy_over_what_is_read": None,
 }
 # Only the sanitizers see these.
 SANITIZED = {
@@ -134,7 +193,9 @@ SANITIZED = {
     "index_overflow": ("undefined", "signed integer overflow"),
     "blocks_write_the_same": ("thread", "data race.*add_all"),
     "missing_syncwarp": ("thread", "data race.*neighbours"),
+    "missing_barrier": ("thread", "data race.*from_other_warp"),
     "write_shortly_after_end": ("address", "use-after-poison.*fill"),
+    "shared_shortly_after_end": ("address", "use-after-poison.*write_shared"),
 }
 
 
@@ -304,14 +365,15 @@ def compile_text(tmp_path, text, flags=()):
     rewritten = subprocess.run([f"{ROOT}/cpu/rewrite"], input=preprocessed.stdout, capture_output=True)
     if rewritten.returncode != 0:
         return rewritten.returncode, rewritten.stderr.decode()
-    compiled = subprocess.run(["g++", "-fopenmp", "-std=c++17", "-fpreprocessed", "-fsyntax-only", "-x", "c++", "-"],
-                              input=rewritten.stdout, capture_output=True)
+    compiled = subprocess.run(["g++", "-fopenmp", "-std=c++17", "-fpreprocessed", "-x", "c++", "-c", "-o", "/dev/null",
+                               "-"], input=rewritten.stdout, capture_output=True)
     return compiled.returncode, compiled.stderr.decode()
 
 
 PROGRAM = """#include <cublas_v2.h>
 #include <cuda_runtime.h>
 #include <nccl.h>
+#include <tensor_core.h>
 __global__ void kernel(float* y) {{ {device} }}
 int main() {{
     float* y = nullptr; cudaStream_t stream = nullptr;
@@ -329,7 +391,6 @@ def test_program_builds(tmp_path, flags):
 
 @pytest.mark.parametrize("flags", [(), ("-DCUDA_STRICT",)], ids=["fast", "strict"])
 @pytest.mark.parametrize("device, host, name", [
-    ("__syncthreads();", "", "__syncthreads"),
     ("__shared__ float s[32]; y[0] = s[0];", "", "__shared__"),
     ("atomicAdd(y, 1.f);", "", "atomicAdd"),
     ("y[0] = __shfl_down_sync(0xffffffff, y[0], 1);", "", "__shfl_down_sync"),
@@ -348,6 +409,47 @@ def test_program_builds(tmp_path, flags):
 def test_unimplemented_is_an_error(tmp_path, device, host, name, flags):
     code, errors = compile_text(tmp_path, PROGRAM.format(device=device, host=host), flags)
     assert code != 0 and name in errors, errors
+
+
+# What only the strict build has: {name: what a kernel does, what the host does}
+ONLY_STRICT = {
+    "__syncthreads": ("__syncthreads();", ""),
+    "shared_memory": ("y[0] = shared_memory()[0];", ""),
+    "mma": ("float c[4] = {}; unsigned a[4] = {}; mma(c, a, 0, 0);", ""),
+    "ldmatrix": ("unsigned r[4]; ldmatrix(r, y);", ""),
+    "ldmatrix_transposed": ("unsigned r[4]; ldmatrix_transposed(r, y);", ""),
+    "copy_async": ("copy_async(y, y, true);", ""),
+    "copy_commit": ("copy_commit();", ""),
+    "copy_wait": ("copy_wait<1>();", ""),
+    "cudaFuncSetAttribute": ("", "cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 8);"),
+}
+
+
+@pytest.mark.parametrize("name", ONLY_STRICT)
+def test_outside_the_strict_build(tmp_path, name):
+    device, host = ONLY_STRICT[name]
+    code, errors = compile_text(tmp_path, PROGRAM.format(device=device, host=host))
+    assert code != 0 and re.search(rf"program.cu:\d+:\d+: error: call to .*{name}.*: this is outside the strict build",
+                                   errors), errors
+    code, errors = compile_text(tmp_path, PROGRAM.format(device=device, host=host), ("-DCUDA_STRICT",))
+    assert code == 0, errors
+
+
+def test_kernels_for_tensor_cores_are_left_out(tmp_path):
+    """Behind `if constexpr (TENSOR_CORES)`: in the fast build there is no trace of them, in the strict one there is."""
+    text = """#include <cuda_runtime.h>
+#include <tensor_core.h>
+template <int D> __global__ void with_barrier(float* y) { __syncthreads(); y[threadIdx.x] = shared_memory()[D]; }
+int main() {
+    if constexpr (TENSOR_CORES) {
+        cudaFuncSetAttribute(with_barrier<64>, cudaFuncAttributeMaxDynamicSharedMemorySize, 1 << 16);
+        with_barrier<64><<<1, 32, 1 << 16>>>(nullptr);
+    }
+}
+"""
+    for flags in ((), ("-DCUDA_STRICT",)):
+        code, errors = compile_text(tmp_path, text, flags)
+        assert code == 0 and errors == "", errors
 
 
 def test_error_names_line(tmp_path):
