@@ -875,7 +875,6 @@ static void run_kernel(const char* name, dim3 grid, dim3 block, size_t shared_by
 #if defined(CUDA_TSAN)
     void* host_tsan = __tsan_get_current_fiber();
     while (tsan_threads.size() < 2 * (size_t)size) tsan_threads.push_back(__tsan_create_fiber(0));
-    __tsan_release(&begun);
 #endif
     a_thread_runs = true;
     for (uint32_t b : order) {
@@ -899,6 +898,7 @@ static void run_kernel(const char* name, dim3 grid, dim3 block, size_t shared_by
         handed_over = -1;
         Fiber* fiber = fresh_fiber();
 #if defined(CUDA_TSAN)
+        __tsan_release(&begun);             // also the poison of shared memory
         tsan_shift = random_below((uint32_t)tsan_threads.size());
         __tsan_switch_to_fiber(fiber->tsan, 1);
 #endif
