@@ -6,7 +6,7 @@
 //   fast    a thread of a block is an iteration of a loop, blocks run in parallel, work on a stream runs at once.
 //           Meant for -DWARP=1: a kernel that gives a row to a warp is then a plain loop, which vectorises.
 //   strict  threads are fibers in an order drawn from a seed, memory is guarded and poisoned, work on a stream runs as
-//           late as it may.
+//           late as it may. Only this one has shared memory, __syncthreads and what is in tensor_core.h.
 #pragma once
 #include <math.h>
 #include <stddef.h>

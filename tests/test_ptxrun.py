@@ -57,6 +57,26 @@ def test_kernels_and_model(precision, mode):
     assert result.stdout.splitlines()[-1].endswith(" passed, 0 failed")
 
 
+@pytest.fixture(scope="module")
+def products():
+    """What tests/machine/tensor_core.cu prints in the CPU's strict build: the bits of products on tensor cores."""
+    clean = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    program = "tests/machine/tensor_core"
+    for words in (["DEVICE=cpu", "PRECISION=FP32", "STRICT=1", f"build/cpu-fp32-strict/{program}"],
+                  [f"build/ptx-bf16/{program}"]):
+        subprocess.run(["make", "-s", *words], cwd=ROOT, check=True, env=clean)
+    done = subprocess.run([ROOT / "build/cpu-fp32-strict" / program], capture_output=True, text=True)
+    assert done.returncode == 0, ending(done)
+    return done.stdout
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_tensor_cores(products, mode):
+    """cuda/tensor_core.h and cpu/tensor_core.h mean the same. Sums of fp32 in order of k: a GPU's may differ."""
+    result = run("ptx-bf16/tests/machine/tensor_core", **MODES[mode])
+    assert result.returncode == 0 and result.stdout == products, ending(result)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_verify(mode):
     for fixture in ["regular", "odd"]:
