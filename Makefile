@@ -175,7 +175,7 @@ $(BUILD)/%: $(BUILD)/%.o $(MACHINE_OBJECTS)
 	$(CXX) $(FLAGS) $^ $(LDLIBS) $(MPI_LIBS) -o $@
 
 .SECONDARY:
--include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d)
+-include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d $(BUILD)/tests/machine/*.d)
 endif
 
 # ------------------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ define compile_to_ptx
 	$(NVCC) $(NVCCFLAGS) -cudart shared -no-compress -gencode arch=compute_90,code=compute_90 $(1) -MMD -MP -MF $@.d $< -o $@ $(LIBRARIES)
 endef
 
--include $(wildcard build/cuda-*/*.d build/ptx-*/*.d)
+-include $(wildcard build/cuda-*/*.d build/ptx-*/*.d build/ptx-*/tests/machine/*.d)
 
 # ------------------------------------------------------------------------------------------------
 # Train on the generated corpus, or on any text: make train DATA=my.txt. Called again, it continues from what is saved.

@@ -412,6 +412,12 @@ static void on_fault(int signal_number, siginfo_t* info, void* context) {
 // A thread that has not begun needs no stack of its own yet: the fiber whose thread has ended runs it, so that kernels
 // without warp functions and barriers never switch.
 
+struct Copy {
+    void* to;
+    const void* from;                    // null: zeros
+    int group;
+    Copy* next;
+};
 struct Thread {
     Fiber* fiber;                        // where it waits; null: has not begun
     bool waiting;
@@ -420,6 +426,7 @@ struct Thread {
     int lane_asked;                      // or the number to xor the lane with
     uint64_t value, result;
     int groups;                          // of asynchronous copies that it has ended
+    Copy *first_copy, *last_copy;        // those that it has not waited for, in order
     uint3 index;                         // threadIdx
     void* tsan;
 };
@@ -513,18 +520,16 @@ static inline void complete_shuffle(int warp, unsigned here, int lane) {
     t.result = threads[first + source].value;
 }
 
-// Asynchronous copies of each thread that it has not waited for, in order.
-struct Copy { void* to; const void* from; int group; };         // from null: zeros
-static std::vector<Copy> copies[MOST_WARPS * WARP_LANES];
-
 static void report_copies_at_end() {
-    report("a thread returns without a wait for %zu of its asynchronous copies: the first one, to %s",
-           copies[current].size(), describe(copies[current][0].to));
+    int n = 0;
+    for (const Copy* copy = threads[current].first_copy; copy; copy = copy->next) n++;
+    report("a thread returns without a wait for %d of its asynchronous copies: the first one, to %s",
+           n, describe(threads[current].first_copy->to));
 }
 
 // What mma and ldmatrix take and give, on the stack of the lane that calls them.
-struct MmaOperands { float* c; const unsigned* a; unsigned b[2]; };
-struct MatrixRow { uint16_t row[8]; unsigned* r; };
+struct MmaOperands { Accumulators c; Words a; unsigned b[2]; };
+struct MatrixRow { uint16_t row[8]; Words r; };
 
 // Each sum in order of k, in fp32. The products are exact, so that this is the sum of a chain of fmaf.
 static void complete_mma(const Thread* lanes) {
@@ -535,13 +540,13 @@ static void complete_mma(const Thread* lanes) {
         int g = lane / 4, t = 2 * (lane % 4);
         for (int i = 0; i < 4; i++) {
             float* to = &a[g + i % 2 * 8][t + i / 2 * 8];
-            to[0] = __uint_as_float(of->a[i] << 16);
-            to[1] = __uint_as_float(of->a[i] & 0xffff0000);
+            to[0] = __uint_as_float(of->a.r[i] << 16);
+            to[1] = __uint_as_float(of->a.r[i] & 0xffff0000);
         }
         for (int i = 0; i < 2; i++) {
             b[t + 8 * i][g] = __uint_as_float(of->b[i] << 16);
             b[t + 8 * i + 1][g] = __uint_as_float(of->b[i] & 0xffff0000);
-            memcpy(&c[g + 8 * i][t], of->c + 2 * i, 8);
+            memcpy(&c[g + 8 * i][t], of->c.c + 2 * i, 8);
         }
     }
     for (int i = 0; i < 16; i++) {
@@ -556,7 +561,7 @@ static void complete_mma(const Thread* lanes) {
     }
     for (int lane = 0; lane < WARP_LANES; lane++)
         for (int i = 0; i < 2; i++)
-            memcpy(((const MmaOperands*)lanes[lane].value)->c + 2 * i, &c[lane / 4 + i * 8][lane % 4 * 2], 8);
+            memcpy(((MmaOperands*)lanes[lane].value)->c.c + 2 * i, &c[lane / 4 + i * 8][lane % 4 * 2], 8);
 }
 
 static void complete_ldmatrix(const Thread* lanes, bool transposed) {
@@ -564,7 +569,7 @@ static void complete_ldmatrix(const Thread* lanes, bool transposed) {
         return ((const MatrixRow*)lanes[8 * matrix + row].value)->row[column];
     };
     for (int lane = 0; lane < WARP_LANES; lane++) {
-        unsigned* r = ((const MatrixRow*)lanes[lane].value)->r;
+        unsigned* r = ((MatrixRow*)lanes[lane].value)->r.r;
         int g = lane / 4, t = 2 * (lane % 4);
         for (int i = 0; i < 4; i++)
             r[i] = transposed ? element(i, t, g) | element(i, t + 1, g) << 16
@@ -674,7 +679,7 @@ static void work() {
 #else
         (*body)();
 #endif
-        if (!copies[current].empty()) report_copies_at_end();
+        if (threads[current].first_copy) report_copies_at_end();
         unfinished--;
         int warp = current / WARP_LANES, first = warp * WARP_LANES;
         warps[warp].done |= 1u << (current - first);
@@ -809,10 +814,13 @@ void barrier(const char* file, int line) {
 
 unsigned char* shared_memory() { return (unsigned char*)shared.begin; }
 
-void mma(float* c, const unsigned* a, unsigned b0, unsigned b1) {
+Accumulators mma(Accumulators c, Words a, unsigned b0, unsigned b1) {
     MmaOperands operands{c, a, {b0, b1}};
     exchange(MMA, ALL_LANES, (uint64_t)&operands, 0);
+    return operands.c;
 }
+
+static Copy copy_store[1 << 16], *free_copy;         // not in the heap: TSan would see how threads move and free it
 
 static void check_shared(const char* call, const char* what, const void* p) {
     if ((uintptr_t)p % 16 != 0) report("%s: %s is not aligned to 16 bytes: %s", call, what, describe(p));
@@ -820,17 +828,17 @@ static void check_shared(const char* call, const char* what, const void* p) {
 }
 
 // The row is read now, when the lane comes: another warp may write at any time from here on.
-void ldmatrix(unsigned* r, const void* row, bool transposed) {
+Words ldmatrix(const void* row, bool transposed) {
     Collective kind = transposed ? LDMATRIX_TRANSPOSED : LDMATRIX;
     check_shared(collective_names[kind], "the row", row);
     MatrixRow operands;
     memcpy(operands.row, row, sizeof operands.row);
-    operands.r = r;
     for (int i = 0; i < 8; i++)
         if (operands.row[i] == 0xffff)         // no operation gives this NaN
             report("%s reads shared memory that is not initialised: %s", collective_names[kind],
                    describe((const uint16_t*)row + i));
     exchange(kind, ALL_LANES, (uint64_t)&operands, 0);
+    return operands.r;
 }
 
 void copy_async(void* to, const void* from, bool there) {
@@ -838,7 +846,14 @@ void copy_async(void* to, const void* from, bool there) {
     if ((uintptr_t)from % 16 != 0) report("copy_async: the source is not aligned to 16 bytes: %s", describe(from));
     if (there) check_range("copy_async", "the source", from, 16, true);
     memset(to, POISON, 16);
-    copies[current].push_back({to, there ? from : nullptr, threads[current].groups});
+    if (!free_copy) report("copy_async: the block has begun more than %zu copies that no thread has waited for",
+                           sizeof copy_store / sizeof *copy_store);
+    Copy* copy = free_copy;
+    free_copy = copy->next;
+    Thread& t = threads[current];
+    *copy = {to, there ? from : nullptr, t.groups, nullptr};
+    (t.first_copy ? t.last_copy->next : t.first_copy) = copy;
+    t.last_copy = copy;
 }
 void copy_commit() { threads[current].groups++; }
 // Others may run before the bytes come: they see what a copy overwrites too early, or what they use without a barrier.
@@ -847,14 +862,15 @@ void copy_wait(int n) {
     threads[me].fiber = current_fiber;
     make_ready(me);
     give_way(me, nullptr);
-    std::vector<Copy>& mine = copies[me];
-    size_t done = 0;
-    for (; done < mine.size() && mine[done].group + n < threads[me].groups; done++) {
-        const Copy& copy = mine[done];
-        if (copy.from) memcpy(copy.to, copy.from, 16);
-        else memset(copy.to, 0, 16);
+    Thread& t = threads[me];
+    while (t.first_copy && t.first_copy->group + n < t.groups) {
+        Copy* copy = t.first_copy;
+        if (copy->from) memcpy(copy->to, copy->from, 16);
+        else memset(copy->to, 0, 16);
+        t.first_copy = copy->next;
+        copy->next = free_copy;
+        free_copy = copy;
     }
-    mine.erase(mine.begin(), mine.begin() + (ptrdiff_t)done);
 }
 
 static void run_kernel(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
@@ -974,6 +990,10 @@ Start::Start() {
     action.sa_flags = SA_SIGINFO | SA_ONSTACK;
     sigaction(SIGSEGV, &action, nullptr);
     sigaction(SIGBUS, &action, nullptr);
+    for (Copy& copy : copy_store) {
+        copy.next = free_copy;
+        free_copy = &copy;
+    }
     omp_set_num_threads(1);                 // for oneDNN: the products of tests are too small for more
     streams.emplace_back(new CUstream_st);
     fibers.reserve(1025);                   // a fiber must not move them: TSan sees memmove

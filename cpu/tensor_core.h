@@ -9,17 +9,30 @@
 #ifdef CUDA_STRICT
 constexpr bool TENSOR_CORES = true;
 namespace cuda_on_cpu {
+// Registers go by value: TSan would take an array whose address is passed on for memory that threads share, because the
+// blocks use the same stacks.
+struct Accumulators { float c[4]; };
+struct Words { unsigned r[4]; };
 unsigned char* shared_memory();
-void mma(float* c, const unsigned* a, unsigned b0, unsigned b1);
-void ldmatrix(unsigned* r, const void* row, bool transposed);
+Accumulators mma(Accumulators c, Words a, unsigned b0, unsigned b1);
+Words ldmatrix(const void* row, bool transposed);
 void copy_async(void* shared, const void* global, bool there);
 void copy_commit();
 void copy_wait(int n);
 }
 inline unsigned char* shared_memory() { return cuda_on_cpu::shared_memory(); }
-inline void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) { cuda_on_cpu::mma(c, a, b0, b1); }
-inline void ldmatrix(unsigned (&r)[4], const void* row) { cuda_on_cpu::ldmatrix(r, row, false); }
-inline void ldmatrix_transposed(unsigned (&r)[4], const void* row) { cuda_on_cpu::ldmatrix(r, row, true); }
+__forceinline__ void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    auto sums = cuda_on_cpu::mma({{c[0], c[1], c[2], c[3]}}, {{a[0], a[1], a[2], a[3]}}, b0, b1);
+    for (int i = 0; i < 4; i++) c[i] = sums.c[i];
+}
+__forceinline__ void ldmatrix(unsigned (&r)[4], const void* row) {
+    auto words = cuda_on_cpu::ldmatrix(row, false);
+    for (int i = 0; i < 4; i++) r[i] = words.r[i];
+}
+__forceinline__ void ldmatrix_transposed(unsigned (&r)[4], const void* row) {
+    auto words = cuda_on_cpu::ldmatrix(row, true);
+    for (int i = 0; i < 4; i++) r[i] = words.r[i];
+}
 inline void copy_async(void* shared, const void* global, bool there) {
     cuda_on_cpu::copy_async(shared, global, there);
 }
