@@ -835,8 +835,8 @@ Words ldmatrix(const void* row, bool transposed) {
     memcpy(operands.row, row, sizeof operands.row);
     for (int i = 0; i < 8; i++)
         if (operands.row[i] == 0xffff)         // no operation gives this NaN
-            report("%s reads shared memory that is not initialised: %s", collective_names[kind],
-                   describe((const uint16_t*)row + i));
+            report("%s reads shared memory that is not initialised, or to which a copy is under way: %s",
+                   collective_names[kind], describe((const uint16_t*)row + i));
     exchange(kind, ALL_LANES, (uint64_t)&operands, 0);
     return operands.r;
 }

@@ -169,8 +169,8 @@ CASES = {
                           ".*in kernel load_matrix, .* thread \\(31, 0, 0\\)",
     "ldmatrix_of_global_memory": "ldmatrix: the row is not in the block's shared memory: 0x\\w+ is byte 0 of device "
                                  "allocation 1 .*in kernel load_matrix, .* thread \\(9, 0, 0\\)",
-    "ldmatrix_uninitialised": "ldmatrix reads shared memory that is not initialised: 0x\\w+ is byte 508 of the block's "
-                              "512 bytes.*in kernel load_matrix, .* thread \\(31, 0, 0\\)",
+    "ldmatrix_uninitialised": "ldmatrix reads shared memory that is not initialised, .*: 0x\\w+ is byte 508 of the "
+                              "block's 512 bytes.*in kernel load_matrix, .* thread \\(31, 0, 0\\)",
     "missing_wait": None,
     "wait_for_too_few": None,
     "missing_commit": None,
