@@ -531,7 +531,8 @@ static void report_copies_at_end() {
 struct MmaOperands { Accumulators c; Words a; unsigned b[2]; };
 struct MatrixRow { uint16_t row[8]; Words r; };
 
-// Each sum in order of k, in fp32. The products are exact, so that this is the sum of a chain of fmaf.
+// Each sum in order of k, in fp32. Products of two bf16 are exact (but for over- and underflow), so that this is what a
+// chain of fmaf gives.
 static void complete_mma(const Thread* lanes) {
     typedef float Four __attribute__((vector_size(16)));
     alignas(16) float a[16][16], b[16][8], c[16][8];
@@ -922,7 +923,9 @@ static void run_kernel(const char* name, dim3 grid, dim3 block, size_t shared_by
 #if defined(CUDA_TSAN)
         __tsan_switch_to_fiber(host_tsan, 1);
 #endif
+        a_thread_runs = false;              // not known which one has written where it must not
         close_shared();
+        a_thread_runs = true;
     }
 #if defined(CUDA_TSAN)
     __tsan_acquire(&ended);
