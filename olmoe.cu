@@ -15,8 +15,9 @@ Matrices are row-major. A linear layer's weight is (out, in) and computes y = x 
 knows no tokens, has letters of its own: M, N, K for rows, columns and the length of the sums.
 
 Kernels have two shapes. Elementwise: a thread for each element. Row: a warp for each row, whose lanes stride over the
-columns and meet only in warp_sum, warp_max and warp_argmax. There is no shared memory and there are no atomics, so that
-the same inputs give the same bits, and so that the same text runs fast on a CPU, where a warp has one lane (cpu/).
+columns and meet only in warp_sum, warp_max and warp_argmax. So the same text runs fast on a CPU, where a warp has one
+lane (cpu/). Only flash attention is made for tensor cores, with tiles in shared memory; attention has a form without,
+too. There are no atomics, so that the same inputs give the same bits.
 */
 #include <algorithm>
 #include <cmath>
@@ -29,6 +30,7 @@ the same inputs give the same bits, and so that the same text runs fast on a CPU
 #include <cuda_runtime.h>
 #include <cuda_bf16.h>
 #include <cuda_profiler_api.h>
+#include <tensor_core.h>
 
 // ------------------------------------------------------------------------------------------------
 // Build-time choices
@@ -60,11 +62,13 @@ constexpr bool BF16 = false;
 constexpr int PER_LANE = WARP == 1 ? 64 : 16;   // columns that a lane keeps in registers while it adds up rows
 constexpr int CHUNK = WARP * PER_LANE;      // columns that a warp keeps so
 constexpr int SLABS = 256;                  // at most so many partial sums when rows are added up
+constexpr int TILE_ROWS = 128;              // queries, or keys, of a block of flash attention
 constexpr int DISPATCH_SLAB = 256;          // assignments to experts that one warp counts and places
 constexpr int SQUARE_SUM_RUN = 4096;        // gradients whose squares one warp adds up
 
 #include "lib/cuda.h"           // die, checked calls, streams, memory, copies, warps, random numbers
 #include "lib/trace.h"          // LAUNCH of a kernel, and where the program is, for --trace and for messages
+#include "lib/tiles.h"          // tiles in shared memory, and their products on tensor cores
 #include "tokenizer.h"          // text <-> token ids
 #include "dataloader.h"         // token files -> batches, in OLMo's order
 
@@ -166,6 +170,9 @@ struct OlmoeConfig {
     float initializer_range = 0.02f;
     std::vector<int> eos_token_ids = {50279};     // any of them ends a text
     int pad_token_id = 1;                   // -1: none
+
+    // Is attention flash attention, or else blocked?
+    bool flash() const { return TENSOR_CORES && BF16 && (C / H == 64 || C / H == 128); }
 };
 
 struct LayerParameters {
@@ -318,6 +325,27 @@ MicroBatch batch_of_rows(const int* inputs, const int* targets, int B, int T, do
     return batch;
 }
 
+// The rows of one block of flash attention: TILE_ROWS of a sequence, or less at its end, from its token `row` on. The
+// sequence has T tokens from `first` on.
+struct alignas(16) AttentionTile { int first, T, row, unused; };
+
+// A micro-batch's tiles by queries, then the same by keys, each those with the most work first: the blocks that begin
+// last should be short.
+std::vector<AttentionTile> attention_tiles(const MicroBatch& batch) {
+    std::vector<AttentionTile> queries;
+    for (int b = 0; b < batch.B(); b++)
+        for (int T = batch.length(b), row = 0; row < T; row += TILE_ROWS)
+            queries.push_back({batch.begin(b), T, row, 0});
+    std::vector<AttentionTile> keys = queries;
+    auto sort = [](std::vector<AttentionTile>& tiles, int (*work)(const AttentionTile&)) {
+        std::stable_sort(tiles.begin(), tiles.end(), [&](auto& a, auto& b) { return work(a) > work(b); });
+    };
+    sort(queries, [](const AttentionTile& t) { return std::min(t.T, t.row + TILE_ROWS); });     // keys that they see
+    sort(keys, [](const AttentionTile& t) { return t.T - t.row; });                             // queries that see them
+    queries.insert(queries.end(), keys.begin(), keys.end());
+    return queries;
+}
+
 // ------------------------------------------------------------------------------------------------
 // Activations
 
@@ -366,8 +394,9 @@ struct Activations {
 struct Scratch {
     float* cosine;          // (positions, D/2) RoPE's tables, see Capacity
     float* sine;            // (positions, D/2)
-    float* scores;          // (H, ATTENTION_BLOCK, T)
-    floatX* probs;          // (H, ATTENTION_BLOCK, T)
+    float* scores;          // (H, ATTENTION_BLOCK, T)  of blocked attention
+    floatX* probs;          // (H, ATTENTION_BLOCK, T)  likewise
+    AttentionTile* tiles;   // (2, tiles)  of flash attention, by queries and by keys; there is room for N tiles
     int* histogram;         // (ceil(R / DISPATCH_SLAB), E)
     floatX* h;              // (R, F)  silu(gate) up
     floatX* weighted_h;     // (R, F)  in the place of h: times the router's weight, in backward
@@ -381,10 +410,12 @@ struct Scratch {
     floatX* dx;             // (N, C)  gradient of the residual stream, all the way down
     floatX* dbranch;        // (N, C)  gradient inside a branch
     floatX* dattn;          // (N, C)
-    float* dqkv32;          // (N, 3C)
+    float* dqkv32;          // (N, 3C)  of blocked attention
+    float* dprobs;          // (H, ATTENTION_BLOCK, T)  likewise
+    floatX* dscores;        // (H, ATTENTION_BLOCK, T)  likewise
+    floatX* dqk;            // (N, 2C)  of flash attention: gradients of qk
+    float2* attn_terms;     // (N, H)  likewise: log2(e) lse and delta, of each sequence (H, T)
     floatX* dqkv;           // (N, 3C)
-    float* dprobs;          // (H, ATTENTION_BLOCK, T)
-    floatX* dscores;        // (H, ATTENTION_BLOCK, T)
     floatX* drouter;        // (N, E)  gradient of the router's logits
     float* drouter_probs;   // (N, E)
     float* dweights;        // (N, K)
@@ -548,11 +579,10 @@ __global__ void rmsnorm_backward_input_kernel(floatX* dx, const floatX* dy, cons
         dx[i] = (floatX)((float)dx[i] + scale * ((float)dy[i] * (float)w[i] - (float)x[i] * term2));
 }
 
-// dw_i = sum over rows of dy_i x_i r. One warp per slab of rows; rows of dy and x are `stride` elements apart, those of
-// r r_stride.
+// dw_i = sum over rows of dy_i x_i r. One warp per slab of rows; rows of dy, x and r are so many elements apart.
 template <typename T>
 __global__ void norm_backward_weight_kernel(float* partial, const T* dy, const floatX* x, const float* r, int N, int C,
-                                            int stride, int r_stride, int slabs) {
+                                            int dy_stride, int x_stride, int r_stride, int slabs) {
     size_t slab = thread_index() / WARP;
     int lane = threadIdx.x % WARP;
     if (slab >= (size_t)slabs) return;
@@ -561,8 +591,8 @@ __global__ void norm_backward_weight_kernel(float* partial, const T* dy, const f
     for (int column = lane; column < C; column += CHUNK) {
         float sum[PER_LANE] = {};
         for (size_t row = begin; row < end; row++) {
-            const T* g = dy + row * stride;
-            const floatX* in = x + row * stride;
+            const T* g = dy + row * dy_stride;
+            const floatX* in = x + row * x_stride;
             float scale = r[row * r_stride];
             for (int c = 0; c < PER_LANE; c++)
                 if (column + c * WARP < C) sum[c] += (float)g[column + c * WARP] * (float)in[column + c * WARP] * scale;
@@ -574,9 +604,10 @@ __global__ void norm_backward_weight_kernel(float* partial, const T* dy, const f
 
 template <typename T>
 void norm_backward_weight(floatX* dw /* (C) += */, float* partial /* (SLABS, C) scratch */, const T* dy,
-                          const floatX* x, const float* r, int N, int C, int stride, int r_stride) {
+                          const floatX* x, const float* r, int N, int C, int dy_stride, int x_stride, int r_stride) {
     int slabs = slabs_for(N);
-    LAUNCH(norm_backward_weight_kernel, blocks_for_rows(slabs), partial, dy, x, r, N, C, stride, r_stride, slabs);
+    LAUNCH(norm_backward_weight_kernel, blocks_for_rows(slabs), partial, dy, x, r, N, C, dy_stride, x_stride, r_stride,
+           slabs);
     LAUNCH(sum_slabs_kernel, blocks_for(C), dw, partial, C, slabs);
 }
 
@@ -588,7 +619,7 @@ void rmsnorm_forward(floatX* y /* (N, C) */, float* r /* (N) */, const floatX* x
 void rmsnorm_backward(floatX* dx /* (N, C) += */, floatX* dw /* (C) += */, float* partial /* (SLABS, C) scratch */,
                       const floatX* dy, const floatX* x, const floatX* w, const float* r, int N, int C) {
     LAUNCH(rmsnorm_backward_input_kernel, blocks_for_rows(N), dx, dy, x, w, r, N, C);
-    norm_backward_weight(dw, partial, dy, x, r, N, C, C, 1);
+    norm_backward_weight(dw, partial, dy, x, r, N, C, C, C, 1);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -625,35 +656,41 @@ __global__ void qk_norm_rope_forward_kernel(floatX* qk, float* r, const floatX* 
 }
 
 // The rotation's transpose is the rotation by the opposite angle; after it comes RMSNorm's backward over the whole
-// projection. One warp per token. dqkv32 (N, 3C) holds dq, dk, dv; what leaves the rotation is written back there, for
-// the weight gradients; dqkv (N, 3C) receives the gradient of the projection.
-__global__ void qk_norm_rope_backward_kernel(floatX* dqkv, float* dqkv32, const floatX* qkv, const float* r,
+// projection. One warp per token. dqk holds dq and dk, in rows of dqk_stride; what leaves the rotation is written back
+// there, for the weight gradients. dqkv (N, 3C) receives the gradient of the projection; dv is there already, or else
+// copied from dv, in rows like dqk's.
+template <typename T>
+__global__ void qk_norm_rope_backward_kernel(floatX* dqkv, T* dqk, const T* dv, const floatX* qkv, const float* r,
                                              const floatX* q_norm, const floatX* k_norm, const float* cosine,
-                                             const float* sine, const int* positions, int N, int C, int D) {
+                                             const float* sine, const int* positions, int N, int C, int D,
+                                             int dqk_stride) {
     size_t row = thread_index() / WARP;
     int lane = threadIdx.x % WARP, half = D / 2;
     if (row >= (size_t)N) return;
     size_t position = positions[row];
     cosine += position * half; sine += position * half;
-    dqkv += row * 3 * C; dqkv32 += row * 3 * C; qkv += row * 3 * C;
+    dqkv += row * 3 * C; dqk += row * dqk_stride; qkv += row * 3 * C;
 
     for (int part = 0; part < 2; part++) {
         const floatX *x = qkv + part * C, *w = part ? k_norm : q_norm;
-        float *dy = dqkv32 + part * C, dot = 0, scale = r[row * 2 + part];
+        T* dy = dqk + part * C;
+        float dot = 0, scale = r[row * 2 + part];
         for (int h = 0; h < C; h += D)
             for (int j = lane; j < half; j += WARP) {
-                float a = dy[h + j], b = dy[h + j + half];
+                float a = (float)dy[h + j], b = (float)dy[h + j + half];
                 float da = a * cosine[j] + b * sine[j], db = b * cosine[j] - a * sine[j];
-                dy[h + j] = da;
-                dy[h + j + half] = db;
+                dy[h + j] = (T)da;
+                dy[h + j + half] = (T)db;
                 dot += da * (float)w[h + j] * (float)x[h + j] + db * (float)w[h + j + half] * (float)x[h + j + half];
             }
         float term2 = warp_sum(dot) / C * scale * scale;
         __syncwarp();                                           // the next loop gives dy's elements to other lanes
         for (int i = lane; i < C; i += WARP)
-            dqkv[part * C + i] = (floatX)(scale * (dy[i] * (float)w[i] - (float)x[i] * term2));
+            dqkv[part * C + i] = (floatX)(scale * ((float)dy[i] * (float)w[i] - (float)x[i] * term2));
     }
-    for (int i = lane; i < C; i += WARP) dqkv[2 * C + i] = (floatX)dqkv32[2 * C + i];
+    if (!dv) return;
+    dv += row * dqk_stride;
+    for (int i = lane; i < C; i += WARP) dqkv[2 * C + i] = (floatX)dv[i];
 }
 
 // qk and qk_r from qkv
@@ -663,14 +700,22 @@ void qk_norm_rope_forward(LayerActivations& a, const LayerParameters& p, const S
            positions, N, c.C, c.C / c.H, c.rms_norm_eps);
 }
 
-// dqkv, and into the norms' gradients, from dqkv32, which it changes
+// dqkv, and into the norms' gradients, from dqkv32, or from dqk and dv of dqkv; changes dqkv32 or dqk
+template <typename T>
+void qk_norm_rope_backward(Scratch& s, T* dqk, const T* dv, int dqk_stride, LayerParameters& g /* += */,
+                           const LayerActivations& a, const LayerParameters& p, const int* positions /* (N) */, int N,
+                           const OlmoeConfig& c) {
+    int C = c.C;
+    LAUNCH(qk_norm_rope_backward_kernel, blocks_for_rows(N), s.dqkv, dqk, dv, a.qkv, a.qk_r, p.q_norm, p.k_norm,
+           s.cosine, s.sine, positions, N, C, C / c.H, dqk_stride);
+    norm_backward_weight(g.q_norm, s.partial, dqk, a.qkv, a.qk_r, N, C, dqk_stride, 3 * C, 2);
+    norm_backward_weight(g.k_norm, s.partial, dqk + C, a.qkv + C, a.qk_r + 1, N, C, dqk_stride, 3 * C, 2);
+}
+
 void qk_norm_rope_backward(Scratch& s, LayerParameters& g /* += */, const LayerActivations& a, const LayerParameters& p,
                            const int* positions /* (N) */, int N, const OlmoeConfig& c) {
-    int C = c.C;
-    LAUNCH(qk_norm_rope_backward_kernel, blocks_for_rows(N), s.dqkv, s.dqkv32, a.qkv, a.qk_r, p.q_norm, p.k_norm,
-           s.cosine, s.sine, positions, N, C, C / c.H);
-    norm_backward_weight(g.q_norm, s.partial, s.dqkv32, a.qkv, a.qk_r, N, C, 3 * C, 2);
-    norm_backward_weight(g.k_norm, s.partial, s.dqkv32 + C, a.qkv + C, a.qk_r + 1, N, C, 3 * C, 2);
+    if (c.flash()) qk_norm_rope_backward<floatX>(s, s.dqk, nullptr, 2 * c.C, g, a, p, positions, N, c);
+    else qk_norm_rope_backward<float>(s, s.dqkv32, s.dqkv32 + 2 * c.C, 3 * c.C, g, a, p, positions, N, c);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -722,7 +767,7 @@ __global__ void attention_softmax_backward_kernel(floatX* probs, floatX* dscores
 }
 
 // attn and attn_lse from qk and, for v, qkv
-void attention_forward(LayerActivations& a, Scratch& s, const MicroBatch& batch, const OlmoeConfig& c) {
+void blocked_attention_forward(LayerActivations& a, Scratch& s, const MicroBatch& batch, const OlmoeConfig& c) {
     const int C = c.C, H = c.H, D = C / H;
     const float scale = 1 / sqrtf((float)D);
     for (int b = 0; b < batch.B(); b++) {
@@ -745,7 +790,7 @@ void attention_forward(LayerActivations& a, Scratch& s, const MicroBatch& batch,
 
 // dqkv32 from dattn:   dv = P^T do,   dP = do v^T,   dq = dS k,   dk = dS^T q. A sequence's last block covers all keys
 // and comes first, so that it sets dk and dv, and the others add to them, in fp32.
-void attention_backward(Scratch& s, const LayerActivations& a, const MicroBatch& batch, const OlmoeConfig& c) {
+void blocked_attention_backward(Scratch& s, const LayerActivations& a, const MicroBatch& batch, const OlmoeConfig& c) {
     const int C = c.C, H = c.H, D = C / H;
     const float scale = 1 / sqrtf((float)D);
     for (int b = 0; b < batch.B(); b++) {
@@ -769,6 +814,318 @@ void attention_backward(Scratch& s, const LayerActivations& a, const MicroBatch&
             gemm(main_stream, dk, 3 * C, s.dscores, S, true, q, 2 * C, false, S, D, n, scale, add, H, D, square, D);
         }
     }
+}
+
+// ------------------------------------------------------------------------------------------------
+// Flash attention (FlashAttention-2, Dao 2023): the same on tensor cores, in bf16, for heads of 64 or 128 columns. S,
+// P, dP and dS exist a tile at a time, and never in global memory. A block has 128 queries, or keys, of one head, and
+// goes over tiles of the keys, or of the queries that see them. Each output is written once, by one block, so that the
+// same inputs give the same bits. Backward therefore has one kernel for dq and one for dk and dv, which both compute P
+// and dS: 7 products of tiles, where 5 would do if blocks added to the same dq.
+
+constexpr float LOG2E = 1.44269504f;        // exp(x) is a power of 2 below: 2^(x log2 e)
+
+// What the kernels work on
+struct FlashArguments {
+    const AttentionTile* tiles;             // of blockIdx.x; blockIdx.y is the head
+    const floatX *qk, *qkv, *dO;            // (N, 2C), (N, 3C), of which only v is read, and (N, C)
+    floatX *o, *dqk, *dqkv;                 // (N, C), (N, 2C), and (N, 3C), of which only dv is written
+    float* lse;                             // of each sequence (H, T)
+    float2* terms;                          // likewise: log2(e) lse and delta
+    int H;
+};
+
+// Where in these the block's sequence and head begin. Kernels build it again where they can, because in their loops all
+// registers are taken: what is kept there, spills.
+template <int D> struct FlashHead {
+    size_t q, k, v, o, lse;                 // in qk, in qk, in qkv, in o and dO, in lse and terms
+    int T, row, C;                          // row: of the sequence, where the block's tile begins
+
+    __device__ explicit FlashHead(const FlashArguments& f) {
+        const int4 tile = *(const int4*)(f.tiles + blockIdx.x);
+        const size_t first = tile.x, column = (size_t)blockIdx.y * D;
+        T = tile.y; row = tile.z; C = f.H * D;
+        q = first * 2 * C + column; k = q + C; v = first * 3 * C + 2 * C + column; o = first * C + column;
+        lse = first * f.H + (size_t)blockIdx.y * T;
+    }
+};
+
+// Online softmax (Milakov & Gimelshein 2018; FlashAttention-2, algorithm 1), for the scores S of the next keys:
+//     m' = max(m, rowmax S),   P = exp(S - m'),   l' = exp(m - m') l + rowsum P,   O' = exp(m - m') O
+// S comes undivided by sqrt(D), and so does m: scale = log2(e) / sqrt(D). P takes the place of S. Four lanes share a
+// row; each keeps the part of l that is of its columns.
+template <int M, int N, int O>
+__device__ inline void online_softmax(float (&s)[M][N][4], float (&o)[M][O][4], float (&m)[M][2], float (&l)[M][2],
+                                      float scale) {
+    UNROLL for (int i = 0; i < 2 * M; i++) {
+        const int r = i / 2, e = i % 2 * 2;                     // the lane's row i: elements e and e + 1 of s[r], o[r]
+        float best = m[r][i % 2], sum = 0;
+        UNROLL for (int n = 0; n < N; n++) best = fmaxf(best, fmaxf(s[r][n][e], s[r][n][e + 1]));
+        best = fmaxf(best, __shfl_xor_sync(0xffffffff, best, 1));
+        best = fmaxf(best, __shfl_xor_sync(0xffffffff, best, 2));
+        const float shrink = fast_exp2((m[r][i % 2] - best) * scale), base = best * scale;
+        UNROLL for (int n = 0; n < 2 * N; n++) {
+            float& x = s[r][n / 2][e + n % 2];
+            x = fast_exp2(fmaf(x, scale, -base));
+            sum += x;
+        }
+        UNROLL for (int n = 0; n < 2 * O; n++) o[r][n / 2][e + n % 2] *= shrink;
+        m[r][i % 2] = best;
+        l[r][i % 2] = l[r][i % 2] * shrink + sum;
+    }
+}
+
+// Scores of keys after their query become -infinity. `query` and `key`: of the first row and column.
+template <int M, int N> __device__ inline void mask_scores(float (&s)[M][N][4], int query, int key) {
+    query += threadIdx.x % 32 / 4; key += threadIdx.x % 4 * 2;
+    UNROLL for (int m = 0; m < M; m++)
+        UNROLL for (int n = 0; n < N; n++)
+            UNROLL for (int e = 0; e < 4; e++)
+                if (key + n * 8 + e % 2 > query + m * 16 + e / 2 * 8) s[m][n][e] = -INFINITY;
+}
+
+// O and lse. A warp has 32 queries: with 16, each fragment of K and V would be loaded for half as many products. Of K
+// and V two tiles of 64 keys each are in shared memory, one to work on, one that is coming. 4 D FLOP for each query and
+// key.
+constexpr int FORWARD_THREADS = 128, FORWARD_KEYS = 64;
+constexpr int forward_bytes(int D) { return (TILE_ROWS + 4 * FORWARD_KEYS) * D * 2; }
+
+template <int D> __global__ void __launch_bounds__(FORWARD_THREADS) flash_forward_kernel(FlashArguments f) {
+    constexpr int KEYS = FORWARD_KEYS, THREADS = FORWARD_THREADS;
+    constexpr unsigned Q = 0, K = TILE_ROWS * D * 2, TILE = KEYS * D * 2, V = K + 2 * TILE;
+    const auto load_k = [&](unsigned which, int key) {
+        const FlashHead<D> h(f);
+        load_tile<D, KEYS, THREADS>(K + which, f.qk + h.k, 2 * h.C, key, h.T);
+        copy_commit();
+    };
+    const auto load_v = [&](unsigned which, int key) {
+        const FlashHead<D> h(f);
+        load_tile<D, KEYS, THREADS>(V + which, f.qkv + h.v, 3 * h.C, key, h.T);
+        copy_commit();
+    };
+    const FlashHead<D> h(f);
+    const int first = threadIdx.x / 32 * 32, query = h.row + first, end = min(h.row + TILE_ROWS, h.T);
+    load_tile<D, TILE_ROWS, THREADS>(Q, f.qk + h.q, 2 * h.C, h.row, h.T);
+    load_k(0, 0);
+    load_v(0, 0);
+
+    float o[2][D / 8][4] = {}, m[2][2] = {{-INFINITY, -INFINITY}, {-INFINITY, -INFINITY}}, l[2][2] = {};
+    unsigned which = 0;                     // of the two tiles of K, and of V
+    for (int key = 0; key < end; key += KEYS, which ^= TILE) {
+        copy_wait<1>();                     // for all but V
+        __syncthreads();                    // K is there for all, and no warp reads its other tile any more
+        if (key + KEYS < end) load_k(which ^ TILE, key + KEYS); else copy_commit();
+        float s[2][KEYS / 8][4] = {};
+        add_product<D>(s, Q + first * D * 2 + operand_a<D>(), K + which + operand_b<D>());
+        if (key + KEYS - 1 > query) mask_scores(s, query, key);
+        online_softmax(s, o, m, l, LOG2E / sqrtf((float)D));
+        copy_wait<1>();                     // for all but the next K
+        __syncthreads();
+        if (key + KEYS < end) load_v(which ^ TILE, key + KEYS); else copy_commit();
+        add_product_of_sums<D>(o, s, V + which + operand_a<D>());
+    }
+    const FlashHead<D> out(f);
+    UNROLL for (int i = 0; i < 4; i++) {
+        float &sum = l[i / 2][i % 2], log = m[i / 2][i % 2] / sqrtf((float)D);
+        sum += __shfl_xor_sync(0xffffffff, sum, 1);
+        sum += __shfl_xor_sync(0xffffffff, sum, 2);
+        const int row = out.row + first + i * 8 + threadIdx.x % 32 / 4;
+        if (threadIdx.x % 4 == 0 && row < out.T) f.lse[out.lse + row] = log + logf(sum);
+        UNROLL for (int n = 0; n < D / 4; n++) o[i / 2][n / 2][i % 2 * 2 + n % 2] *= 1 / sum;
+    }
+    put_rows<D>(Q, o, 1, first, 0);         // in the place of the warp's queries, which no other warp reads
+    __syncthreads();
+    store_tile<D, TILE_ROWS, THREADS>(f.o + out.o, Q, out.C, out.row, out.T);
+}
+
+// delta_i = sum_j P_ij dP_ij = <dO_i, O_i>. D/8 lanes a row, 16 bytes each: 2 floatX an element.
+template <int D> __global__ void flash_delta_kernel(FlashArguments f) {
+    constexpr int LANES = D / 8;
+    const FlashHead<D> h(f);
+    for (int r = threadIdx.x / LANES; r < TILE_ROWS; r += BLOCK / LANES) {
+        const int row = h.row + r;
+        alignas(16) floatX o[8] = {}, dO[8] = {};
+        if (row < h.T) {
+            const size_t at = (size_t)row * h.C + threadIdx.x % LANES * 8;
+            *(uint4*)o = *(const uint4*)(f.o + h.o + at);
+            *(uint4*)dO = *(const uint4*)(f.dO + h.o + at);
+        }
+        float sum = 0;
+        UNROLL for (int i = 0; i < 8; i++) sum += (float)o[i] * (float)dO[i];
+        UNROLL for (int i = LANES / 2; i > 0; i /= 2) sum += __shfl_xor_sync(0xffffffff, sum, i);
+        if (threadIdx.x % LANES == 0 && row < h.T) f.terms[h.lse + row] = {f.lse[h.lse + row] * LOG2E, sum};
+    }
+}
+
+// The terms of ROWS queries, to shared memory. Beyond T lse is infinite, and so P = 0.
+template <int ROWS> __device__ inline void load_terms(unsigned to, const float2* terms, int row, int T) {
+    const int i = threadIdx.x;
+    if (i < ROWS) ((float2*)(shared_memory() + to))[i] = row + i < T ? terms[row + i] : float2{INFINITY, 0};
+}
+
+// P = exp(S - lse), 0 for keys after their query;   dS = P (dP - delta), in the place of S and dP. As in forward, the
+// factor 1/sqrt(D) of S comes later: dq and dk get it when they are complete.
+__device__ inline void gradient_of_score(float& p, float& ds, float scale, float2 terms, bool masked) {
+    p = masked ? 0 : fast_exp2(fmaf(p, scale, -terms.x));
+    ds = p * (ds - terms.y);
+}
+
+// dQ = dS K / sqrt(D). As forward, with tiles of 32 keys: S and dP take as many registers as the S of 64. 6 D FLOP for
+// each query and key.
+constexpr int DQ_THREADS = 128, DQ_KEYS = 32;
+constexpr int dq_bytes(int D) { return (2 * TILE_ROWS + 4 * DQ_KEYS) * D * 2 + TILE_ROWS * 8; }
+
+template <int D> __global__ void __launch_bounds__(DQ_THREADS) flash_dq_kernel(FlashArguments f) {
+    constexpr int KEYS = DQ_KEYS, THREADS = DQ_THREADS;
+    constexpr unsigned Q = 0, DO = TILE_ROWS * D * 2, K = 2 * DO, TILE = KEYS * D * 2, V = K + 2 * TILE;
+    constexpr unsigned TERMS = V + 2 * TILE;
+    const FlashHead<D> h(f);
+    const auto load_kv = [&](unsigned which, int key) {
+        load_tile<D, KEYS, THREADS>(K + which, f.qk + h.k, 2 * h.C, key, h.T);
+        load_tile<D, KEYS, THREADS>(V + which, f.qkv + h.v, 3 * h.C, key, h.T);
+        copy_commit();
+    };
+    const int first = threadIdx.x / 32 * 32, query = h.row + first, end = min(h.row + TILE_ROWS, h.T);
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    load_tile<D, TILE_ROWS, THREADS>(Q, f.qk + h.q, 2 * h.C, h.row, h.T);
+    load_tile<D, TILE_ROWS, THREADS>(DO, f.dO + h.o, h.C, h.row, h.T);
+    load_kv(0, 0);
+    load_terms<TILE_ROWS>(TERMS, f.terms + h.lse, h.row, h.T);
+
+    float dq[2][D / 8][4] = {};
+    unsigned which = 0;
+    for (int key = 0; key < end; key += KEYS, which ^= TILE) {
+        copy_wait<0>();
+        __syncthreads();                    // K and V are there for all, and no warp reads their other tiles any more
+        if (key + KEYS < end) load_kv(which ^ TILE, key + KEYS);
+        float p[2][KEYS / 8][4] = {}, ds[2][KEYS / 8][4] = {};
+        add_product<D>(p, Q + first * D * 2 + operand_a<D>(), K + which + operand_b<D>());
+        add_product<D>(ds, DO + first * D * 2 + operand_a<D>(), V + which + operand_b<D>());
+        const bool diagonal = key + KEYS - 1 > query;
+        UNROLL for (int i = 0; i < 4; i++) {
+            const float2 terms = ((const float2*)(shared_memory() + TERMS))[first + i * 8 + g];
+            UNROLL for (int n = 0; n < KEYS / 4; n++) {
+                const int e = i % 2 * 2 + n % 2;
+                const bool masked = diagonal && key + n / 2 * 8 + t * 2 + n % 2 > query + i * 8 + g;
+                gradient_of_score(p[i / 2][n / 2][e], ds[i / 2][n / 2][e], LOG2E / sqrtf((float)D), terms, masked);
+            }
+        }
+        add_product_of_sums<D>(dq, ds, K + which + operand_a<D>());
+    }
+    const FlashHead<D> out(f);
+    put_rows<D>(Q, dq, 1 / sqrtf((float)D), first, 0);
+    __syncthreads();
+    store_tile<D, TILE_ROWS, THREADS>(f.dqk + out.q, Q, 2 * out.C, out.row, out.T);
+}
+
+// dV = P^T dO,   dK = dS^T Q / sqrt(D). A block has 128 keys and goes over tiles of 64 queries, from the diagonal on.
+// Each of 8 warps computes S^T = K Q^T and dP^T = V dO^T for 32 keys and 32 queries, writes P^T and dS^T to shared
+// memory, and then adds to half of the columns of dK and dV of 32 keys. Without the exchange dK and dV of 16 keys would
+// fill its registers, and it would load each fragment of Q and dO for half as many products. 8 D FLOP for each query
+// and key.
+constexpr int DKV_THREADS = 256, DKV_QUERIES = 64;
+constexpr int dkv_bytes(int D) {
+    return (2 * TILE_ROWS + 4 * DKV_QUERIES) * D * 2 + 2 * TILE_ROWS * DKV_QUERIES * 2 + 2 * DKV_QUERIES * 8;
+}
+
+template <int D> __global__ void __launch_bounds__(DKV_THREADS) flash_dkv_kernel(FlashArguments f) {
+    constexpr int QUERIES = DKV_QUERIES, THREADS = DKV_THREADS;
+    constexpr unsigned K = 0, V = TILE_ROWS * D * 2, Q = 2 * V, TILE = QUERIES * D * 2, DO = Q + 2 * TILE;
+    constexpr unsigned P = DO + 2 * TILE, DS = P + TILE_ROWS * QUERIES * 2, TERMS = DS + TILE_ROWS * QUERIES * 2;
+    const auto load_queries = [&](int which, int query) {
+        const FlashHead<D> h(f);
+        load_tile<D, QUERIES, THREADS>(Q + which * TILE, f.qk + h.q, 2 * h.C, query, h.T);
+        load_tile<D, QUERIES, THREADS>(DO + which * TILE, f.dO + h.o, h.C, query, h.T);
+        copy_commit();
+        load_terms<QUERIES>(TERMS + which * QUERIES * 8, f.terms + h.lse, query, h.T);
+    };
+    const FlashHead<D> h(f);
+    const int first = threadIdx.x / 32 % 4 * 32, half = threadIdx.x / 128, key = h.row + first;
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    load_tile<D, TILE_ROWS, THREADS>(K, f.qk + h.k, 2 * h.C, h.row, h.T);
+    load_tile<D, TILE_ROWS, THREADS>(V, f.qkv + h.v, 3 * h.C, h.row, h.T);
+    load_queries(0, h.row);
+
+    float dk[2][D / 16][4] = {}, dv[2][D / 16][4] = {};
+    int which = 0;
+    for (int query = h.row; query < h.T; query += QUERIES, which ^= 1) {
+        copy_wait<0>();
+        __syncthreads();                    // all is there for all; no warp reads the other tiles or P and dS any more
+        if (query + QUERIES < h.T) load_queries(which ^ 1, query + QUERIES);
+        const unsigned columns = which * TILE + half * 32 * D * 2 + operand_b<D>();
+        float p[2][4][4] = {}, ds[2][4][4] = {};
+        add_product<D>(p, K + first * D * 2 + operand_a<D>(), Q + columns);
+        add_product<D>(ds, V + first * D * 2 + operand_a<D>(), DO + columns);
+        const bool diagonal = key + 31 > query + half * 32;
+        UNROLL for (int i = 0; i < 8; i++) {
+            const int column = half * 32 + i / 2 * 8 + t * 2 + i % 2;
+            const float2 terms = ((const float2*)(shared_memory() + TERMS))[which * QUERIES + column];
+            UNROLL for (int m = 0; m < 4; m++) {
+                const int e = m % 2 * 2 + i % 2;
+                const bool masked = diagonal && key + m * 8 + g > query + column;
+                gradient_of_score(p[m / 2][i / 2][e], ds[m / 2][i / 2][e], LOG2E / sqrtf((float)D), terms, masked);
+            }
+        }
+        put_rows<QUERIES>(P, p, 1, first, half * 32);
+        put_rows<QUERIES>(DS, ds, 1, first, half * 32);
+        __syncthreads();
+        UNROLL for (int k = 0; k < QUERIES / 16; k++) {
+            const unsigned rows = (first * QUERIES * 2 + operand_a<QUERIES>()) ^ 32 * k;
+            const unsigned of_half = which * TILE + k * 16 * D * 2 + (operand_a<D>() ^ half * D);
+            unsigned a[2][4];
+            UNROLL for (int m = 0; m < 2; m++) ldmatrix(a[m], shared_memory() + P + rows + m * 16 * QUERIES * 2);
+            add_outer_product(dv, a, DO + of_half);
+            UNROLL for (int m = 0; m < 2; m++) ldmatrix(a[m], shared_memory() + DS + rows + m * 16 * QUERIES * 2);
+            add_outer_product(dk, a, Q + of_half);
+        }
+    }
+    __syncthreads();                        // no warp reads K or V any more
+    put_rows<D>(K, dk, 1 / sqrtf((float)D), first, half * D / 2);
+    put_rows<D>(V, dv, 1, first, half * D / 2);
+    __syncthreads();
+    store_tile<D, TILE_ROWS, THREADS>(f.dqk + h.k, K, 2 * h.C, h.row, h.T);
+    store_tile<D, TILE_ROWS, THREADS>(f.dqkv + h.v, V, 3 * h.C, h.row, h.T);
+}
+
+FlashArguments flash_arguments(const LayerActivations& a, const Scratch& s, const OlmoeConfig& c) {
+    return {s.tiles, a.qk, a.qkv, s.dattn, a.attn, s.dqk, s.dqkv, a.attn_lse, s.attn_terms, c.H};
+}
+
+// attn and attn_lse from qk and, for v, qkv
+template <int D>
+void flash_attention_forward(LayerActivations& a, Scratch& s, const MicroBatch& batch, const OlmoeConfig& c) {
+    const dim3 blocks(attention_tiles(batch).size() / 2, c.H);
+    LAUNCH_SHARED(flash_forward_kernel<D>, blocks, FORWARD_THREADS, forward_bytes(D), flash_arguments(a, s, c));
+    if (launch_checks.finite) check_finite("flash_forward_kernel", "attn", a.attn, (size_t)batch.N() * c.C);
+}
+
+// dqk, and dv in dqkv, from dattn
+template <int D>
+void flash_attention_backward(Scratch& s, const LayerActivations& a, const MicroBatch& batch, const OlmoeConfig& c) {
+    FlashArguments arguments = flash_arguments(a, s, c);
+    const dim3 blocks(attention_tiles(batch).size() / 2, c.H);
+    LAUNCH_SHARED(flash_delta_kernel<D>, blocks, BLOCK, 0, arguments);
+    LAUNCH_SHARED(flash_dq_kernel<D>, blocks, DQ_THREADS, dq_bytes(D), arguments);
+    arguments.tiles += blocks.x;
+    LAUNCH_SHARED(flash_dkv_kernel<D>, blocks, DKV_THREADS, dkv_bytes(D), arguments);
+    if (launch_checks.finite) check_finite("flash_dkv_kernel", "dqk", s.dqk, (size_t)batch.N() * 2 * c.C);
+}
+
+// Flash attention where c.flash(), else the blocked one
+void attention_forward(LayerActivations& a, Scratch& s, const MicroBatch& batch, const OlmoeConfig& c) {
+    if constexpr (TENSOR_CORES && BF16) {
+        if (c.C / c.H == 64) return flash_attention_forward<64>(a, s, batch, c);
+        if (c.C / c.H == 128) return flash_attention_forward<128>(a, s, batch, c);
+    }
+    blocked_attention_forward(a, s, batch, c);
+}
+
+void attention_backward(Scratch& s, const LayerActivations& a, const MicroBatch& batch, const OlmoeConfig& c) {
+    if constexpr (TENSOR_CORES && BF16) {
+        if (c.C / c.H == 64) return flash_attention_backward<64>(s, a, batch, c);
+        if (c.C / c.H == 128) return flash_attention_backward<128>(s, a, batch, c);
+    }
+    blocked_attention_backward(s, a, batch, c);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -1427,15 +1784,17 @@ void plan_scratch(Olmoe* m) {
     const size_t r = several_ranks ? 1 : R;
 
     mem.add((size_t)m->capacity.positions * (C / c.H / 2), &s.cosine, &s.sine);
-    mem.add(square, &s.scores); mem.add(square, &s.probs);
+    if (c.flash()) mem.add(2 * N, &s.tiles);
+    else { mem.add(square, &s.scores); mem.add(square, &s.probs); }
     mem.add(ceil_div(R, DISPATCH_SLAB) * E, &s.histogram); mem.add(c.L * E, &s.global_counts);
     if (several_ranks) { mem.add(R * C, &s.home_rows); mem.add(E, &s.arrivals); }
     rows.add(r * F, &s.h); rows.add(r * C, &s.expert_out);
     if (!m->backward()) return;
 
     back.add(N, &s.touched, &s.touched_tokens); back.add(N + 1, &s.touched_start);
-    back.add(N * C, &s.dx, &s.dbranch, &s.dattn); back.add(N * 3 * C, &s.dqkv32); back.add(N * 3 * C, &s.dqkv);
-    back.add(square, &s.dprobs); back.add(square, &s.dscores);
+    back.add(N * C, &s.dx, &s.dbranch, &s.dattn); back.add(N * 3 * C, &s.dqkv);
+    if (c.flash()) { back.add(N * 2 * C, &s.dqk); back.add(N * c.H, &s.attn_terms); }
+    else { back.add(N * 3 * C, &s.dqkv32); back.add(square, &s.dprobs); back.add(square, &s.dscores); }
     back.add(N * E, &s.drouter); back.add(N * E, &s.drouter_probs); back.add(R, &s.dweights);
     back_rows.add(r * C, &s.dexpert_out); back_rows.add(r * F, &s.dh); back_rows.add(r * 2 * F, &s.dgate_up);
     if (several_ranks) { back.add(R, &s.home_weights); rows.add(1, &s.arrived_weights, &s.arrived_dweights); }
@@ -1770,6 +2129,7 @@ void olmoe_set_batch(Olmoe* m, const MicroBatch& batch) {
     copy_to_device(a.positions, batch.positions);
     copy_to_device(a.targets, batch.targets);
     copy_to_device(a.target_weights, std::vector<float>(batch.weights.begin(), batch.weights.end()));
+    if (m->config.flash()) copy_to_device(m->scratch.tiles, attention_tiles(batch));
 }
 
 // Logits (rows, V) of rows of the residual stream

@@ -509,12 +509,14 @@ static void test_rmsnorm() {
     }
 }
 
-// Tokens at these positions, with tables of `rows` positions
-static void check_qk_norm_rope(const std::string& name, const Ints& positions, int rows, int C, int H) {
+// Tokens at these positions, with tables of `rows` positions; flash: gradients come as from flash attention
+static void check_qk_norm_rope(const std::string& name, const Ints& positions, int rows, int C, int H,
+                               bool flash = false) {
     const float eps = 1e-3f;
     const int N = (int)positions.size(), D = C / H;
     Vec qkv = random_vec((size_t)N * 3 * C), q_norm = random_vec(C), k_norm = random_vec(C);
-    Vec dqkv32 = random_vec<float>((size_t)N * 3 * C), dq_norm = random_vec(C), dk_norm = random_vec(C);
+    Vec dqkv32 = flash ? random_vec((size_t)N * 3 * C) : random_vec<float>((size_t)N * 3 * C);
+    Vec dq_norm = random_vec(C), dk_norm = random_vec(C);
     TwinRope tables = twin_rope_tables(rows, D, 100);
     for (double& x : tables.cosine) x = rounded<float>(x);
     for (double& x : tables.sine) x = rounded<float>(x);
@@ -547,10 +549,17 @@ static void check_qk_norm_rope(const std::string& name, const Ints& positions, i
     s.cosine = d_cosine; s.sine = d_sine; s.dqkv32 = d_dqkv32; s.dqkv = d_dqkv; s.partial = partial;
     qk_norm_rope_forward(a, p, s, d_positions, N, c);
     check(name + "q and k", d_qk.get(), qk, roundings(3, 9 + sqrt(C)));
-    qk_norm_rope_backward(s, g, a, p, d_positions, N, c);
-    check(name + "dqkv", d_dqkv.get(), dqkv, roundings(1, 14 + 2 * sqrt(C)));
-    check(name + "dq_norm +=", d_dq_norm.get(), dq_norm, roundings(1, 14 + sqrt(C) + sqrt(N)));
-    check(name + "dk_norm +=", d_dk_norm.get(), dk_norm, roundings(1, 14 + sqrt(C) + sqrt(N)));
+    Device<floatX> d_dqk(columns(dqkv32, N, 3 * C, 0, 2 * C));
+    if (flash) {
+        d_dqkv.put(dqkv32);                                     // of which v is read
+        qk_norm_rope_backward<floatX>(s, d_dqk, nullptr, 2 * C, g, a, p, d_positions, N, c);
+    } else {
+        qk_norm_rope_backward(s, g, a, p, d_positions, N, c);
+    }
+    const int x = flash ? 2 : 1;                                // what leaves the rotation is rounded, too
+    check(name + "dqkv", d_dqkv.get(), dqkv, roundings(x, 14 + 2 * sqrt(C)));
+    check(name + "dq_norm +=", d_dq_norm.get(), dq_norm, roundings(x, 14 + sqrt(C) + sqrt(N)));
+    check(name + "dk_norm +=", d_dk_norm.get(), dk_norm, roundings(x, 14 + sqrt(C) + sqrt(N)));
 }
 
 static void test_qk_norm_rope() {
@@ -564,6 +573,8 @@ static void test_qk_norm_rope() {
     Ints positions = random_ints(50, 11);
     positions[20] = 10;                                         // the last of the tables
     check_qk_norm_rope("qk-norm and rope, any positions ", positions, 11, 12, 2);
+    check_qk_norm_rope("qk-norm and rope, of flash attention ", positions, 11, 256, 2, true);
+    check_qk_norm_rope("qk-norm and rope, of flash attention, odd ", positions, 11, 30, 3, true);
 }
 
 static void check_attention(const std::string& name, const Ints& lengths, int C, int H) {
@@ -611,6 +622,108 @@ static void test_attention() {
                                                    {{5, ATTENTION_BLOCK + 2, 1, ATTENTION_BLOCK, 3}, 8, 2}};
     for (auto& [lengths, C, H] : ragged)
         check_attention(text("attention T %s C %d H %d ", joined(lengths).c_str(), C, H), lengths, C, H);
+}
+
+// Attention of a batch by one of its forms, from what the device holds
+struct AttentionRun {
+    Vec out, lse, dq, dk, dv;
+
+    AttentionRun(const MicroBatch& batch, const Vec& qk, const Vec& qkv, const Vec& dout, int C, int H, bool flash) {
+        const size_t N = batch.N();
+        int longest = 0;
+        for (int b = 0; b < batch.B(); b++) longest = std::max(longest, batch.length(b));
+        const size_t square = flash ? 0 : (size_t)H * std::min(ATTENTION_BLOCK, longest) * longest;
+        Device<floatX> d_qk(qk), d_qkv(qkv), d_dout(dout), d_out(N * C), probs(square), dscores(square);
+        Device<floatX> dqk(flash ? N * 2 * C : 0), dqkv(flash ? N * 3 * C : 0);
+        Device<float> d_lse(N * H), scores(square), dprobs(square), dqkv32(flash ? 0 : N * 3 * C);
+        Device<float2> terms(flash ? N * H : 0);
+        Device<AttentionTile> tiles(2 * N);
+        OlmoeConfig c;
+        c.C = C; c.H = H;
+        LayerActivations a = {};
+        a.qk = d_qk; a.qkv = d_qkv; a.attn = d_out; a.attn_lse = d_lse;
+        Scratch s = {};
+        s.scores = scores; s.probs = probs; s.dattn = d_dout; s.dqkv32 = dqkv32; s.dprobs = dprobs; s.dscores = dscores;
+        s.tiles = tiles; s.dqk = dqk; s.dqkv = dqkv; s.attn_terms = terms;
+        copy_to_device(s.tiles, attention_tiles(batch));
+        if (flash) attention_forward(a, s, batch, c); else blocked_attention_forward(a, s, batch, c);
+        if (flash) attention_backward(s, a, batch, c); else blocked_attention_backward(s, a, batch, c);
+        out = d_out.get(); lse = d_lse.get();
+        const Vec d = flash ? dqk.get() : dqkv32.get();
+        dq = columns(d, N, flash ? 2 * C : 3 * C, 0, C);
+        dk = columns(d, N, flash ? 2 * C : 3 * C, C, C);
+        dv = columns(flash ? dqkv.get() : d, N, 3 * C, 2 * C, C);
+    }
+
+    Vec all() const {
+        Vec v;
+        for (const Vec* part : {&out, &lse, &dq, &dk, &dv}) append(&v, *part);
+        return v;
+    }
+    // Of one sequence; its lse are (H, T)
+    Vec of_sequence(size_t first, size_t T, int C, int H) const {
+        Vec v = slice(out, first * C, T * C);
+        append(&v, slice(lse, first * H, T * H));
+        for (const Vec* part : {&dq, &dk, &dv}) append(&v, slice(*part, first * C, T * C));
+        return v;
+    }
+};
+
+// Flash attention and, as a second opinion, the blocked one against the twin. q_scale: how large q is. A deviation of P
+// and dS is their rounding to bf16, as in the products; then each result is rounded.
+static void check_flash(const std::string& name, const Ints& lengths, int C, int H, double q_scale, double dout_scale) {
+    MicroBatch batch;
+    for (int T : lengths) batch.starts.push_back(batch.N() + T);
+    const size_t N = batch.N();
+    Vec q = random_vec(N * C, q_scale), k = random_vec(N * C, 1.5), v = random_vec(N * C);
+    Vec dout = random_vec(N * C, dout_scale), out, lse, dq(N * C), dk(N * C), dv(N * C), qk(N * 2 * C), qkv(N * 3 * C);
+    set_columns(qk, q, N, 2 * C, 0, C);
+    set_columns(qk, k, N, 2 * C, C, C);
+    set_columns(qkv, v, N, 3 * C, 2 * C, C);
+    twin_attention(out, lse, q, k, v, batch.starts, C, H);
+    twin_attention_backward(dq, dk, dv, dout, q, k, v, batch.starts, C, H);
+
+    const AttentionRun run(batch, qk, qkv, dout, C, H, true), again(batch, qk, qkv, dout, C, H, true);
+    const AttentionRun blocked(batch, qk, qkv, dout, C, H, false);
+    check_equal(name + "two runs", again.all(), run.all());
+    const double t = 40 + 2 * sqrt(C / H) + 2 * sqrt(*std::max_element(lengths.begin(), lengths.end()));
+    const double x = q_scale > 2 ? 2 : 1.5;                     // dP - delta is a difference, and delta of a rounded O
+    auto check_part = [&](const char* part, Vec AttentionRun::*of, const Vec& want, double tolerance) {
+        if (l2(want) > 1e-9 * N) check(name + part, run.*of, want, tolerance);
+        else check_true(name + part + " is 0", l2(run.*of) <= 1e-5 * l2(dout));
+        if (l2(want) > 1e-9 * N) check(name + part + ", blocked", blocked.*of, want, tolerance);
+    };
+    check_part("out", &AttentionRun::out, out, roundings(1, t));
+    check_part("lse", &AttentionRun::lse, lse, roundings(0, t));
+    check_part("dq", &AttentionRun::dq, dq, roundings(x, t));
+    check_part("dk", &AttentionRun::dk, dk, roundings(x, t));
+    check_part("dv", &AttentionRun::dv, dv, roundings(1, t));
+    for (int b = 0; batch.B() > 1 && b < batch.B(); b++) {
+        const size_t first = batch.begin(b), T = batch.length(b);
+        MicroBatch alone;
+        alone.starts.push_back(T);
+        const AttentionRun one(alone, slice(qk, first * 2 * C, T * 2 * C), slice(qkv, first * 3 * C, T * 3 * C),
+                               slice(dout, first * C, T * C), C, H, true);
+        check_equal(name + text("T %zu alone", T), one.all(), run.of_sequence(first, T, C, H));
+    }
+}
+
+static void test_flash_attention() {
+    const MicroBatch batch = batch_of_rows(Ints(600).data(), nullptr, 2, 300);
+    Ints rows;
+    for (const AttentionTile& t : attention_tiles(batch)) append(&rows, {t.first, t.T, t.row});
+    check_equal("tiles by queries, then by keys", rows, {0, 300, 256, 300, 300, 256, 0, 300, 128, 300, 300, 128,
+                                                         0, 300, 0, 300, 300, 0, 0, 300, 0, 300, 300, 0,
+                                                         0, 300, 128, 300, 300, 128, 0, 300, 256, 300, 300, 256});
+    if (!TENSOR_CORES || !BF16) return;
+    for (int D : {64, 128}) {
+        for (int T : {1, 63, 64, 65, 127, 128, 129, 257})
+            check_flash(text("flash D %d T %d ", D, T), {T}, D, 1, 1.5, 1);
+        check_flash(text("flash D %d mixed ", D), {65, 1, 129, 63, 2, 128}, 2 * D, 2, 1.5, 1);
+        check_flash(text("flash D %d large scores ", D), {129, 64}, D, 1, 12, 1);
+        check_flash(text("flash D %d equal scores ", D), {130}, D, 1, 0, 1);
+        check_flash(text("flash D %d no gradient ", D), {66}, D, 1, 1.5, 0);
+    }
 }
 
 // Logits that differ by 1/8 at least, so that rounding can't change an expert; with ties, some are equal instead
@@ -1755,6 +1868,7 @@ static void model_shapes() {
         {1, 4, 2, 5, 1, 1, 1, 3, 2, false, false},              // E = 1
         {2, 12, 2, 23, 6, 1, 10, 1, 9, false, true},            // all tokens to one expert, five without any
         {1, 4, 1, 7, 2, 1, 4, 1, ATTENTION_BLOCK + 3, false, false},
+        {1, 64, 1, 7, 2, 1, 4, 2, 3, false, false},             // a head of flash attention
     });
 }
 
@@ -3035,6 +3149,7 @@ static const Test tests[] = {
     {"kernel rmsnorm", test_rmsnorm, true},
     {"kernel qk-norm and rope", test_qk_norm_rope, true},
     {"kernel attention", test_attention, true},
+    {"kernel flash attention", test_flash_attention, true},
     {"kernel router", test_router, true},
     {"kernel dispatch and combine", test_dispatch, true},
     {"kernel swiglu", test_swiglu, true},

@@ -6,6 +6,8 @@
 #include "cuda_bf16.h"
 #include "cuda_runtime.h"
 
+#define UNROLL                              // see cuda/tensor_core.h
+
 #ifdef CUDA_STRICT
 constexpr bool TENSOR_CORES = true;
 namespace cuda_on_cpu {

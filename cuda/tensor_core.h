@@ -10,6 +10,7 @@
 
 // What differs between the targets: can kernels be launched that use this header?
 constexpr bool TENSOR_CORES = true;
+#define UNROLL _Pragma("unroll")            // before a loop over registers: they have no index at run time
 
 // The dynamic shared memory of the block.
 __device__ inline unsigned char* shared_memory() {

@@ -131,6 +131,13 @@ void check_results(const char* kernel, const char* names, const T& argument, con
     launched(#kernel, main_stream.stream); \
     if (launch_checks.finite) check_results(#kernel, #__VA_ARGS__, __VA_ARGS__); } while (0)
 
+// A kernel with its own number of threads and bytes of shared memory, whose arguments are one struct: what it writes is
+// checked by the caller.
+#define LAUNCH_SHARED(kernel, blocks, threads, bytes, arguments) do { \
+    cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)); \
+    kernel<<<blocks, threads, bytes, main_stream.stream>>>(arguments); \
+    launched(#kernel, main_stream.stream); } while (0)
+
 // What the stream does next could not begin earlier than here.
 void waited(cudaStream_t stream) { if (trace.on) launched("", stream); }
 
