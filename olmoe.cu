@@ -957,10 +957,10 @@ template <int D> __global__ void flash_delta_kernel(FlashArguments f) {
     }
 }
 
-// The terms of ROWS queries, to shared memory. Beyond T lse is infinite, and so P = 0.
+// The terms of ROWS queries, to shared memory. Beyond T any will do: dO is 0 there, and all that comes of it.
 template <int ROWS> __device__ inline void load_terms(unsigned to, const float2* terms, int row, int T) {
     const int i = threadIdx.x;
-    if (i < ROWS) ((float2*)(shared_memory() + to))[i] = row + i < T ? terms[row + i] : float2{INFINITY, 0};
+    if (i < ROWS) ((float2*)(shared_memory() + to))[i] = row + i < T ? terms[row + i] : float2{0, 0};
 }
 
 // P = exp(S - lse), 0 for keys after their query;   dS = P (dP - delta), in the place of S and dP. As in forward, the
@@ -1079,8 +1079,7 @@ template <int D> __global__ void __launch_bounds__(DKV_THREADS) flash_dkv_kernel
             add_outer_product(dk, a, Q + of_half);
         }
     }
-    __syncthreads();                        // no warp reads K or V any more
-    put_rows<D>(K, dk, 1 / sqrtf((float)D), first, half * D / 2);
+    put_rows<D>(K, dk, 1 / sqrtf((float)D), first, half * D / 2);   // K and V were last read before a barrier
     put_rows<D>(V, dv, 1, first, half * D / 2);
     __syncthreads();
     store_tile<D, TILE_ROWS, THREADS>(f.dqk + h.k, K, 2 * h.C, h.row, h.T);
