@@ -3,7 +3,7 @@
     (name, file, text that it contains once, what takes its place, test)
 
 A test is one of test_olmoe in a build of the CPU machine, fast, strict (with seeds 1 to 5, as make test runs it) or
-bf16, or strict on two ranks, or one of pytest's.
+bf16, strict on two ranks, or strict in BF16, where the kernels for tensor cores run; or one of pytest's.
 """
 CLI, DATA, TOKENIZER = "tests/test_cli.py::test_", "tests/test_data.py::test_", "tests/test_tokenizer.py::test_"
 CHECKPOINT, MAKE, GENERATE = ("tests/test_checkpoint.py::test_group", "tests/test_make.py::test_",
@@ -399,6 +399,32 @@ MUTANTS = [
     ("fused_experts_have_up_before_gate", "lib/checkpoint.h",
      'i % 2 ? ".up_proj.weight" : ".gate_proj.weight"',
      'i % 2 ? ".gate_proj.weight" : ".up_proj.weight"', CHECKPOINT + "[layouts]"),
+
+    # ---- Flash attention
+    ("flash_sees_the_next_key", "olmoe.cu",
+     "> query + m * 16 + e / 2 * 8) s[m][n][e]", "> query + 1 + m * 16 + e / 2 * 8) s[m][n][e]",
+     "cores: kernel flash attention"),
+    ("flash_keys_are_not_waited_for", "olmoe.cu",
+     "copy_wait<1>();                     // for all but V", "copy_wait<2>();", "cores: kernel flash attention"),
+    ("flash_warps_run_ahead", "olmoe.cu",
+     "        __syncthreads();                    // K is there for all", "        // K is there for all",
+     "cores: kernel flash attention"),
+    ("flash_outputs_are_not_shrunk", "olmoe.cu",
+     "o[r][n / 2][e + n % 2] *= shrink;", "o[r][n / 2][e + n % 2] *= 1;", "cores: kernel flash attention"),
+    ("flash_rows_beyond_the_sequence", "lib/tiles.h",
+     "from + (size_t)i * stride, row + r + i < T);", "from + (size_t)i * stride, true);",
+     "cores: kernel flash attention"),
+    ("flash_delta_is_forgotten", "olmoe.cu",
+     "    ds = p * (ds - terms.y);", "    ds = p * ds;", "cores: kernel flash attention"),
+    ("flash_dq_is_scaled_twice", "olmoe.cu",
+     "put_rows<D>(Q, dq, 1 / sqrtf((float)D), first, 0);", "put_rows<D>(Q, dq, 1 / (float)D, first, 0);",
+     "cores: kernel flash attention"),
+    ("flash_p_is_read_before_it_is_there", "olmoe.cu",
+     "        put_rows<QUERIES>(DS, ds, 1, first, half * 32);\n        __syncthreads();\n",
+     "        put_rows<QUERIES>(DS, ds, 1, first, half * 32);\n", "cores: kernel flash attention"),
+    ("flash_sequences_have_equal_lengths", "olmoe.cu",
+     "queries.push_back({batch.begin(b), T, row, 0});", "queries.push_back({b * T, T, row, 0});",
+     "cores: kernel flash attention"),
 
     # ---- Launches, copies, communicators
     ("failed_launch_is_not_named", "lib/trace.h",
