@@ -823,7 +823,7 @@ void blocked_attention_backward(Scratch& s, const LayerActivations& a, const Mic
 // same inputs give the same bits. Backward therefore has one kernel for dq and one for dk and dv, which both compute P
 // and dS: 7 products of tiles, where 5 would do if blocks added to the same dq.
 
-constexpr float LOG2E = 1.44269504f;        // exp(x) is a power of 2 below: 2^(x log2 e)
+[[maybe_unused]] constexpr float LOG2E = 1.44269504f;       // exp(x) is a power of 2 below: 2^(x log2 e)
 
 // What the kernels work on
 struct FlashArguments {
