@@ -329,6 +329,12 @@ MicroBatch batch_of_rows(const int* inputs, const int* targets, int B, int T, do
 // sequence has T tokens from `first` on.
 struct alignas(16) AttentionTile { int first, T, row, unused; };
 
+int num_attention_tiles(const MicroBatch& batch) {
+    int n = 0;
+    for (int b = 0; b < batch.B(); b++) n += ceil_div(batch.length(b), TILE_ROWS);
+    return n;
+}
+
 // A micro-batch's tiles by queries, then the same by keys, each those with the most work first: the blocks that begin
 // last should be short.
 std::vector<AttentionTile> attention_tiles(const MicroBatch& batch) {
@@ -1093,7 +1099,7 @@ FlashArguments flash_arguments(const LayerActivations& a, const Scratch& s, cons
 // attn and attn_lse from qk and, for v, qkv
 template <int D>
 void flash_attention_forward(LayerActivations& a, Scratch& s, const MicroBatch& batch, const OlmoeConfig& c) {
-    const dim3 blocks(attention_tiles(batch).size() / 2, c.H);
+    const dim3 blocks(num_attention_tiles(batch), c.H);
     LAUNCH_SHARED(flash_forward_kernel<D>, blocks, FORWARD_THREADS, forward_bytes(D), flash_arguments(a, s, c));
     if (launch_checks.finite) check_finite("flash_forward_kernel", "attn", a.attn, (size_t)batch.N() * c.C);
 }
@@ -1102,7 +1108,7 @@ void flash_attention_forward(LayerActivations& a, Scratch& s, const MicroBatch& 
 template <int D>
 void flash_attention_backward(Scratch& s, const LayerActivations& a, const MicroBatch& batch, const OlmoeConfig& c) {
     FlashArguments arguments = flash_arguments(a, s, c);
-    const dim3 blocks(attention_tiles(batch).size() / 2, c.H);
+    const dim3 blocks(num_attention_tiles(batch), c.H);
     LAUNCH_SHARED(flash_delta_kernel<D>, blocks, BLOCK, 0, arguments);
     LAUNCH_SHARED(flash_dq_kernel<D>, blocks, DQ_THREADS, dq_bytes(D), arguments);
     arguments.tiles += blocks.x;

@@ -715,6 +715,7 @@ static void test_flash_attention() {
     check_equal("tiles by queries, then by keys", rows, {0, 300, 256, 300, 300, 256, 0, 300, 128, 300, 300, 128,
                                                          0, 300, 0, 300, 300, 0, 0, 300, 0, 300, 300, 0,
                                                          0, 300, 128, 300, 300, 128, 0, 300, 256, 300, 300, 256});
+    check_true("number of tiles", num_attention_tiles(batch) == 6 && num_attention_tiles({}) == 0);
     for (int D : {64, 128}) {
         OlmoeConfig c;
         c.C = D; c.H = 1;
