@@ -274,6 +274,17 @@ def test_ours_in_theirs(peers, tmp_path, number, precision):
     print(olmoe("verify", "--model", ours, "--reference", logits, *rtol, program=PROGRAMS[precision]))
 
 
+def test_attention_errors(peers):
+    """tests/fixtures/attention.safetensors has the errors of PyTorch's bf16 attention. They depend on the processor."""
+    import reference_attention
+    with peers.safe_open(os.path.join(ROOT, "tests", "fixtures", "attention.safetensors"), "pt") as file:
+        committed = file.metadata()
+    found = reference_attention.errors()
+    assert found.keys() == committed.keys() and len(found) == 24
+    for name, error in found.items():
+        assert 0.8 <= float(error) / float(committed[name]) <= 1.25, (name, error, committed[name])
+
+
 def test_layerwise(peers, tmp_path):
     """scripts/reference_layerwise.py, which never holds a whole model, computes bit for bit what transformers' whole
     model does."""
