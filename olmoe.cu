@@ -553,19 +553,34 @@ __global__ void sum_slabs_kernel(floatX* dw, const float* partial, int C, int sl
 // RMSNorm (Zhang & Sennrich 2019):   y_i = w_i x_i r,   r = 1 / sqrt(mean_j x_j^2 + eps)
 // Before attention, before the experts, and at the end.
 
-// One warp per row. Reads x twice (the second time from cache), writes y: 3 floatX an element.
-__global__ void rmsnorm_forward_kernel(floatX* y, float* r, const floatX* x, const floatX* w, int N, int C, float eps) {
-    size_t row = thread_index() / WARP;
+// y and r of a row x, for its warp
+__device__ inline void rmsnorm_row(floatX* y, float* r, const floatX* x, const floatX* w, int C, float eps) {
     int lane = threadIdx.x % WARP;
-    if (row >= (size_t)N) return;
-    x += row * C; y += row * C;
-
     float square = 0;
     for (int i = lane; i < C; i += WARP) square += (float)x[i] * (float)x[i];
     float scale = 1 / sqrtf(warp_sum(square) / C + eps);
     for (int i = lane; i < C; i += WARP)                        // rounded before w, as OLMo does
         y[i] = (floatX)((float)(floatX)((float)x[i] * scale) * (float)w[i]);
-    if (lane == 0) r[row] = scale;                              // kept for backward
+    if (lane == 0) *r = scale;                                  // kept for backward
+}
+
+// One warp per row. Reads x, writes y: 2 floatX an element.
+__global__ void rmsnorm_forward_kernel(floatX* y, float* r, const floatX* x, const floatX* w, int N, int C, float eps) {
+    size_t row = thread_index() / WARP;
+    if (row >= (size_t)N) return;
+    rmsnorm_row(y + row * C, r + row, x + row * C, w, C, eps);
+}
+
+// The end of a block of the residual stream, and the norm at the next one's start:   out = x + y,   y <- rmsnorm(out)
+// y is the block's output, rounded. One warp per row: 4 floatX an element.
+__global__ void add_rmsnorm_forward_kernel(floatX* out, floatX* y, float* r, const floatX* x, const floatX* w, int N,
+                                           int C, float eps) {
+    size_t row = thread_index() / WARP;
+    int lane = threadIdx.x % WARP;
+    if (row >= (size_t)N) return;
+    x += row * C; out += row * C; y += row * C;
+    for (int i = lane; i < C; i += WARP) out[i] = (floatX)((float)x[i] + (float)y[i]);
+    rmsnorm_row(y, r + row, out, w, C, eps);
 }
 
 // With g_i = dy_i w_i:   dx_i = r (g_i - x_i r^2 mean_j g_j x_j)
@@ -620,6 +635,11 @@ void norm_backward_weight(floatX* dw /* (C) += */, float* partial /* (SLABS, C) 
 void rmsnorm_forward(floatX* y /* (N, C) */, float* r /* (N) */, const floatX* x /* (N, C) */,
                      const floatX* w /* (C) */, int N, int C, float eps) {
     LAUNCH(rmsnorm_forward_kernel, blocks_for_rows(N), y, r, x, w, N, C, eps);
+}
+
+void add_rmsnorm_forward(floatX* out /* (N, C) */, floatX* y /* (N, C) */, float* r /* (N) */,
+                         const floatX* x /* (N, C) */, const floatX* w /* (C) */, int N, int C, float eps) {
+    LAUNCH(add_rmsnorm_forward_kernel, blocks_for_rows(N), out, y, r, x, w, N, C, eps);
 }
 
 void rmsnorm_backward(floatX* dx /* (N, C) += */, floatX* dw /* (C) += */, float* partial /* (SLABS, C) scratch */,
@@ -1511,9 +1531,11 @@ void experts_backward(Scratch& s, LayerParameters& g /* += */, float* dweights, 
 // Combine:   out_t = residual_t + sum_k w_tk y_tk,   y_tk the row of assignment t K + k
 
 // One warp per token; sums in fp32, k by k, and rounds once. Null weights are all 1 and a null residual is 0: the
-// backward of gather, where the gradient of ffn_in is the sum of its K rows of dexpert_in.
-__global__ void combine_kernel(floatX* out, const floatX* residual, const floatX* y, const float* weights,
-                               const int* row_of, int N, int C, int K) {
+// backward of gather, where the gradient of ffn_in is the sum of its K rows of dexpert_in. Where normed is not null it
+// gets rmsnorm(out), the next layer's input: K + 3 floatX an element.
+__global__ void combine_kernel(floatX* out, floatX* normed, float* r, const floatX* residual, const floatX* y,
+                               const float* weights, const int* row_of, const floatX* norm, int N, int C, int K,
+                               float eps) {
     size_t token = thread_index() / WARP;
     int lane = threadIdx.x % WARP;
     if (token >= (size_t)N) return;
@@ -1533,11 +1555,14 @@ __global__ void combine_kernel(floatX* out, const floatX* residual, const floatX
         for (int c = 0; c < PER_LANE; c++)
             if (column + c * WARP < C) out[column + c * WARP] = (floatX)sum[c];
     }
+    if (normed) rmsnorm_row(normed + token * C, r + token, out, norm, C, eps);
 }
 
+// normed (N, C), r (N) and norm (C): of the rmsnorm that comes next, or null
 void combine(floatX* out /* (N, C) */, const floatX* residual /* (N, C) or null */, const floatX* y /* (R, C) */,
-             const float* weights /* (N, K) or null */, const int* row_of /* (R) */, int N, int C, int K) {
-    LAUNCH(combine_kernel, blocks_for_rows(N), out, residual, y, weights, row_of, N, C, K);
+             const float* weights /* (N, K) or null */, const int* row_of /* (R) */, int N, int C, int K,
+             floatX* normed = nullptr, float* r = nullptr, const floatX* norm = nullptr, float eps = 0) {
+    LAUNCH(combine_kernel, blocks_for_rows(N), out, normed, r, residual, y, weights, row_of, norm, N, C, K, eps);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -2005,24 +2030,38 @@ void olmoe_init(Olmoe* m, uint64_t seed) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// Forward: a layer is two blocks, each of which adds to the residual stream
+// Forward: a layer is two blocks, each of which adds to the residual stream. The kernel that adds a block's output also
+// computes the next block's norm, except before the first layer and after the last.
 
-// attn_in, qkv and qk from x
+// attn_in from x
+void attention_norm(Olmoe* m, int l) {
+    const OlmoeConfig& c = m->config;
+    LayerActivations& a = m->acts.layers[l];
+    rmsnorm_forward(a.attn_in, a.attn_r, a.x, m->params.layers[l].attn_norm, m->N, c.C, c.rms_norm_eps);
+}
+
+// The first layer's x and attn_in, from the ids
+void embed(Olmoe* m) {
+    embedding_forward(m->acts.layers[0].x, m->acts.inputs, m->params.embed, m->N, m->config.C);
+    attention_norm(m, 0);
+}
+
+// qkv and qk from attn_in
 void attention_inputs(Olmoe* m, int l) {
     const OlmoeConfig& c = m->config;
     const LayerParameters& p = m->params.layers[l];
     LayerActivations& a = m->acts.layers[l];
-    rmsnorm_forward(a.attn_in, a.attn_r, a.x, p.attn_norm, m->N, c.C, c.rms_norm_eps);
     matmul_forward(main_stream, a.qkv, a.attn_in, p.qkv, m->N, c.C, 3 * c.C);
     qk_norm_rope_forward(a, p, m->scratch, m->acts.positions, m->N, c);
 }
 
-// x_mid = x + attn Wo^T
+// x_mid = x + attn Wo^T, and ffn_in, in whose place the product is before
 void attention_output(Olmoe* m, int l) {
-    const int N = m->N, C = m->config.C;
+    const OlmoeConfig& c = m->config;
+    const LayerParameters& p = m->params.layers[l];
     LayerActivations& a = m->acts.layers[l];
-    copy_on_device(a.x_mid, a.x, (size_t)N * C);
-    matmul_forward(main_stream, a.x_mid, a.attn, m->params.layers[l].attn_out, N, C, C, 1);
+    matmul_forward(main_stream, a.ffn_in, a.attn, p.attn_out, m->N, c.C, c.C);
+    add_rmsnorm_forward(a.x_mid, a.ffn_in, a.ffn_r, a.x, p.ffn_norm, m->N, c.C, c.rms_norm_eps);
 }
 
 void attention_block(Olmoe* m, int l) {
@@ -2031,13 +2070,11 @@ void attention_block(Olmoe* m, int l) {
     attention_output(m, l);
 }
 
-// Each token's experts, their weights, and the order of rows by expert, from x_mid
+// Each token's experts, their weights, and the order of rows by expert, from ffn_in
 void route(Olmoe* m, int l) {
     const OlmoeConfig& c = m->config;
-    const LayerParameters& p = m->params.layers[l];
     LayerActivations& a = m->acts.layers[l];
-    rmsnorm_forward(a.ffn_in, a.ffn_r, a.x_mid, p.ffn_norm, m->N, c.C, c.rms_norm_eps);
-    matmul_forward(main_stream, a.router_logits, a.ffn_in, p.router, m->N, c.C, c.E);
+    matmul_forward(main_stream, a.router_logits, a.ffn_in, m->params.layers[l].router, m->N, c.C, c.E);
     router_forward(a, m->N, c);
     dispatch(a, m->scratch, m->R, c.E);
 }
@@ -2065,13 +2102,12 @@ void rows_to_experts(Olmoe* m, int l) {
     if (!alone) exchange_rows(a.expert_in, home_rows, m->rows[l], C, Way::to_experts, "dispatch to the experts", l);
 }
 
-// The residual stream after the layer: x_mid + sum_k w_k y_k
+// The residual stream after the layer: x_mid + sum_k w_k y_k. In it the next layer begins: attn_in.
 void experts_block(Olmoe* m, int l) {
     const OlmoeConfig& c = m->config;
     const LayerParameters& p = m->params.layers[l];
     LayerActivations& a = m->acts.layers[l];
     Scratch& s = m->scratch;
-    floatX* next = l + 1 < c.L ? m->acts.layers[l + 1].x : m->acts.x;
     route(m, l);
     count_rows(m, l);
     rows_to_experts(m, l);
@@ -2083,7 +2119,10 @@ void experts_block(Olmoe* m, int l) {
         exchange_rows(s.home_rows, y, m->rows[l], c.C, Way::home, "return from the experts", l);
         y = s.home_rows;
     }
-    combine(next, a.x_mid, y, a.weights, a.row_of, m->N, c.C, c.K);
+    if (l + 1 == c.L) return combine(m->acts.x, a.x_mid, y, a.weights, a.row_of, m->N, c.C, c.K);
+    LayerActivations& next = m->acts.layers[l + 1];
+    combine(next.x, a.x_mid, y, a.weights, a.row_of, m->N, c.C, c.K, next.attn_in, next.attn_r,
+            m->params.layers[l + 1].attn_norm, c.rms_norm_eps);
 }
 
 // What backward needs of a layer and --recompute has not kept
@@ -2091,8 +2130,8 @@ void recompute_layer(Olmoe* m, int l) {
     const OlmoeConfig& c = m->config;
     const LayerParameters& p = m->params.layers[l];
     LayerActivations& a = m->acts.layers[l];
+    if (m->capacity.recompute > 0) attention_norm(m, l);
     if (m->capacity.recompute == 1) {
-        rmsnorm_forward(a.attn_in, a.attn_r, a.x, p.attn_norm, m->N, c.C, c.rms_norm_eps);
         qk_norm_rope_forward(a, p, m->scratch, m->acts.positions, m->N, c);
         rmsnorm_forward(a.ffn_in, a.ffn_r, a.x_mid, p.ffn_norm, m->N, c.C, c.rms_norm_eps);
         rows_to_experts(m, l);
@@ -2151,7 +2190,7 @@ void olmoe_forward(Olmoe* m) {
     const OlmoeConfig& c = m->config;
     Activations& a = m->acts;
     at_phase("forward");
-    embedding_forward(a.layers[0].x, a.inputs, m->params.embed, m->N, c.C);
+    embed(m);
     for (int l = 0; l < c.L; l++) {
         at_layer(l);
         attention_block(m, l);

@@ -506,6 +506,14 @@ static void test_rmsnorm() {
         rmsnorm_backward(d_dx, d_dw, partial, d_dy, d_x, d_w, d_r, N, C);
         check(name + "dx +=", d_dx.get(), dx, roundings(1, 10 + 2 * sqrt(C)));
         check(name + "dw +=", d_dw.get(), dw, roundings(1, 10 + sqrt(C) + sqrt(N)));
+
+        Vec out = x;                                            // rounded sums of rounded numbers, of which y is
+        for (size_t i = 0; i < out.size(); i++) out[i] = rounded<floatX>(x[i] + dy[i]);
+        twin_rmsnorm(y, r, out, w, N, C, eps);
+        add_rmsnorm_forward(d_y, d_dy, d_r, d_x, d_w, N, C, eps);
+        check_equal(name + "x + y", d_y.get(), out);
+        check(name + "rmsnorm(x + y)", d_dy.get(), y, roundings(2, 5 + sqrt(C)));
+        check(name + "1/rms of x + y", d_r.get(), r, roundings(0, 5 + sqrt(C)));
     }
 }
 
@@ -840,6 +848,15 @@ static void test_dispatch() {
         check(name + "combine", d_out.get(), out, roundings(1, 2 + sqrt(K)));
         combine(d_sum, nullptr, d_y, nullptr, d.row_of, N, C, K);
         check(name + "gather's backward", d_sum.get(), sum, roundings(1, 2 + sqrt(K)));
+
+        Vec norm = random_vec(C), normed, r, before = d_out.get();
+        Device<floatX> d_norm(norm), d_normed(out.size());
+        Device<float> d_r(N);
+        combine(d_out, d_residual, d_y, d_weights, d.row_of, N, C, K, d_normed, d_r, d_norm, 1e-3f);
+        twin_rmsnorm(normed, r, before, norm, N, C, 1e-3f);
+        check_equal(name + "combine before a norm", d_out.get(), before);
+        check(name + "combine's norm", d_normed.get(), normed, roundings(2, 5 + sqrt(C)));
+        check(name + "combine's 1/rms", d_r.get(), r, roundings(0, 5 + sqrt(C)));
     }
 }
 

@@ -127,7 +127,7 @@ void olmoe_decode(Olmoe* m, const Cache& cache, const int* inputs /* (n) */, con
     for (int i = 0; i < n; i++) batch_add(&batch, inputs + i, nullptr, 1, 0, positions[i]);
     olmoe_set_batch(m, batch);
     copy_to_device(cache.slots, slots, n);
-    embedding_forward(m->acts.layers[0].x, m->acts.inputs, m->params.embed, m->N, m->config.C);
+    embed(m);
     for (int l = 0; l < m->config.L; l++) {
         at_layer(l);
         decode_layer(m, cache, l);
@@ -152,7 +152,7 @@ void olmoe_prefill(Olmoe* m, const Cache& cache, const MicroBatch& prompts, cons
     olmoe_set_batch(m, prompts);
     copy_to_device(cache.slots, row_slots);
     copy_to_device(cache.last, last);
-    embedding_forward(a.layers[0].x, a.inputs, m->params.embed, m->N, c.C);
+    embed(m);
     for (int l = 0; l < L; l++) {
         at_layer(l);
         attention_inputs(m, l);
@@ -166,6 +166,7 @@ void olmoe_prefill(Olmoe* m, const Cache& cache, const MicroBatch& prompts, cons
     copy_on_device(a.layers[L - 1].x, cache.x, (size_t)B * c.C);
     olmoe_set_batch(m, last_tokens);
     copy_to_device(cache.slots, slots, B);
+    attention_norm(m, L - 1);
     decode_layer(m, cache, L - 1);
     olmoe_classify(m, a.x, B);
 }
