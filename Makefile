@@ -126,7 +126,7 @@ CXXFLAGS :=
 # -g1 has the line numbers that sanitizers and backtraces print; with all of -g compiling takes 1.5 times as long.
 OPTIONS := -g1 -fno-math-errno -Wall -Wextra
 ifeq ($(STRICT),1)
-  DEFINES += -DCUDA_STRICT -DWARP=32 -DSEPARATE_ALLOCATIONS=1
+  DEFINES += -DCUDA_STRICT -DWARP=32 -DSEPARATE_ALLOCATIONS=1 -DHEAD_ROWS=5
   OPTIONS += -O1                                # -O2 takes twice as long to compile and runs no faster: fibers take the time
   MACHINE := strict
 else

@@ -52,6 +52,9 @@ constexpr bool BF16 = false;
 #ifndef ATTENTION_BLOCK
 #define ATTENTION_BLOCK 256                 // queries whose scores exist at the same time
 #endif
+#ifndef HEAD_ROWS
+#define HEAD_ROWS 4096                      // tokens whose logits exist at the same time in training
+#endif
 #ifndef CUBLAS_WORKSPACE_BYTES
 #define CUBLAS_WORKSPACE_BYTES (32 << 20)   // what cuBLAS recommends for Hopper; one for each stream
 #endif
@@ -389,10 +392,10 @@ struct Activations {
     int* positions;         // (N)
     std::vector<LayerActivations> layers;
     floatX* x;              // (N, C) residual stream after the last layer
-    floatX* final_out;      // (N, C) rmsnorm of it; in generation here, and in the next three, (S, ...) of S tokens
-    float* final_r;         // (N)
-    floatX* logits;         // (N, V)
-    floatX* dlogits;        // (N, V)  in the place of the logits
+    float* final_r;         // (N)    1/rms of it
+    floatX* final_out;      // (classified, C) rmsnorm of it, of a chunk of the tokens, see Capacity
+    floatX* logits;         // (classified, V) likewise
+    floatX* dlogits;        // (classified, V) in the place of the logits
     float* losses;          // (N) -log p(target), not weighted
 };
 
@@ -410,6 +413,7 @@ struct Scratch {
     floatX* dexpert_in;     // (R, C)  in the place of expert_out
     int* global_counts;     // (L, E)  with --lb global: rows of each expert over all ranks
     // of backward
+    float* dhead;           // (V, C)  sum of the chunks' gradients of lm_head, where in BF16 there are several
     int* touched;           // (N) ids that occur in the micro-batch, ...
     int* touched_start;     // (N+1) ... where in touched_tokens the tokens of each begin
     int* touched_tokens;    // (N) the tokens sorted by id
@@ -487,9 +491,10 @@ void matmul_backward_input(const Stream& s, floatX* dx, const floatX* dy, const 
     gemm(s, dx, I, dy, O, false, w, I, false, N, I, O, 1, beta);
 }
 
-// dW (O, I) += dy^T x: accumulates over micro-batches
-void matmul_backward_weight(const Stream& s, floatX* dw, const floatX* dy, const floatX* x, int N, int I, int O) {
-    gemm(s, dw, I, dy, O, true, x, I, false, O, I, N, 1, 1);
+// dW (O, I) = dy^T x, or dW += dy^T x with `add`, as for all gradients of parameters: after a step's first micro-batch
+template <typename T>
+void matmul_backward_weight(const Stream& s, T* dw, const floatX* dy, const floatX* x, int N, int I, int O, bool add) {
+    gemm(s, dw, I, dy, O, true, x, I, false, O, I, N, 1, add ? 1.f : 0.f);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -540,13 +545,13 @@ void embedding_backward(floatX* dw /* (V, C) += */, const Scratch& s, int num_to
 
 inline int slabs_for(int rows) { return std::min(SLABS, ceil_div(rows, 16)); }
 
-// One thread per column. Accumulates into the gradient.
-__global__ void sum_slabs_kernel(floatX* dw, const float* partial, int C, int slabs) {
+// One thread per column.
+__global__ void sum_slabs_kernel(floatX* dw, const float* partial, int C, int slabs, bool add) {
     size_t i = thread_index();
     if (i >= (size_t)C) return;
     float sum = 0;
     for (int slab = 0; slab < slabs; slab++) sum += partial[(size_t)slab * C + i];
-    dw[i] = (floatX)((float)dw[i] + sum);
+    dw[i] = (floatX)(add ? (float)dw[i] + sum : sum);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -624,12 +629,12 @@ __global__ void norm_backward_weight_kernel(float* partial, const T* dy, const f
 }
 
 template <typename T>
-void norm_backward_weight(floatX* dw /* (C) += */, float* partial /* (SLABS, C) scratch */, const T* dy,
+void norm_backward_weight(floatX* dw /* (C) */, bool add, float* partial /* (SLABS, C) scratch */, const T* dy,
                           const floatX* x, const float* r, int N, int C, int dy_stride, int x_stride, int r_stride) {
     int slabs = slabs_for(N);
     LAUNCH(norm_backward_weight_kernel, blocks_for_rows(slabs), partial, dy, x, r, N, C, dy_stride, x_stride, r_stride,
            slabs);
-    LAUNCH(sum_slabs_kernel, blocks_for(C), dw, partial, C, slabs);
+    LAUNCH(sum_slabs_kernel, blocks_for(C), dw, partial, C, slabs, add);
 }
 
 void rmsnorm_forward(floatX* y /* (N, C) */, float* r /* (N) */, const floatX* x /* (N, C) */,
@@ -642,10 +647,10 @@ void add_rmsnorm_forward(floatX* out /* (N, C) */, floatX* y /* (N, C) */, float
     LAUNCH(add_rmsnorm_forward_kernel, blocks_for_rows(N), out, y, r, x, w, N, C, eps);
 }
 
-void rmsnorm_backward(floatX* dx /* (N, C) += */, floatX* dw /* (C) += */, float* partial /* (SLABS, C) scratch */,
+void rmsnorm_backward(floatX* dx /* (N, C) += */, floatX* dw /* (C) */, bool add, float* partial /* (SLABS, C) */,
                       const floatX* dy, const floatX* x, const floatX* w, const float* r, int N, int C) {
     LAUNCH(rmsnorm_backward_input_kernel, blocks_for_rows(N), dx, dy, x, w, r, N, C);
-    norm_backward_weight(dw, partial, dy, x, r, N, C, C, C, 1);
+    norm_backward_weight(dw, add, partial, dy, x, r, N, C, C, C, 1);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -728,20 +733,20 @@ void qk_norm_rope_forward(LayerActivations& a, const LayerParameters& p, const S
 
 // dqkv, and into the norms' gradients, from dqkv32, or from dqk and dv of dqkv; changes dqkv32 or dqk
 template <typename T>
-void qk_norm_rope_backward(Scratch& s, T* dqk, const T* dv, int dqk_stride, LayerParameters& g /* += */,
+void qk_norm_rope_backward(Scratch& s, T* dqk, const T* dv, int dqk_stride, LayerParameters& g, bool add,
                            const LayerActivations& a, const LayerParameters& p, const int* positions /* (N) */, int N,
                            const OlmoeConfig& c) {
     int C = c.C;
     LAUNCH(qk_norm_rope_backward_kernel, blocks_for_rows(N), s.dqkv, dqk, dv, a.qkv, a.qk_r, p.q_norm, p.k_norm,
            s.cosine, s.sine, positions, N, C, C / c.H, dqk_stride);
-    norm_backward_weight(g.q_norm, s.partial, dqk, a.qkv, a.qk_r, N, C, dqk_stride, 3 * C, 2);
-    norm_backward_weight(g.k_norm, s.partial, dqk + C, a.qkv + C, a.qk_r + 1, N, C, dqk_stride, 3 * C, 2);
+    norm_backward_weight(g.q_norm, add, s.partial, dqk, a.qkv, a.qk_r, N, C, dqk_stride, 3 * C, 2);
+    norm_backward_weight(g.k_norm, add, s.partial, dqk + C, a.qkv + C, a.qk_r + 1, N, C, dqk_stride, 3 * C, 2);
 }
 
-void qk_norm_rope_backward(Scratch& s, LayerParameters& g /* += */, const LayerActivations& a, const LayerParameters& p,
-                           const int* positions /* (N) */, int N, const OlmoeConfig& c) {
-    if (c.flash()) qk_norm_rope_backward<floatX>(s, s.dqk, nullptr, 2 * c.C, g, a, p, positions, N, c);
-    else qk_norm_rope_backward<float>(s, s.dqkv32, s.dqkv32 + 2 * c.C, 3 * c.C, g, a, p, positions, N, c);
+void qk_norm_rope_backward(Scratch& s, LayerParameters& g, bool add, const LayerActivations& a,
+                           const LayerParameters& p, const int* positions /* (N) */, int N, const OlmoeConfig& c) {
+    if (c.flash()) qk_norm_rope_backward<floatX>(s, s.dqk, nullptr, 2 * c.C, g, add, a, p, positions, N, c);
+    else qk_norm_rope_backward<float>(s, s.dqkv32, s.dqkv32 + 2 * c.C, 3 * c.C, g, add, a, p, positions, N, c);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -1509,11 +1514,16 @@ void swiglu_backward(Scratch& s, float* dweights /* as weights */, const LayerAc
 
 // dexpert_in and dweights, and into g's gate_up and down, from dexpert_out, which is not yet weighted by the router.
 // weights and dweights are (N, K), or by row where assignment_of is null.
-void experts_backward(Scratch& s, LayerParameters& g /* += */, float* dweights, const LayerActivations& a,
+void experts_backward(Scratch& s, LayerParameters& g, bool add, float* dweights, const LayerActivations& a,
                       const LayerParameters& p, const float* weights, const int* assignment_of, const RowCounts& rows,
                       const OlmoeConfig& c) {
     const int R = rows.total();
     const size_t C = c.C, F = c.F;
+    for (size_t e = 0; e < rows.here.size() && !add; e++)
+        if (rows.here[e] == 0) {            // no matmul sets its gradient
+            clear_on_device(g.gate_up + e * 2 * F * C, 2 * F * C);
+            clear_on_device(g.down + e * C * F, C * F);
+        }
     if (R == 0) return;
     for_experts(rows.here, [&](const Stream& stream, size_t e, size_t first, int n) {
         matmul_backward_input(stream, s.dh + first * F, s.dexpert_out + first * C, p.down + e * C * F, n, F, C);
@@ -1521,9 +1531,9 @@ void experts_backward(Scratch& s, LayerParameters& g /* += */, float* dweights, 
     swiglu_backward(s, dweights, a, weights, assignment_of, R, c.F);
     for_experts(rows.here, [&](const Stream& stream, size_t e, size_t first, int n) {
         const floatX *dy = s.dexpert_out + first * C, *dgate_up = s.dgate_up + first * 2 * F;
-        matmul_backward_weight(stream, g.down + e * C * F, dy, s.weighted_h + first * F, n, F, C);
+        matmul_backward_weight(stream, g.down + e * C * F, dy, s.weighted_h + first * F, n, F, C, add);
         matmul_backward_input(stream, s.dexpert_in + first * C, dgate_up, p.gate_up + e * 2 * F * C, n, C, 2 * F);
-        matmul_backward_weight(stream, g.gate_up + e * 2 * F * C, dgate_up, a.expert_in + first * C, n, C, 2 * F);
+        matmul_backward_weight(stream, g.gate_up + e * 2 * F * C, dgate_up, a.expert_in + first * C, n, C, 2 * F, add);
     });
 }
 
@@ -1592,10 +1602,16 @@ __global__ void cross_entropy_kernel(float* losses, floatX* logits, const int* t
         logits[i] = (floatX)(factor * (expf((float)logits[i] - lse) - (i == target ? 1.f : 0.f)));
 }
 
-// losses and, with `gradient`, dlogits in the place of the logits
-void cross_entropy(Activations& a, bool gradient, int N, int V) {
-    const float* weights = gradient ? a.target_weights : nullptr;
-    LAUNCH(cross_entropy_kernel, blocks_for_rows(N), a.losses, a.logits, a.targets, weights, N, V);
+// losses and, with `gradient`, dlogits in the place of the logits: of `n` tokens from `first` on
+void cross_entropy(Activations& a, bool gradient, int first, int n, int V) {
+    const float* weights = gradient ? a.target_weights + first : nullptr;
+    LAUNCH(cross_entropy_kernel, blocks_for_rows(n), a.losses + first, a.logits, a.targets + first, weights, n, V);
+}
+
+// dw = sum, or dw += sum: of the chunks' gradients of lm_head, rounded once. One thread per element.
+__global__ void head_gradient_kernel(floatX* dw, const float* sum, size_t n, bool add) {
+    size_t i = thread_index();
+    if (i < n) dw[i] = (floatX)(add ? (float)dw[i] + sum[i] : sum[i]);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -1735,7 +1751,7 @@ struct Capacity {
     int N = 0, T = 0;           // most tokens of a micro-batch, and of one sequence
     Use use = Use::inference;
     int recompute = 0;
-    int classified = 0;         // most tokens that get logits; 0: N
+    int classified = 0;         // most tokens that have logits at the same time; 0: N, with backward at most HEAD_ROWS
     int positions = 0;          // rows of RoPE's tables; 0: T
 };
 
@@ -1755,6 +1771,7 @@ struct Olmoe {
     bool lb_global = false;                 // load balancing over the rows of all ranks
 
     MicroBatch batch;                       // whose activations these are
+    bool accumulate = false;                // its gradients are added to those before it, and don't take their place
     int N = 0, R = 0;                       // its tokens, and rows routed to experts
     int num_touched = 0;                    // different ids in it
     std::vector<RowCounts> rows;            // (L)
@@ -1821,6 +1838,7 @@ void plan_scratch(Olmoe* m) {
     rows.add(r * F, &s.h); rows.add(r * C, &s.expert_out);
     if (!m->backward()) return;
 
+    if (BF16 && (size_t)m->capacity.classified < N) back.add(c.V * C, &s.dhead);
     back.add(N, &s.touched, &s.touched_tokens); back.add(N + 1, &s.touched_start);
     back.add(N * C, &s.dx, &s.dbranch, &s.dattn); back.add(N * 3 * C, &s.dqkv);
     if (c.flash()) { back.add(N * 2 * C, &s.dqk); back.add(N * c.H, &s.attn_terms); }
@@ -1836,7 +1854,8 @@ void plan_scratch(Olmoe* m) {
 
 // Fills in what a model of this shape needs, without allocating: `olmoe info` prints it, olmoe_allocate allocates it.
 void olmoe_plan(Olmoe* m, const OlmoeConfig& config, Capacity capacity) {
-    if (capacity.classified == 0) capacity.classified = capacity.N;
+    if (capacity.classified == 0)
+        capacity.classified = capacity.use == Use::inference ? capacity.N : std::min(capacity.N, HEAD_ROWS);
     capacity.positions = std::max(capacity.positions, capacity.T);
     m->config = config;
     m->capacity = capacity;
@@ -1865,8 +1884,8 @@ void olmoe_plan(Olmoe* m, const OlmoeConfig& config, Capacity capacity) {
     mem.add(L * N, &all.router_lse); mem.add(L * SLABS * config.E, &all.router_partial);
     mem.add(L * R, &all.experts); mem.add(L * config.E, &all.counts);
     for (int l = 0; l < config.L; l++) plan_layer(m, l);
-    mem.add(N * C, &a.x); mem.add(classified * C, &a.final_out); mem.add(classified, &a.final_r);
-    mem.add(classified * config.V, &a.logits); mem.add(N, &a.losses);
+    mem.add(N * C, &a.x); mem.add(N, &a.final_r, &a.losses);
+    mem.add(classified * C, &a.final_out); mem.add(classified * config.V, &a.logits);
     plan_scratch(m);
 }
 
@@ -1980,6 +1999,9 @@ void olmoe_allocate(Olmoe* m) {
         size_t bytes = num_updated(m->tensors) * (m->narrow_moments ? 2 : 4);
         for (void* moment : {m->moment1, m->moment2}) clear_on_device((char*)moment, bytes);
     }
+    for (const Tensor& t : m->tensors)
+        for (floatX* p : {t.in(m->params), t.in(m->grads)})         // ZeRO-1 also sends what fills up the last share
+            if (p && t.allocated() > t.count) clear_on_device(p + t.count, t.allocated() - t.count);
     if (expert_group.size > 1)
         for (int l = 0; l < m->config.L; l++) reserve_rows(m, l, (size_t)m->capacity.N * m->config.K);
     share_activations(m);
@@ -2144,8 +2166,8 @@ void recompute_layer(Olmoe* m, int l) {
     }
 }
 
-// Checks a micro-batch and makes it the one that the next calls work on.
-void olmoe_set_batch(Olmoe* m, const MicroBatch& batch) {
+// Checks a micro-batch and makes it the one that the next calls work on. `accumulate`: it is not the first of its step.
+void olmoe_set_batch(Olmoe* m, const MicroBatch& batch, bool accumulate = false) {
     const int N = batch.N(), V = m->config.V;
     for (size_t n : {batch.inputs.size(), batch.targets.size(), batch.weights.size(), batch.positions.size()})
         if (N < 1 || n != (size_t)N) die("a micro-batch of %d tokens has arrays of %zu", N, n);
@@ -2164,6 +2186,7 @@ void olmoe_set_batch(Olmoe* m, const MicroBatch& batch) {
         if (!std::isfinite(batch.weights[t])) die("the weight of target %d of the batch is not finite", t);
     }
     m->batch = batch;
+    m->accumulate = accumulate;
     m->N = N;
     m->R = N * m->config.K;
     m->rows.assign(m->config.L, {});
@@ -2176,16 +2199,7 @@ void olmoe_set_batch(Olmoe* m, const MicroBatch& batch) {
     if (m->config.flash()) copy_to_device(m->scratch.tiles, attention_tiles(batch));
 }
 
-// Logits (rows, V) of rows of the residual stream
-void olmoe_classify(Olmoe* m, const floatX* x /* (rows, C) */, int rows) {
-    const OlmoeConfig& c = m->config;
-    Activations& a = m->acts;
-    at_layer(-1);
-    rmsnorm_forward(a.final_out, a.final_r, x, m->params.final_norm, rows, c.C, c.rms_norm_eps);
-    matmul_forward(main_stream, a.logits, a.final_out, m->params.lm_head, rows, c.C, c.V);
-}
-
-// Logits of all tokens of the micro-batch
+// The layers: the residual stream after the last one
 void olmoe_forward(Olmoe* m) {
     const OlmoeConfig& c = m->config;
     Activations& a = m->acts;
@@ -2205,10 +2219,56 @@ void olmoe_forward(Olmoe* m) {
         });
         main_after_comm();
     }
-    olmoe_classify(m, a.x, m->N);
 }
 
-// After cross_entropy: waits for the device and returns the losses of the micro-batch. The formulas of lb and z are
+// ------------------------------------------------------------------------------------------------
+// Head, after the layers: logits, losses, and back, in chunks of capacity.classified tokens, because all logits of a
+// micro-batch would be as large as a layer's activations
+
+// Logits (rows, V) of `rows` tokens from `first` on
+void olmoe_classify(Olmoe* m, int first, int rows) {
+    const OlmoeConfig& c = m->config;
+    Activations& a = m->acts;
+    const floatX* x = a.x + (size_t)first * c.C;
+    at_layer(-1);
+    rmsnorm_forward(a.final_out, a.final_r + first, x, m->params.final_norm, rows, c.C, c.rms_norm_eps);
+    matmul_forward(main_stream, a.logits, a.final_out, m->params.lm_head, rows, c.C, c.V);
+}
+
+// dbranch of a chunk, and into the gradient of lm_head, from the chunk's dlogits and final_out. In BF16 several chunks
+// are added up in fp32, so that the gradient is rounded once in a micro-batch.
+void head_backward(Olmoe* m, int first, int rows) {
+    const int C = m->config.C, V = m->config.V;
+    const bool narrow = BF16 && rows < m->N, last = first + rows == m->N;
+    const size_t n = (size_t)V * C;
+    const Activations& a = m->acts;
+    Scratch& s = m->scratch;
+    floatX* dw = m->grads.lm_head;
+    if (narrow) matmul_backward_weight(main_stream, s.dhead, a.dlogits, a.final_out, rows, C, V, first > 0);
+    else matmul_backward_weight(main_stream, dw, a.dlogits, a.final_out, rows, C, V, m->accumulate || first > 0);
+    if (narrow && last) LAUNCH(head_gradient_kernel, blocks_for(n), dw, s.dhead, n, m->accumulate);
+    matmul_backward_input(main_stream, s.dbranch + (size_t)first * C, a.dlogits, m->params.lm_head, rows, C, V);
+}
+
+// losses of all tokens, after olmoe_forward. With `gradient` also that of their sum, each times its target_weights: of
+// the head's parameters, and of the residual stream (dx).
+void olmoe_head(Olmoe* m, bool gradient) {
+    const int N = m->N, C = m->config.C, V = m->config.V, chunk = m->capacity.classified;
+    Scratch& s = m->scratch;
+    at_phase("head");
+    for (int first = 0; first < N; first += chunk) {
+        const int rows = std::min(chunk, N - first);
+        olmoe_classify(m, first, rows);
+        cross_entropy(m->acts, gradient, first, rows, V);
+        if (gradient) head_backward(m, first, rows);
+    }
+    if (!gradient) return;
+    clear_on_device(s.dx, (size_t)N * C);
+    rmsnorm_backward(s.dx, m->grads.final_norm, m->accumulate, s.partial, s.dbranch, m->acts.x, m->params.final_norm,
+                     m->acts.final_r, N, C);
+}
+
+// After olmoe_head: waits for the device and returns the losses of the micro-batch. The formulas of lb and z are
 // above router_forward_kernel; with lb_global, lb is that of the tokens of all ranks.
 Losses olmoe_losses(Olmoe* m, double lb_coef = 0, double z_coef = 0) {
     const OlmoeConfig& c = m->config;
@@ -2279,8 +2339,8 @@ void experts_backward_over_ranks(Olmoe* m, int l) {
     gather(s.home_weights, a.weights, a.assignment_of, m->R, 1, 1);
     exchange_rows(s.dexpert_out, s.dhome_rows, rows, C, Way::to_experts, "gradients to the experts", l);
     exchange_rows(s.arrived_weights, s.home_weights, rows, 1, Way::to_experts, "weights to the experts", l);
-    experts_backward(s, m->grads.layers[l], s.arrived_dweights, a, m->params.layers[l], s.arrived_weights, nullptr,
-                     rows, c);
+    experts_backward(s, m->grads.layers[l], m->accumulate, s.arrived_dweights, a, m->params.layers[l],
+                     s.arrived_weights, nullptr, rows, c);
     exchange_rows(s.dhome_rows, s.dexpert_in, rows, C, Way::home, "gradients from the experts", l);
     exchange_rows(s.home_dweights, s.arrived_dweights, rows, 1, Way::home, "weight gradients from the experts", l);
     gather(s.dweights, s.home_dweights, a.row_of, m->R, 1, 1);
@@ -2298,7 +2358,7 @@ template <typename Body> void experts_block_backward(Olmoe* m, int l, float lb_s
     const floatX* dexpert_in = s.dexpert_in;
     if (expert_group.size == 1) {
         gather(s.dexpert_out, s.dx, a.assignment_of, m->R, C, c.K);
-        experts_backward(s, g, s.dweights, a, p, a.weights, a.assignment_of, m->rows[l], c);
+        experts_backward(s, g, m->accumulate, s.dweights, a, p, a.weights, a.assignment_of, m->rows[l], c);
     } else {
         experts_backward_over_ranks(m, l);
         dexpert_in = s.dhome_rows;
@@ -2307,9 +2367,9 @@ template <typename Body> void experts_block_backward(Olmoe* m, int l, float lb_s
     combine(s.dbranch, nullptr, dexpert_in, nullptr, a.row_of, N, C, c.K);
     const int* counts = m->lb_global && world.size > 1 ? s.global_counts + (size_t)l * E : a.counts;
     router_backward(s, a, counts, lb_scale, z_scale, N, c);
-    matmul_backward_weight(main_stream, g.router, s.drouter, a.ffn_in, N, C, E);
+    matmul_backward_weight(main_stream, g.router, s.drouter, a.ffn_in, N, C, E, m->accumulate);
     matmul_backward_input(main_stream, s.dbranch, s.drouter, p.router, N, C, E, 1);
-    rmsnorm_backward(s.dx, g.ffn_norm, s.partial, s.dbranch, a.x_mid, p.ffn_norm, a.ffn_r, N, C);
+    rmsnorm_backward(s.dx, g.ffn_norm, m->accumulate, s.partial, s.dbranch, a.x_mid, p.ffn_norm, a.ffn_r, N, C);
 }
 
 // attention_block: x_mid = x + attn Wo^T
@@ -2320,13 +2380,13 @@ void attention_block_backward(Olmoe* m, int l) {
     LayerActivations& a = m->acts.layers[l];
     Scratch& s = m->scratch;
     const int N = m->N, C = c.C;
-    matmul_backward_weight(main_stream, g.attn_out, s.dx, a.attn, N, C, C);
+    matmul_backward_weight(main_stream, g.attn_out, s.dx, a.attn, N, C, C, m->accumulate);
     matmul_backward_input(main_stream, s.dattn, s.dx, p.attn_out, N, C, C);
     attention_backward(s, a, m->batch, c);
-    qk_norm_rope_backward(s, g, a, p, m->acts.positions, N, c);
-    matmul_backward_weight(main_stream, g.qkv, s.dqkv, a.attn_in, N, C, 3 * C);
+    qk_norm_rope_backward(s, g, m->accumulate, a, p, m->acts.positions, N, c);
+    matmul_backward_weight(main_stream, g.qkv, s.dqkv, a.attn_in, N, C, 3 * C, m->accumulate);
     matmul_backward_input(main_stream, s.dbranch, s.dqkv, p.qkv, N, C, 3 * C);
-    rmsnorm_backward(s.dx, g.attn_norm, s.partial, s.dbranch, a.x, p.attn_norm, a.attn_r, N, C);
+    rmsnorm_backward(s.dx, g.attn_norm, m->accumulate, s.partial, s.dbranch, a.x, p.attn_norm, a.attn_r, N, C);
 }
 
 // The tensors of a layer (-1 and L: those before and after the layers) by the ranks that hold them: all ranks, or of
@@ -2361,25 +2421,17 @@ void reduce_gradients(Olmoe* m, int layer) {
     });
 }
 
-// Adds the micro-batch's gradients to grads, after olmoe_forward and cross_entropy with a gradient. The auxiliary
-// losses count 1 / (micro_batches * ranks) each. In the `last` micro-batch of a step each layer's gradients are summed
-// over the ranks as soon as they are complete, while the main stream goes on with the layer below. With --ep they are
-// summed a little later, after the exchanges of the layer below: an exchange after a sum in the same stream would wait
-// for it, and the main stream for the exchange.
+// The layers' gradients, after olmoe_head with a gradient. The auxiliary losses count 1 / (micro_batches * ranks) each.
+// In the `last` micro-batch of a step each layer's gradients are summed over the ranks as soon as they are complete,
+// while the main stream goes on with the layer below. With --ep they are summed a little later, after the exchanges of
+// the layer below: an exchange after a sum in the same stream would wait for it, and the main stream for the exchange.
 void olmoe_backward(Olmoe* m, double lb_coef, double z_coef, int micro_batches, bool last = false) {
     const OlmoeConfig& c = m->config;
-    Activations& a = m->acts;
-    Scratch& s = m->scratch;
     const double N = m->N, LNK = c.L * N * c.K * micro_batches * world.size;
     const double lb_tokens = m->lb_global ? N * world.size : N;
     const float lb_scale = (float)(lb_coef * c.E / (LNK * lb_tokens)), z_scale = (float)(2 * z_coef / LNK);
     at_phase("backward");
     index_tokens(m);
-
-    matmul_backward_weight(main_stream, m->grads.lm_head, a.dlogits, a.final_out, m->N, c.C, c.V);
-    matmul_backward_input(main_stream, s.dbranch, a.dlogits, m->params.lm_head, m->N, c.C, c.V);
-    clear_on_device(s.dx, (size_t)m->N * c.C);
-    rmsnorm_backward(s.dx, m->grads.final_norm, s.partial, s.dbranch, a.x, m->params.final_norm, a.final_r, m->N, c.C);
     const bool later = expert_group.size > 1;
     auto complete = [&](int layer) { if (last) reduce_gradients(m, layer); };
     if (!later) complete(c.L);
@@ -2392,17 +2444,14 @@ void olmoe_backward(Olmoe* m, double lb_coef, double z_coef, int micro_batches, 
     }
     if (later) complete(0);
     at_layer(-1);
-    embedding_backward(m->grads.embed, s, m->num_touched, c.C);
+    if (!m->accumulate) clear_on_device(m->grads.embed, (size_t)c.V * c.C);
+    embedding_backward(m->grads.embed, m->scratch, m->num_touched, c.C);
     complete(-1);
     if (last) main_after_comm();
 }
 
 // ------------------------------------------------------------------------------------------------
 // Update
-
-void olmoe_zero_grad(Olmoe* m) {
-    for (const Tensor& t : m->tensors) clear_on_device(t.in(m->grads), t.count);
-}
 
 // Global L2 norm of the gradients. Where it is not finite, *bad is the first tensor that is not.
 double olmoe_grad_norm(Olmoe* m, const Tensor** bad = nullptr) {
@@ -2544,11 +2593,12 @@ bool is_spike(std::vector<double>* window, double x, double deviations) {
 struct TrainingRun;
 
 // What a run trains for; `pretraining` below is one. In each step run_step asks for the micro-batches, and in each
-// micro-batch, between forward and backward, for the gradient of the loss.
+// micro-batch, between the layers' forward and backward, for the losses and the head's backward.
 struct Objective {
     // This rank's in the next step, as many as on each other rank; with --lb global of as many tokens, too
     std::vector<MicroBatch> (*micro_batches)(TrainingRun* run);
-    // The logits are there: fills in the losses, and turns the logits into their gradient
+    // The residual stream after the layers is there: fills in the losses, dx, and the gradients of the head, as
+    // olmoe_head does. Where weights depend on losses, olmoe_head without a gradient comes first.
     void (*gradient)(TrainingRun* run);
 };
 
@@ -2611,7 +2661,7 @@ std::vector<MicroBatch> pretraining_micro_batches(TrainingRun* run) {
     return batches;
 }
 
-void pretraining_gradient(TrainingRun* run) { cross_entropy(run->model.acts, true, run->model.N, run->config.V); }
+void pretraining_gradient(TrainingRun* run) { olmoe_head(&run->model, true); }
 
 static const Objective pretraining = {pretraining_micro_batches, pretraining_gradient};
 
@@ -2718,9 +2768,8 @@ StepResult run_step(TrainingRun* run) {
     const std::vector<MicroBatch> batches = run->objective->micro_batches(run);
     const int parts = (int)batches.size() * world.size;         // the step takes the mean of their auxiliary losses
     std::string not_finite;
-    olmoe_zero_grad(m);
     for (size_t i = 0; i < batches.size(); i++) {
-        olmoe_set_batch(m, batches[i]);
+        olmoe_set_batch(m, batches[i], i > 0);
         olmoe_forward(m);
         run->objective->gradient(run);
         olmoe_backward(m, o.lb_coef, o.z_coef, (int)batches.size(), i + 1 == batches.size());
@@ -2775,7 +2824,7 @@ Validation validate(TrainingRun* run, bool by_domain) {
         olmoe_set_batch(m, batch_of_rows(inputs.data(), rows > 0 ? targets.data() : nullptr, std::max(rows, 1), T));
         olmoe_forward(m);
         if (rows == 0) continue;
-        cross_entropy(m->acts, false, m->N, run->config.V);
+        olmoe_head(m, false);
         const Losses l = olmoe_losses(m);
         nll += l.nll;
         tokens += l.valid;

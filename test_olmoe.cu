@@ -151,6 +151,7 @@ struct Device {
         for (size_t i = 0; i < count; i++) values[i] = (double)(float)v[i];
         return values;
     }
+    void spoil() { cudaCheck(cudaMemsetAsync(p, 0xff, n * sizeof(T), main_stream.stream)); }      // all NaN
     Ints ints() const {
         Vec v = get();
         return Ints(v.begin(), v.end());
@@ -436,27 +437,32 @@ static void test_linear() {
         std::string name = text("linear N %d I %d O %d ", N, I, O);
         Vec x = random_vec((size_t)N * I), w = random_vec((size_t)O * I), dy = random_vec((size_t)N * O);
         Vec y, y_old = random_vec((size_t)N * O), dx_old = random_vec((size_t)N * I);
-        Vec dw_old = random_vec((size_t)O * I), dx((size_t)N * I), dw = dw_old, y_added = y_old, dx_added = dx_old;
+        Vec dw_old = random_vec((size_t)O * I), dx((size_t)N * I), dw(dw_old.size());
+        Vec y_added = y_old, dx_added = dx_old, dw_added = dw_old;
         twin_linear(y, x, w, N, I, O);
         twin_linear_backward(dx, dw, dy, x, w, N, I, O);
         for (size_t i = 0; i < y.size(); i++) y_added[i] += y[i];
         for (size_t i = 0; i < dx.size(); i++) dx_added[i] += dx[i];
+        for (size_t i = 0; i < dw.size(); i++) dw_added[i] += dw[i];
 
         Device<floatX> d_x(x), d_w(w), d_dy(dy), d_y(y.size()), d_y_added(y_old);
-        Device<floatX> d_dx(dx.size()), d_dx_added(dx_old), d_dw(dw_old);
+        Device<floatX> d_dx(dx.size()), d_dx_added(dx_old), d_dw(dw.size()), d_dw_added(dw_old);
         Device<float> d_y32(y.size());
+        d_dw.spoil();
         matmul_forward(main_stream, (floatX*)d_y, d_x, d_w, N, I, O);
         matmul_forward(main_stream, (floatX*)d_y_added, d_x, d_w, N, I, O, 1);
         matmul_forward(main_stream, (float*)d_y32, d_x, d_w, N, I, O);
         matmul_backward_input(main_stream, d_dx, d_dy, d_w, N, I, O);
         matmul_backward_input(main_stream, d_dx_added, d_dy, d_w, N, I, O, 1);
-        matmul_backward_weight(main_stream, d_dw, d_dy, d_x, N, I, O);
+        matmul_backward_weight(main_stream, d_dw.p, d_dy, d_x, N, I, O, false);
+        matmul_backward_weight(main_stream, d_dw_added.p, d_dy, d_x, N, I, O, true);
         check(name + "y", d_y.get(), y, roundings(1, 2 + sqrt(I)));
         check(name + "y in fp32", d_y32.get(), y, roundings(0, 2 + sqrt(I)));
         check(name + "y +=", d_y_added.get(), y_added, roundings(1, 2 + sqrt(I)));
         check(name + "dx", d_dx.get(), dx, roundings(1, 2 + sqrt(O)));
         check(name + "dx +=", d_dx_added.get(), dx_added, roundings(1, 2 + sqrt(O)));
-        check(name + "dw +=", d_dw.get(), dw, roundings(1, 2 + sqrt(N)));
+        check(name + "dw", d_dw.get(), dw, roundings(1, 2 + sqrt(N)));
+        check(name + "dw +=", d_dw_added.get(), dw_added, roundings(1, 2 + sqrt(N)));
     }
 }
 
@@ -495,17 +501,22 @@ static void test_rmsnorm() {
     for (auto& [N, C] : shapes) {
         std::string name = text("rmsnorm N %d C %d ", N, C);
         Vec x = random_vec((size_t)N * C, 0.3), w = random_vec(C), dy = random_vec((size_t)N * C);
-        Vec dx = random_vec((size_t)N * C), dw = random_vec(C), y, r;
-        Device<floatX> d_x(x), d_w(w), d_dy(dy), d_dx(dx), d_dw(dw), d_y(x.size());
+        Vec dx = random_vec((size_t)N * C), dw = random_vec(C), first(C), y, r;
+        Device<floatX> d_x(x), d_w(w), d_dy(dy), d_dx(dx), d_dw(dw), d_first(C), d_y(x.size());
         Device<float> d_r(N), partial((size_t)SLABS * C);
         twin_rmsnorm(y, r, x, w, N, C, eps);
+        for (int i = 0; i < C; i++) first[i] = -dw[i];
         twin_rmsnorm_backward(dx, dw, dy, x, w, N, C, eps);
+        for (int i = 0; i < C; i++) first[i] += dw[i];
         rmsnorm_forward(d_y, d_r, d_x, d_w, N, C, eps);
         check(name + "y", d_y.get(), y, roundings(2, 5 + sqrt(C)));
         check(name + "1/rms", d_r.get(), r, roundings(0, 5 + sqrt(C)));
-        rmsnorm_backward(d_dx, d_dw, partial, d_dy, d_x, d_w, d_r, N, C);
+        rmsnorm_backward(d_dx, d_dw, true, partial, d_dy, d_x, d_w, d_r, N, C);
         check(name + "dx +=", d_dx.get(), dx, roundings(1, 10 + 2 * sqrt(C)));
         check(name + "dw +=", d_dw.get(), dw, roundings(1, 10 + sqrt(C) + sqrt(N)));
+        d_first.spoil();
+        rmsnorm_backward(d_dx, d_first, false, partial, d_dy, d_x, d_w, d_r, N, C);
+        check(name + "dw", d_first.get(), first, roundings(1, 10 + sqrt(C) + sqrt(N)));
 
         Vec out = x;                                            // rounded sums of rounded numbers, of which y is
         for (size_t i = 0; i < out.size(); i++) out[i] = rounded<floatX>(x[i] + dy[i]);
@@ -560,9 +571,9 @@ static void check_qk_norm_rope(const std::string& name, const Ints& positions, i
     Device<floatX> d_dqk(columns(dqkv32, N, 3 * C, 0, 2 * C));
     if (flash) {
         d_dqkv.put(dqkv32);                                     // of which v is read
-        qk_norm_rope_backward<floatX>(s, d_dqk, nullptr, 2 * C, g, a, p, d_positions, N, c);
+        qk_norm_rope_backward<floatX>(s, d_dqk, nullptr, 2 * C, g, true, a, p, d_positions, N, c);
     } else {
-        qk_norm_rope_backward(s, g, a, p, d_positions, N, c);
+        qk_norm_rope_backward(s, g, true, a, p, d_positions, N, c);
     }
     const int x = flash ? 2 : 1;                                // what leaves the rotation is rounded, too
     check(name + "dqkv", d_dqkv.get(), dqkv, roundings(x, 14 + 2 * sqrt(C)));
@@ -879,6 +890,9 @@ static void check_experts(const std::vector<ExpertsShape>& shapes) {
         Device<floatX> d_x(x), d_dout(dout), d_w_gate_up(w_gate_up), d_w_down(w_down);
         Device<floatX> d_dw_gate_up(dw_gate_up), d_dw_down(dw_down);
         twin_experts(y, x, experts, w_gate_up, w_down, N, K, C, F);
+        Vec first_gate_up(dw_gate_up.size()), first_down(dw_down.size()), unused = dx, unused_too = dweights;
+        twin_experts_backward(unused, first_gate_up, first_down, unused_too, dout, x, experts, weights, w_gate_up,
+                              w_down, N, K, C, F);
         twin_experts_backward(dx, dw_gate_up, dw_down, dweights, dout, x, experts, weights, w_gate_up, w_down, N, K, C,
                               F);
 
@@ -902,7 +916,7 @@ static void check_experts(const std::vector<ExpertsShape>& shapes) {
         swiglu_forward(d.s, d.a, (int)R, F);
         experts_down(d.s, p, row_counts, c);
         gather(dy.p, d_dout.p, d.assignment_of, (int)R, C, K);
-        experts_backward(d.s, g, d_dweights, d.a, p, d_weights, d.assignment_of, row_counts, c);
+        experts_backward(d.s, g, true, d_dweights, d.a, p, d_weights, d.assignment_of, row_counts, c);
         Ints row = d.row_of.ints();
         auto by_assignment = [&row](const Vec& v) {
             Vec sorted;
@@ -917,6 +931,17 @@ static void check_experts(const std::vector<ExpertsShape>& shapes) {
         check(name + "dw_gate_up +=", d_dw_gate_up.get(), dw_gate_up, roundings(6, t + sqrt(N)));
         check(name + "dw_down +=", d_dw_down.get(), dw_down, roundings(4, t + sqrt(N)));
         check(name + "dweights", d_dweights.get(), dweights, roundings(4, t));
+        d_dw_gate_up.spoil();
+        d_dw_down.spoil();
+        experts_backward(d.s, g, false, d_dweights, d.a, p, d_weights, d.assignment_of, row_counts, c);
+        check(name + "dw_gate_up", d_dw_gate_up.get(), first_gate_up, roundings(6, t + sqrt(N)));
+        check(name + "dw_down", d_dw_down.get(), first_down, roundings(4, t + sqrt(N)));
+        // a rank to which no rows came
+        d_dw_gate_up.spoil();
+        d_dw_down.spoil();
+        row_counts.here.assign(E, 0);
+        experts_backward(d.s, g, false, d_dweights, d.a, p, d_weights, d.assignment_of, row_counts, c);
+        check_true(name + "dw without rows", l2(d_dw_gate_up.get()) == 0 && l2(d_dw_down.get()) == 0);
     }
 }
 
@@ -982,11 +1007,11 @@ static void check_cross_entropy(const std::string& name, int N, int V, const Vec
     Activations a = {};
     a.logits = d_logits; a.losses = d_losses; a.targets = d_targets; a.target_weights = d_weights;
     // A logit near 100 and a log-sum-exp like it are right to 100 roundings, and so is their difference
-    cross_entropy(a, false, N, V);
+    cross_entropy(a, false, 0, N, V);
     if (V > 1) check(name + "losses", d_losses.get(), losses, roundings(0, 120 + sqrt(V)));
     else check_true(name + "losses are 0", l2(d_losses.get()) == 0);
     check_equal(name + "logits without a gradient", d_logits.get(), logits);
-    cross_entropy(a, true, N, V);
+    cross_entropy(a, true, 0, N, V);
     if (V > 1) check(name + "losses with dlogits", d_losses.get(), losses, roundings(0, 120 + sqrt(V)));
     if (V > 1) check(name + "dlogits", d_logits.get(), dlogits, roundings(1, 120 + sqrt(V)));
     else check_true(name + "dlogits are 0", l2(d_logits.get()) == 0);
@@ -1368,7 +1393,7 @@ static void vectors_rmsnorm() {
     Device<floatX> y(C), dx(Vec(C, 0.)), dw(Vec(C, 0.));
     Device<float> r(1), partial(SLABS * C);
     rmsnorm_forward(y, r, x, w, 1, C, 1e-5f);
-    rmsnorm_backward(dx, dw, partial, dy, x, w, r, 1, C);
+    rmsnorm_backward(dx, dw, true, partial, dy, x, w, r, 1, C);
     check("rmsnorm 1/rms", r.get(), {.5298121992}, printed(5) + roundings(0, 6));
     check("rmsnorm y", y.get(), {.5298122, -.5298122, 3.1788732, -.2649061}, printed(.1) + roundings(2, 8));
     // in bf16 dy is rounded also, and dx is a difference
@@ -1707,29 +1732,44 @@ struct Model {
         }
         return all;
     }
-    void forward(const MicroBatch& b) {
-        olmoe_set_batch(&m, b);
+    // The first micro-batch of a step, which must not need what is in the gradients, or a later one
+    void set_batch(const MicroBatch& b, bool accumulate) {
+        for (const Tensor& t : m.tensors)
+            if (floatX* g = t.in(m.grads); g && !accumulate)
+                cudaCheck(cudaMemsetAsync(g, 0xff, t.count * sizeof(floatX), main_stream.stream));      // NaN
+        olmoe_set_batch(&m, b, accumulate);
+    }
+    void forward(const MicroBatch& b, bool accumulate = false) {
+        set_batch(b, accumulate);
         olmoe_forward(&m);
     }
-    // After forward: adds the batch's gradients to those on the device
+    // After forward
     void backward(const Batch& b, int micro_batches, bool last = false) {
-        cross_entropy(m.acts, true, m.N, m.config.V);
+        olmoe_head(&m, true);
         olmoe_backward(&m, b.lb_coef, b.z_coef, micro_batches, last);
     }
-    Vec logits() const { return Device<floatX>::get_from(m.acts.logits, (size_t)m.N * m.config.V); }
+    // Of all tokens, chunk by chunk
+    Vec logits() {
+        Vec all;
+        for (int first = 0, n; first < m.N; first += n) {
+            n = std::min(m.capacity.classified, m.N - first);
+            olmoe_classify(&m, first, n);
+            append(&all, Device<floatX>::get_from(m.acts.logits, (size_t)n * m.config.V));
+        }
+        return all;
+    }
     // The loss alone, and the experts
     double loss(const Batch& b, Ints* chosen = nullptr) {
         forward(b);
-        cross_entropy(m.acts, false, m.N, m.config.V);
+        olmoe_head(&m, false);
         double loss = olmoe_losses(&m, b.lb_coef, b.z_coef).loss;
         if (chosen) *chosen = experts();
         return loss;
     }
-    // Forward and backward; adds to the gradients on the device unless `zero`
-    Outputs run(const Batch& b, bool zero = true) {
+    // Forward and backward
+    Outputs run(const Batch& b, bool accumulate = false) {
         Outputs out;
-        if (zero) olmoe_zero_grad(&m);
-        forward(b);
+        forward(b, accumulate);
         out.logits = logits();
         out.experts = experts();
         backward(b, b.micro_batches);
@@ -1908,7 +1948,7 @@ static void model_batches() {
     for (int j = 0; j < 2; j++) {
         Batch part = part_of(all, j, 1);
         part.micro_batches = 2;
-        got = model.run(part, j == 0);
+        got = model.run(part, j > 0);
         twin_model(want, c, model.params, part);
         loss += got.loss;
         want_loss += want.loss;
@@ -1925,6 +1965,77 @@ static void model_batches() {
     check_equal("smaller than allocated, logits", small.logits, exact.logits);
     check_equal("smaller than allocated, losses", Vec{small.loss, small.lb, small.z}, {exact.loss, exact.lb, exact.z});
     check_equal("smaller than allocated, gradients", small.grads, exact.grads);
+}
+
+// The head in chunks: losses alone, then with gradients, then the same added to them; against the twin, and against one
+// chunk, from which the gradient of lm_head may differ by the rounding of sums in fp32 only
+static void check_head(int N) {
+    const std::string name = text("head, N %d ", N);
+    const int C = 6, V = 11;
+    const OlmoeConfig c = model_shape(1, C, 1, V, 1, 1, 1);
+    Capacity capacity = {N, N, Use::gradients};
+    Model chunks(c, capacity);
+    capacity.classified = N;
+    Model one(c, capacity);
+    const Batch b = random_batch(c, 1, N);
+    const Vec params = random_params(c), x = random_vec((size_t)N * C);
+    Vec dw[2], dnorm[2], losses[2], dx[2];                      // one chunk, several
+    Model* models[] = {&one, &chunks};
+    for (int i : {0, 1}) {
+        Olmoe* m = &models[i]->m;
+        models[i]->set(params);
+        models[i]->set_batch(b, false);
+        Device<floatX> there(x);
+        copy_on_device(m->acts.x, there.p, there.n);
+        auto gradient = [&] { return Device<floatX>::get_from(m->grads.lm_head, (size_t)V * C); };
+        olmoe_head(m, false);
+        losses[i] = Device<float>::get_from(m->acts.losses, N);
+        olmoe_head(m, true);
+        check_equal(name + "losses with gradients", Device<float>::get_from(m->acts.losses, N), losses[i]);
+        dw[i] = gradient();
+        dnorm[i] = Device<floatX>::get_from(m->grads.final_norm, C);
+        dx[i] = Device<floatX>::get_from(m->scratch.dx, (size_t)N * C);
+        m->accumulate = true;
+        olmoe_head(m, true);
+        Vec twice = dw[i];
+        for (double& g : twice) g *= 2;
+        check(name + "dw +=", gradient(), twice, roundings(1, 2 + sqrt(N)));
+    }
+    const size_t at = one.params.size() - V * C;                // of lm_head, the last tensor; the last norm is before
+    const Vec w = slice(one.params, at, V * C), norm = slice(one.params, at - C, C);
+    Vec r, out, logits, want, dlogits, dw_want(V * C), dout((size_t)N * C), dx_want((size_t)N * C), dnorm_want(C);
+    twin_rmsnorm(out, r, x, norm, N, C, c.rms_norm_eps);
+    twin_linear(logits, out, w, N, C, V);
+    twin_cross_entropy(want, dlogits, logits, b.targets, b.weights, N, V);
+    twin_linear_backward(dout, dw_want, dlogits, out, w, N, C, V);
+    twin_rmsnorm_backward(dx_want, dnorm_want, dout, x, norm, N, C, c.rms_norm_eps);
+    // Rounded on the way: final_out twice, logits, dlogits, dbranch
+    const double t = 40 + 2 * sqrt(C) + sqrt(V);
+    check(name + "losses", losses[1], want, roundings(4, t));
+    check(name + "dw", dw[1], dw_want, roundings(8, t + sqrt(N)));
+    check(name + "dnorm", dnorm[1], dnorm_want, roundings(8, t + sqrt(N)));
+    check(name + "dx", dx[1], dx_want, roundings(8, t));
+    check(name + "losses of one chunk", losses[1], losses[0], roundings(2, t));
+    check(name + "dnorm of one chunk", dnorm[1], dnorm[0], roundings(2, t + sqrt(N)));
+    check(name + "dx of one chunk", dx[1], dx[0], roundings(2, t));
+    check(name + "dw of one chunk", dw[1], dw[0], roundings(0.1, 2 + sqrt(N)), false);
+}
+
+static void model_head() {
+    for (int N : {1, HEAD_ROWS - 1, HEAD_ROWS, HEAD_ROWS + 1, 2 * HEAD_ROWS + 3}) check_head(N);
+    // What the plan has for it
+    const int N = 3 * HEAD_ROWS;
+    const OlmoeConfig c = model_shape(1, 6, 1, 11, 1, 1, 1);
+    for (int classified : {0, N}) {
+        Olmoe m;
+        olmoe_plan(&m, c, {N, N, Use::gradients, 0, classified});
+        const size_t rows = classified ? N : HEAD_ROWS;
+        size_t logits = 0, sums = 0;
+        for (const Memory::Item& i : m.acts_memory.items) if (i.pointer == (void**)&m.acts.logits) logits = i.bytes;
+        for (const Memory::Item& i : m.backward_memory.items) if (i.pointer == (void**)&m.scratch.dhead) sums = i.bytes;
+        check_true(text("logits of %zu tokens", rows), logits == rows * c.V * sizeof(floatX));
+        check_true("sums of gradients", sums == (BF16 && !classified ? sizeof(float) * c.V * c.C : 0));
+    }
 }
 
 // Every --recompute level, and the same again, give the same bits
@@ -1975,7 +2086,7 @@ struct CachedModel {
 static Vec last_logits(Model& whole, const Ints& ids) {
     whole.forward(batch_of_rows(ids.data(), nullptr, 1, (int)ids.size()));
     const int V = whole.m.config.V;
-    return Device<floatX>::get_from(whole.m.acts.logits + (ids.size() - 1) * V, V);
+    return slice(whole.logits(), (ids.size() - 1) * V, V);
 }
 
 // With the cache of keys and values the logits are those of the whole sequences without it: prompts of several lengths
@@ -2270,7 +2381,6 @@ static std::array<Vec, 3> check_state(const std::string& name, const OlmoeConfig
     model.set(params);
     size_t wrong = 0;
     for (int step = 1; step <= 8; step++) {
-        olmoe_zero_grad(&model.m);
         model.forward(batch);
         model.backward(batch, 1);
         double norm = olmoe_grad_norm(&model.m);
@@ -2316,7 +2426,7 @@ static void model_state() {
     // Weights that only decay are rounded by the random numbers of their positions in the whole model.
     Model model(c, 2, 5, 0, "none", "fp32");
     model.set(Vec(params.size(), 1));
-    olmoe_zero_grad(&model.m);
+    for (const Tensor& t : model.m.tensors) clear_on_device(t.in(model.m.grads), t.count);
     o.seed = 77;
     olmoe_update(&model.m, 3, 0, o);
     Vec want;
@@ -2366,7 +2476,7 @@ static void model_nan() {
 static Outputs run_one_by_one(Model& model, const Batch& all) {
     Outputs sum;
     for (int s = 0; s < all.B(); s++) {
-        Outputs one = model.run(part_of(all, s, 1), s == 0);
+        Outputs one = model.run(part_of(all, s, 1), s > 0);
         append(&sum.logits, one.logits);
         append(&sum.losses, one.losses);
         sum.loss += one.loss;
@@ -3084,7 +3194,6 @@ static void check_ranks_model(const RanksModel& r) {
     model.set(params);
     std::string name = text("%d ranks, --ep %d, --zero %d, --recompute %d%s%s, ", W, r.ep, r.zero, r.recompute,
                             r.one_token ? ", one token" : "", r.lb_global ? ", --lb global" : "");
-    olmoe_zero_grad(&model.m);
     model.forward(rows_of(self));
     // Reading the logits waits for all streams, and would hide a missing wait for the counts of all ranks.
     if (!r.lb_global) check(name + "logits", model.logits(), want_logits, model_tolerance(c, 1e-5));
@@ -3116,6 +3225,7 @@ static void check_ranks_zero(const char* masters, const char* moments) {
     Batch batch = random_batch(c, B, T);
     for (int& id : batch.inputs) id = (id + world.rank) % c.V;  // each rank its own rows
     Vec results[2];
+    Vec padding;                                                // of the last share: the collectives send it
     double norms[2];
     size_t states[2];
     AdamWOptions o;
@@ -3126,7 +3236,6 @@ static void check_ranks_zero(const char* masters, const char* moments) {
         Model model(c, B, T, 0, masters, moments);
         model.set(params);
         for (int step = 1; step <= 2; step++) {
-            olmoe_zero_grad(&model.m);
             model.forward(batch);
             model.backward(batch, 1, true);
             norms[with] = olmoe_grad_norm(&model.m);
@@ -3134,6 +3243,9 @@ static void check_ranks_zero(const char* masters, const char* moments) {
         }
         results[with] = model.flat(model.m.params);
         states[with] = num_updated(model.m.tensors);
+        for (const Tensor& t : model.m.tensors)
+            for (floatX* p : {t.in(model.m.params), t.in(model.m.grads)})
+                append(&padding, Device<floatX>::get_from(p + t.count, t.allocated() - t.count));
     }
     std::string name = text("zero, %s masters, %s moments, ", masters, moments);
     const double rounding = BF16 ? UX : !strcmp(moments, "fp32") ? 1e-6 : 1e-3;
@@ -3141,6 +3253,7 @@ static void check_ranks_zero(const char* masters, const char* moments) {
     // MPI adds in the order of the ranks, whatever the collective
     if (NCCL_BY_MPI) check_equal(name + "parameters", results[1], results[0]);
     else check(name + "parameters", results[1], results[0], rounding);
+    check_true(name + text("%zu numbers fill up the last shares", padding.size()), l2(padding) == 0);
     check_true(name + "state is spread",
                states[0] == params.size() && states[1] < params.size() / W + model_tensors(c).size());
     // what one rank holds, all hold
@@ -3235,6 +3348,7 @@ static const Test tests[] = {
     {"model shapes", model_shapes, true},
     {"model, odd width", model_odd_width, true},
     {"model batches", model_batches, true},
+    {"model head", model_head, true},
     {"model recompute", model_recompute, true},
     {"model cache", model_cache, true},
     {"batch ragged", batch_ragged, true},

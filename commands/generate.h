@@ -132,7 +132,7 @@ void olmoe_decode(Olmoe* m, const Cache& cache, const int* inputs /* (n) */, con
         at_layer(l);
         decode_layer(m, cache, l);
     }
-    olmoe_classify(m, m->acts.x, n);
+    olmoe_classify(m, 0, n);
 }
 
 // Prompts of any lengths, each into its slot: their keys and values go into the cache, the logits (B, V) of each one's
@@ -168,7 +168,7 @@ void olmoe_prefill(Olmoe* m, const Cache& cache, const MicroBatch& prompts, cons
     copy_to_device(cache.slots, slots, B);
     attention_norm(m, L - 1);
     decode_layer(m, cache, L - 1);
-    olmoe_classify(m, a.x, B);
+    olmoe_classify(m, 0, B);
 }
 
 // ------------------------------------------------------------------------------------------------

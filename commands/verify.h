@@ -341,11 +341,8 @@ void verify_losses(Verify* v) {
     std::vector<float> losses;
     for (int s = 0; s < steps; s++) {
         if (s > 0) olmoe_forward(m);
-        cross_entropy(m->acts, r.backward, m->N, v->config.V);
-        if (r.backward) {
-            olmoe_zero_grad(m);
-            olmoe_backward(m, r.lb_coef, r.z_coef, 1);
-        }
+        olmoe_head(m, r.backward);
+        if (r.backward) olmoe_backward(m, r.lb_coef, r.z_coef, 1);
         const Losses l = olmoe_losses(m, r.lb_coef, r.z_coef);
         losses.push_back((float)l.loss);
         if (s == 0) {
@@ -380,11 +377,13 @@ int command_verify(int argc, char** argv) {
     device_open();
     Capacity capacity = capacity_of_rows(v.config, r.B, r.T, use);
     capacity.T = *std::max_element(r.lengths.begin(), r.lengths.end());
+    capacity.classified = capacity.N;       // all logits are compared
     olmoe_allocate(&v.model, v.config, capacity);
     olmoe_load(&v.model, dir);
     printf("%-58s %9s  %8s\n", "tensor", "error", "of limit");
     olmoe_set_batch(&v.model, reference_batch(r));
     olmoe_forward(&v.model);
+    olmoe_classify(&v.model, 0, v.model.N);
     verify_logits(&v);
     verify_routers(&v);
     verify_losses(&v);

@@ -177,8 +177,8 @@ def test_ranges(data, tmp_path):
     assert result.returncode == 0, result.stderr
     ranges = {path: count["calls"] for path, count in json.loads(result.stderr)["ranges"].items()}
     layers = {f"step 2/{phase}/layer {l}": 2 for phase in ("forward", "backward") for l in (0, 1)}
-    assert ranges == {"step 2": 1, "step 2/forward": 2, "step 2/backward": 2, "step 2/losses": 2, "step 2/agreement": 1,
-                      "step 2/update": 1, **layers}
+    assert ranges == {"step 2": 1, "step 2/forward": 2, "step 2/head": 2, "step 2/backward": 2, "step 2/losses": 2,
+                      "step 2/agreement": 1, "step 2/update": 1, **layers}
     ms = {path: count["ms"] for path, count in json.loads(result.stderr)["ranges"].items()}
     assert 0 < sum(ms[path] for path in layers) < ms["step 2/forward"] + ms["step 2/backward"] < ms["step 2"]
 
