@@ -2134,6 +2134,72 @@ static void check_cache(const OlmoeConfig& c) {
     }
 }
 
+// Queries at these positions against a cache, in which all that they must not read is NaN. `spread`: of the scores
+static void check_cached_attention(const Ints& positions, int H, int D, double spread) {
+    const int N = (int)positions.size(), S = N + 1, C = H * D;
+    const int P = *std::max_element(positions.begin(), positions.end()) + 2;
+    const std::string name = text("cached attention H %d D %d spread %g ", H, D, spread);
+    const size_t layer = (size_t)S * H * P * D;
+    OlmoeConfig c;
+    c.C = C; c.H = H;
+    Vec qk = random_vec((size_t)N * 2 * C, sqrt(spread)), k(2 * layer, NAN), v(2 * layer, NAN), out((size_t)N * C);
+    Ints slots(N);
+    for (int n = 0; n < N; n++) slots[n] = (n * 2 + 1) % S;     // in another order than the rows; S may be even
+    for (int n = 0; n < N; n++)
+        if (std::count(slots.begin(), slots.begin() + n, slots[n])) slots[n] = n * 2 % S;
+    for (int n = 0; n < N; n++)
+        for (int h = 0; h < H; h++) {
+            const int T = positions[n] + 1;
+            const size_t at = layer + ((size_t)slots[n] * H + h) * P * D;
+            const Vec keys = random_vec((size_t)T * D, sqrt(spread)), values = random_vec((size_t)T * D);
+            std::copy(keys.begin(), keys.end(), k.begin() + at);
+            std::copy(values.begin(), values.end(), v.begin() + at);
+            Vec scores(T);
+            double largest = -INFINITY, sum = 0;
+            for (int j = 0; j < T; j++) {
+                for (int i = 0; i < D; i++) scores[j] += qk[(size_t)n * 2 * C + h * D + i] * keys[j * D + i] / sqrt(D);
+                largest = std::max(largest, scores[j]);
+            }
+            for (double& s : scores) sum += s = exp(s - largest);
+            for (int j = 0; j < T; j++)
+                for (int i = 0; i < D; i++) out[(size_t)n * C + h * D + i] += scores[j] / sum * values[j * D + i];
+        }
+    Device<floatX> d_qk(qk), d_k(k), d_v(v), d_out(out.size());
+    Device<float> partial((size_t)N * C * ceil_div(P, CACHE_PART));
+    Device<float2> terms((size_t)N * H * ceil_div(P, CACHE_PART));
+    Device<int> d_slots(slots), d_positions(positions);
+    LayerActivations a = {};
+    a.qk = d_qk; a.attn = d_out;
+    Cache cache;
+    cache.S = S; cache.P = P; cache.keys = d_k; cache.values = d_v; cache.partial = partial; cache.terms = terms;
+    cache.slots = d_slots;
+    const int token = 0;
+    MicroBatch batch;
+    for (int position : positions) batch_add(&batch, &token, nullptr, 1, 0, position);
+    attention_cached(a, cache, 1, d_positions, batch, c);
+    const Vec together = d_out.get();
+    check(name + "o", together, out, roundings(1, 40 + 8 * spread + sqrt(P)));
+    Vec alone;
+    for (int n = 0; n < N; n++) {
+        MicroBatch one;
+        batch_add(&one, &token, nullptr, 1, 0, positions[n]);
+        cache.slots = d_slots + n;
+        a.qk = d_qk + (size_t)n * 2 * C;
+        attention_cached(a, cache, 1, d_positions + n, one, c);
+        append(&alone, Device<floatX>::get_from(d_out, C));
+    }
+    check_equal(name + "alone", alone, together);
+}
+
+static void test_cached_attention() {
+    const Ints lengths = {63, 0, 64, 256, 62, 300, 128};        // positions: one less than the keys
+    for (auto& [H, D] : std::initializer_list<std::pair<int, int>>{{2, 3}, {3, 8}, {1, 20}, {2, 64}, {1, 72}, {2, 128},
+                                                                   {1, 136}, {1, 264}})
+        for (double spread : {1., 20.}) check_cached_attention(lengths, H, D, spread);
+    check_cached_attention({0}, 1, 16, 1);
+    check_cached_attention({1000}, 1, 64, 5);
+}
+
 // Prompts of very different lengths at the same time, one of them longer than a block of attention, against each alone.
 // Every token goes to all experts, so that rounding can't change the routing.
 static void check_prompts() {
@@ -3328,6 +3394,7 @@ static const Test tests[] = {
     {"kernel attention", test_attention, true},
     {"kernel flash attention", test_flash_attention, true},
     {"kernel flash attention sdpa", test_flash_attention_sdpa, true},
+    {"kernel cached attention", test_cached_attention, true},
     {"kernel router", test_router, true},
     {"kernel dispatch and combine", test_dispatch, true},
     {"kernel swiglu", test_swiglu, true},

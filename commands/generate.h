@@ -14,12 +14,21 @@
 // Cached attention. Keys and values of a layer stay in a cache (S, H, P, D): P positions for each of S sequences, which
 // have a "slot" each. A head's are together, because they are read together. A row of the micro-batch belongs to
 // sequence slots[row].
+//
+// One query attends to all keys before it. Alone, a head has too little work for a GPU, and so its keys are split into
+// parts of CACHE_PART, each a warp's, which a second kernel combines (flash-decoding, Dao et al. 2023). The parts
+// depend on positions alone: what a sequence gets does not depend on the others.
+
+constexpr int CACHE_PART = 64;
+constexpr int CACHE_COLUMNS = WARP == 1 ? PER_LANE : 16 / sizeof(floatX);       // of a key or value: a lane's at a time
+constexpr int CACHE_KEYS = WARP == 1 ? 1 : 8;                                   // that a warp loads at the same time
 
 struct Cache {
     int S = 0, P = 0;           // sequences, positions of each
     floatX* keys;               // (L, S, H, P, D)
     floatX* values;             // (L, S, H, P, D)
-    float* scores;              // (S, H, P) scratch
+    float* partial;             // (S, H, ceil(P / CACHE_PART), D) scratch: attention to a part of the keys, ...
+    float2* terms;              // (S, H, ceil(P / CACHE_PART)) ... its largest score m, and the sum of exp(score - m)
     int* slots;                 // (N) of the rows at work
     int* last;                  // (S) rows whose logits are asked for
     floatX* x;                  // (S, C) their residual stream
@@ -37,46 +46,114 @@ __global__ void cache_store_kernel(floatX* keys, floatX* values, const floatX* q
     for (int i = lane; i < D; i += WARP) values[to + i] = v[i];
 }
 
-// One query q of a sequence, at position t:   P = softmax_j(q k_j / sqrt(D)) over j <= t,   o = sum_j P_j v_j
-// One warp per row and head; P is rounded as in attention_softmax_forward_kernel. Reads the cache once: 2 C floatX for
-// each of a sequence's positions.
-__global__ void attention_cached_kernel(floatX* out, float* scores, const floatX* qk, const floatX* keys,
-                                        const floatX* values, const int* slots, const int* positions, int N, int H,
-                                        int D, int P, float scale) {
-    size_t warp = thread_index() / WARP, row = warp / H, head = warp % H;
-    int lane = threadIdx.x % WARP, C = H * D;
-    if (row >= (size_t)N) return;
-    size_t cached = (slots[row] * (size_t)H + head) * P * D;
-    const floatX *q = qk + row * 2 * C + head * D, *k = keys + cached, *v = values + cached;
-    int keys_here = positions[row] + 1;
-    scores += warp * P;
+// sum_i a_i b_i of a lane's n columns: 16 bytes, or few, or a CPU's whole row
+template <int COLUMNS> __device__ inline float product(const floatX* a, const floatX* b, int n) {
+    float sum = 0;
+    if constexpr (COLUMNS * sizeof(floatX) == 16) {
+        alignas(16) floatX x[COLUMNS], y[COLUMNS];
+        *(uint4*)x = *(const uint4*)a;
+        *(uint4*)y = *(const uint4*)b;
+        UNROLL for (int i = 0; i < COLUMNS; i++) sum += (float)x[i] * (float)y[i];
+    } else {
+        for (int i = 0; i < n; i++) sum += (float)a[i] * (float)b[i];
+    }
+    return sum;
+}
 
-    for (int j = 0; j < keys_here; j++) {
-        float dot = 0;
-        const floatX* key = k + (size_t)j * D;
-        for (int i = lane; i < D; i += WARP) dot += (float)q[i] * (float)key[i];
-        dot = warp_sum(dot) * scale;
-        if (lane == 0) scores[j] = dot;
+// sum_i += p v_i, for the first n of a lane's columns
+template <int COLUMNS> __device__ inline void add_scaled(float (&sum)[COLUMNS], float p, const floatX* v, int n) {
+    if constexpr (COLUMNS * sizeof(floatX) == 16) {
+        alignas(16) floatX x[COLUMNS];
+        *(uint4*)x = *(const uint4*)v;
+        UNROLL for (int i = 0; i < COLUMNS; i++) sum[i] += p * (float)x[i];
+    } else if (n >= COLUMNS) {
+        for (int i = 0; i < COLUMNS; i++) sum[i] += p * (float)v[i];
+    } else {
+        for (int i = 0; i < n; i++) sum[i] += p * (float)v[i];
     }
-    __syncwarp();
-    float max = -INFINITY, sum = 0;
-    for (int j = lane; j < keys_here; j += WARP) max = fmaxf(max, scores[j]);
-    max = warp_max(max);
-    for (int j = lane; j < keys_here; j += WARP) sum += expf(scores[j] - max);
-    float lse = max + logf(warp_sum(sum));
-    for (int j = lane; j < keys_here; j += WARP) scores[j] = (float)(floatX)expf(scores[j] - lse);
-    __syncwarp();
-    for (int column = lane; column < D; column += CHUNK) {
-        float total[PER_LANE] = {};
-        for (int j = 0; j < keys_here; j++) {
-            const floatX* value = v + (size_t)j * D;
-            float p = scores[j];
-            for (int c = 0; c < PER_LANE; c++)
-                if (column + c * WARP < D) total[c] += p * (float)value[column + c * WARP];
+}
+
+// One query q of a sequence, at position t, and one part of the keys j <= t:
+//     s_j = q k_j / sqrt(D),   m = max_j s_j,   o = sum_j exp(s_j - m) v_j,   l = sum_j exp(s_j - m)
+// One warp per row, head and part. Key j of the part is lane j % WARP's. Reads the part of the cache once: 2 D floatX a
+// key.
+template <int COLUMNS>
+__global__ void attention_cached_kernel(float* partial, float2* terms, const floatX* __restrict__ qk,
+                                        const floatX* __restrict__ keys, const floatX* __restrict__ values,
+                                        const int* slots, const int* positions, int N, int H, int D, int P, int parts,
+                                        float scale) {
+    const size_t warp = thread_index() / WARP, row = warp / parts / H, head = warp / parts % H;
+    const int lane = threadIdx.x % WARP, first = (int)(warp % parts) * CACHE_PART;
+    if (row >= (size_t)N || first > positions[row]) return;
+    const int last = min(CACHE_PART, positions[row] + 1 - first) - 1;
+    const size_t cached = ((slots[row] * (size_t)H + head) * P + first) * D;
+    const floatX *q = qk + row * 2 * H * D + head * D, *k = keys + cached, *v = values + cached;
+
+    float scores[CACHE_PART / WARP], max = -INFINITY, sum = 0;
+    const int columns = WARP == 1 ? D : COLUMNS;
+    UNROLL for (int i = 0; i < CACHE_PART / WARP; i++) {
+        scores[i] = -INFINITY;
+        for (int at = 0; at < WARP && i * WARP + at <= last; at += CACHE_KEYS) {
+            float dots[CACHE_KEYS] = {};
+            for (int c = lane * columns; c < D; c += WARP * columns)
+                UNROLL for (int j = 0; j < CACHE_KEYS; j++)
+                    dots[j] += product<COLUMNS>(q + c, k + (size_t)min(i * WARP + at + j, last) * D + c, columns);
+            UNROLL for (int j = 0; j < CACHE_KEYS; j++) {
+                const float dot = warp_sum(dots[j]) * scale;
+                if (lane == at + j && i * WARP + at + j <= last) scores[i] = dot;
+            }
         }
-        for (int c = 0; c < PER_LANE; c++)
-            if (column + c * WARP < D) out[row * C + head * D + column + c * WARP] = (floatX)total[c];
     }
+    UNROLL for (int i = 0; i < CACHE_PART / WARP; i++) max = fmaxf(max, scores[i]);
+    max = warp_max(max);
+    UNROLL for (int i = 0; i < CACHE_PART / WARP; i++) sum += scores[i] = expf(scores[i] - max);
+    sum = warp_sum(sum);
+    if (lane == 0) terms[warp] = {max, sum};
+
+    for (int begin = 0; begin < D; begin += WARP * COLUMNS) {
+        const int c = begin + lane * COLUMNS;
+        float total[COLUMNS] = {};
+        UNROLL for (int i = 0; i < CACHE_PART / WARP; i++)
+            for (int at = 0; at < WARP && i * WARP + at <= last; at += CACHE_KEYS)
+                UNROLL for (int j = 0; j < CACHE_KEYS; j++) {
+                    const float p = __shfl_sync(0xffffffff, scores[i], at + j);     // 0 for keys after the last
+                    const floatX* value = v + (size_t)min(i * WARP + at + j, last) * D + c;
+                    if (c < D) add_scaled<COLUMNS>(total, p, value, D - c);
+                }
+        float* to = partial + warp * D + c;
+        if constexpr (COLUMNS * sizeof(floatX) == 16) {
+            UNROLL for (int i = 0; i < COLUMNS; i += 4)
+                if (c < D) *(float4*)(to + i) = {total[i], total[i + 1], total[i + 2], total[i + 3]};
+        } else {
+            for (int i = 0; i < COLUMNS; i++) if (c + i < D) to[i] = total[i];
+        }
+    }
+}
+
+// The parts i of all keys:   m = max_i m_i,   o = sum_i exp(m_i - m) o_i / sum_i exp(m_i - m) l_i
+// One warp per row, head and slice of COMBINE_COLUMNS columns.
+constexpr int COMBINE_LANE = WARP == 1 ? PER_LANE : 1, COMBINE_COLUMNS = WARP * COMBINE_LANE;
+
+__global__ void attention_combine_kernel(floatX* out, const float* __restrict__ partial,
+                                         const float2* __restrict__ terms, const int* positions, int N, int H, int D,
+                                         int parts, int slices) {
+    const size_t warp = thread_index() / WARP, head = warp / slices;        // of all rows
+    const int lane = threadIdx.x % WARP, column = (int)(warp % slices) * COMBINE_COLUMNS + lane;
+    if (head >= (size_t)N * H) return;
+    const int mine = positions[head / H] / CACHE_PART + 1;      // parts that have keys for this row
+    partial += head * parts * D; terms += head * parts;
+
+    float max = -INFINITY, sum = 0, total[COMBINE_LANE] = {};
+    for (int i = lane; i < mine; i += WARP) max = fmaxf(max, terms[i].x);
+    max = warp_max(max);
+    for (int i = 0; i < mine; i++) {
+        const float factor = expf(terms[i].x - max);
+        sum += factor * terms[i].y;
+        for (int c = 0; c < COMBINE_LANE; c++)
+            if (column + c * WARP < D) total[c] += factor * partial[(size_t)i * D + column + c * WARP];
+    }
+    for (int c = 0; c < COMBINE_LANE; c++)
+        if (column + c * WARP < D) out[head * D + column + c * WARP] = (floatX)(total[c] / sum);
 }
 
 // The keys and values of layer l into the cache
@@ -87,13 +164,25 @@ void cache_store(const Cache& cache, const LayerActivations& a, int l, const int
            cache.slots, positions, N, c.H, c.C / c.H, cache.P);
 }
 
-// attn from qk and the cache of layer l
-void attention_cached(LayerActivations& a, const Cache& cache, int l, const int* positions /* (N) */, int N,
-                      const OlmoeConfig& c) {
-    const int D = c.C / c.H;
-    const size_t layer = (size_t)l * cache.S * cache.P * c.C;
-    LAUNCH(attention_cached_kernel, blocks_for_rows((size_t)N * c.H), a.attn, cache.scores, a.qk, cache.keys + layer,
-           cache.values + layer, cache.slots, positions, N, c.H, D, cache.P, 1 / sqrtf((float)D));
+// attn from qk and the cache of layer l, for rows that are one a sequence. COLUMNS: of a lane at a time
+template <int COLUMNS>
+void attention_cached(LayerActivations& a, const Cache& cache, int l, const int* positions /* (N) */,
+                      const MicroBatch& batch, const OlmoeConfig& c) {
+    const int N = batch.N(), H = c.H, D = c.C / H, slices = ceil_div(D, COMBINE_COLUMNS);
+    const int parts = *std::max_element(batch.positions.begin(), batch.positions.end()) / CACHE_PART + 1;
+    const size_t layer = (size_t)l * cache.S * cache.P * c.C, rows = (size_t)N * H;
+    LAUNCH(attention_cached_kernel<COLUMNS>, blocks_for_rows(rows * parts), cache.partial, cache.terms, a.qk,
+           cache.keys + layer, cache.values + layer, cache.slots, positions, N, H, D, cache.P, parts,
+           1 / sqrtf((float)D));
+    LAUNCH(attention_combine_kernel, blocks_for_rows(rows * slices), a.attn, cache.partial, cache.terms, positions, N,
+           H, D, parts, slices);
+}
+
+void attention_cached(LayerActivations& a, const Cache& cache, int l, const int* positions /* (N) */,
+                      const MicroBatch& batch, const OlmoeConfig& c) {
+    if (WARP == 1 || c.C / c.H % CACHE_COLUMNS == 0)
+        attention_cached<CACHE_COLUMNS>(a, cache, l, positions, batch, c);
+    else attention_cached<1>(a, cache, l, positions, batch, c);
 }
 
 // Between olmoe_plan and olmoe_allocate: room for S sequences of up to P tokens.
@@ -104,7 +193,8 @@ void cache_plan(Cache* cache, Olmoe* m, int S, int P) {
     cache->P = P;
     m->cache_memory.add(positions * c.C, &cache->keys);
     m->cache_memory.add(positions * c.C, &cache->values);
-    m->cache_memory.add((size_t)S * c.H * P, &cache->scores);
+    m->cache_memory.add((size_t)S * c.C * ceil_div(P, CACHE_PART), &cache->partial);
+    m->cache_memory.add((size_t)S * c.H * ceil_div(P, CACHE_PART), &cache->terms);
     m->cache_memory.add(m->capacity.N, &cache->slots);
     m->cache_memory.add(S, &cache->last);
     m->cache_memory.add((size_t)S * c.C, &cache->x);
@@ -115,7 +205,7 @@ void decode_layer(Olmoe* m, const Cache& cache, int l) {
     LayerActivations& a = m->acts.layers[l];
     attention_inputs(m, l);
     cache_store(cache, a, l, m->acts.positions, m->N, m->config);
-    attention_cached(a, cache, l, m->acts.positions, m->N, m->config);
+    attention_cached(a, cache, l, m->acts.positions, m->batch, m->config);
     attention_output(m, l);
     experts_block(m, l);
 }
