@@ -1343,11 +1343,12 @@ template <typename T> __global__ void gather_kernel(T* out, const T* x, const in
     for (int i = lane; i < C; i += WARP) out[row * C + i] = x[i];
 }
 
-// row_of, assignment_of and counts, from the experts
+// row_of, assignment_of and counts, from the experts. The host may have the counts before the rest is done.
 void dispatch(LayerActivations& a, Scratch& s, int R, int E) {
     int slabs = ceil_div(R, DISPATCH_SLAB);
     LAUNCH(dispatch_count_kernel, blocks_for_rows(slabs), s.histogram, a.experts, R, E, slabs);
     LAUNCH(dispatch_scan_kernel, blocks_for(E), a.counts, s.histogram, E, slabs);
+    cudaCheck(cudaEventRecord(copy_event, main_stream.stream));
     LAUNCH(dispatch_place_kernel, blocks_for_rows(slabs), a.row_of, a.assignment_of, s.histogram, a.counts, a.experts,
            R, E, slabs);
 }
@@ -1362,19 +1363,17 @@ void gather(T* out /* (R, C) */, const T* x /* (N, C) */, const int* index /* (R
 // ordered by expert, and within it by rank, so that an expert's rows are one matrix. Nothing is padded, nothing
 // dropped.
 
-// Fills in rows->arrived (G, E/G) from the counts of all ranks of the group, and waits: the next calls need it on the
-// host. Needs no comm_after_main: count_rows has copied counts to the host, so the main stream is done with them.
-void exchange_counts(RowCounts* rows, int* arrivals /* (G, E/G) */, const int* counts /* (E) */, int E, int layer) {
+// arrivals (G, E/G) from the counts of all ranks of the group, as soon as dispatch has counted
+void exchange_counts(int* arrivals /* (G, E/G) */, const int* counts /* (E) */, int E, int layer) {
     int G = expert_group.size, mine = E / G;
-    comm_after_main();
+    cudaCheck(cudaStreamWaitEvent(comm_stream, copy_event, 0));
+    waited(comm_stream);
     collective("exchange of counts", layer, COUNTS, (size_t)(E - mine) * sizeof(int), [&] {
         for (int g = 0; g < G; g++) {
             ncclCheck(ncclSend(counts + g * mine, mine, ncclInt, g, expert_group.comm, comm_stream));
             ncclCheck(ncclRecv(arrivals + g * mine, mine, ncclInt, g, expert_group.comm, comm_stream));
         }
     });
-    cudaCheck(cudaMemcpyAsync(rows->arrived.data(), arrivals, E * sizeof(int), cudaMemcpyDeviceToHost, comm_stream));
-    cudaCheck(cudaStreamSynchronize(comm_stream));
 }
 
 // Rows of `width` elements to the ranks of their experts, or from there back to where they came from
@@ -1462,8 +1461,25 @@ __global__ void swiglu_backward_kernel(floatX* dgate_up, floatX* weighted_h, flo
     if (lane == 0) dweights[a] = dot;
 }
 
-// For each expert that has rows, in a stream of its own: body(stream, expert, first row, rows). The rows of an expert
-// follow those of the experts before it; `rows` (experts) is on the host. The expert streams go on from where the main
+// An expert's rows [first, first + n), and the stream that multiplies them
+struct ExpertRows { size_t expert, first; int n, stream; };
+
+// The experts that have rows, in the order of their launch: the largest first, each in the stream that has the fewest
+// rows so far, so that the streams end at about the same time. The rows of an expert follow those of the experts
+// before it; `rows` (experts) is on the host.
+std::vector<ExpertRows> expert_order(const std::vector<int>& rows) {
+    std::vector<ExpertRows> order;
+    size_t first = 0, given[EXPERT_STREAMS] = {};
+    for (size_t e = 0; e < rows.size(); first += rows[e++]) if (rows[e] > 0) order.push_back({e, first, rows[e], 0});
+    std::stable_sort(order.begin(), order.end(), [](auto& a, auto& b) { return a.n > b.n; });
+    for (ExpertRows& e : order) {
+        e.stream = (int)(std::min_element(given, given + EXPERT_STREAMS) - given);
+        given[e.stream] += e.n;
+    }
+    return order;
+}
+
+// For each expert that has rows: body(stream, expert, first row, rows). The expert streams go on from where the main
 // stream is, and the main stream from where all of them are.
 template <typename Body> void for_experts(const std::vector<int>& rows, Body body) {
     cudaCheck(cudaEventRecord(main_stream.event, main_stream.stream));
@@ -1471,9 +1487,7 @@ template <typename Body> void for_experts(const std::vector<int>& rows, Body bod
         cudaCheck(cudaStreamWaitEvent(s.stream, main_stream.event, 0));
         waited(s.stream);
     }
-    size_t first = 0;
-    for (size_t e = 0; e < rows.size(); first += rows[e++])
-        if (rows[e] > 0) body(expert_streams[e % EXPERT_STREAMS], e, first, rows[e]);
+    for (const ExpertRows& e : expert_order(rows)) body(expert_streams[e.stream], e.expert, e.first, e.n);
     for (Stream& s : expert_streams) {
         cudaCheck(cudaEventRecord(s.event, s.stream));
         cudaCheck(cudaStreamWaitEvent(main_stream.stream, s.event, 0));
@@ -2101,27 +2115,36 @@ void route(Olmoe* m, int l) {
     dispatch(a, m->scratch, m->R, c.E);
 }
 
-// Waits for the router: the host gives the experts' matmuls their shapes.
+// Waits until dispatch has counted, and not for what the main stream does next: the host gives the experts' matmuls
+// their shapes.
 void count_rows(Olmoe* m, int l) {
-    const int E = m->config.E, mine = E / expert_group.size;
+    const int E = m->config.E, mine = E / expert_group.size, *counts = m->acts.layers[l].counts;
     RowCounts& rows = m->rows[l];
+    if (expert_group.size > 1) exchange_counts(m->scratch.arrivals, counts, E, l);
+    cudaCheck(cudaStreamWaitEvent(copy_stream, copy_event, 0));
+    waited(copy_stream);
     rows.sent.resize(E);
-    copy_to_host(rows.sent.data(), m->acts.layers[l].counts, E);
+    copy_to_host(rows.sent.data(), counts, E, copy_stream);
+    launched("counts to the host", copy_stream);
     rows.arrived = rows.sent;
-    if (expert_group.size > 1) exchange_counts(&rows, m->scratch.arrivals, m->acts.layers[l].counts, E, l);
+    if (expert_group.size > 1) copy_to_host(rows.arrived.data(), m->scratch.arrivals, E, comm_stream);
     rows.here.assign(mine, 0);
     for (int i = 0; i < E; i++) rows.here[i % mine] += rows.arrived[i];
     if (expert_group.size > 1) reserve_rows(m, l, rows.total());
 }
 
-// expert_in: rows of ffn_in in the order of the experts, with --ep those of all ranks for this rank's experts
-void rows_to_experts(Olmoe* m, int l) {
-    const int C = m->config.C;
+// Rows of ffn_in in the order of the experts: expert_in, with --ep home_rows
+void gather_rows(Olmoe* m, int l) {
     LayerActivations& a = m->acts.layers[l];
-    const bool alone = expert_group.size == 1;
-    floatX* home_rows = m->scratch.home_rows;
-    gather(alone ? a.expert_in : home_rows, a.ffn_in, a.assignment_of, m->R, C, m->config.K);
-    if (!alone) exchange_rows(a.expert_in, home_rows, m->rows[l], C, Way::to_experts, "dispatch to the experts", l);
+    floatX* rows = expert_group.size == 1 ? a.expert_in : m->scratch.home_rows;
+    gather(rows, a.ffn_in, a.assignment_of, m->R, m->config.C, m->config.K);
+}
+
+// With --ep: expert_in, the rows of all ranks for this rank's experts
+void rows_to_experts(Olmoe* m, int l) {
+    if (expert_group.size == 1) return;
+    exchange_rows(m->acts.layers[l].expert_in, m->scratch.home_rows, m->rows[l], m->config.C, Way::to_experts,
+                  "dispatch to the experts", l);
 }
 
 // The residual stream after the layer: x_mid + sum_k w_k y_k. In it the next layer begins: attn_in.
@@ -2131,6 +2154,7 @@ void experts_block(Olmoe* m, int l) {
     LayerActivations& a = m->acts.layers[l];
     Scratch& s = m->scratch;
     route(m, l);
+    gather_rows(m, l);                      // while the host waits for the counts
     count_rows(m, l);
     rows_to_experts(m, l);
     experts_gate_up(a, p, m->rows[l], c);
@@ -2156,11 +2180,13 @@ void recompute_layer(Olmoe* m, int l) {
     if (m->capacity.recompute == 1) {
         qk_norm_rope_forward(a, p, m->scratch, m->acts.positions, m->N, c);
         rmsnorm_forward(a.ffn_in, a.ffn_r, a.x_mid, p.ffn_norm, m->N, c.C, c.rms_norm_eps);
+        gather_rows(m, l);
         rows_to_experts(m, l);
     }
     if (m->capacity.recompute == 2) {
         attention_block(m, l);
         route(m, l);
+        gather_rows(m, l);
         rows_to_experts(m, l);
         experts_gate_up(a, p, m->rows[l], c);
     }

@@ -873,6 +873,21 @@ static void test_dispatch() {
 
 struct ExpertsShape { int N, K, E, C, F; bool one; };
 
+// The largest first, to the stream with the fewest rows; of equal ones the lower number
+static void test_expert_order() {
+    const Ints rows = {5, 0, 9, 5, 1, 7, 5, 5, 5, 5, 5, 3};
+    Ints experts, streams, firsts, counts;
+    for (const ExpertRows& e : expert_order(rows)) {
+        experts.push_back((int)e.expert); streams.push_back(e.stream);
+        firsts.push_back((int)e.first); counts.push_back(e.n);
+    }
+    check_equal("order of experts", experts, Ints{2, 5, 0, 3, 6, 7, 8, 9, 10, 11, 4});
+    check_equal("their rows", counts, Ints{9, 7, 5, 5, 5, 5, 5, 5, 5, 3, 1});
+    check_equal("their first rows", firsts, Ints{5, 20, 0, 14, 27, 32, 37, 42, 47, 52, 19});
+    check_equal("their streams", streams, Ints{0, 1, 2, 3, 4, 5, 6, 7, 2, 3, 4});
+    check_true("no rows", expert_order(Ints(4, 0)).empty());
+}
+
 // Through dispatch and gather, so that the twin needs to know nothing of the order of rows
 static void check_experts(const std::vector<ExpertsShape>& shapes) {
     for (auto& [N, K, E, C, F, one] : shapes) {
@@ -3189,7 +3204,9 @@ static void ranks_exchange() {
         for (int g = 0; g < G; g++) append(&want_arrived, slice(sent[g], self * mine, mine));
         Device<int> values(sent[self]), counts(E), arrivals(E);
         copy_on_device(counts.p, values.p, E);                  // for which nothing has waited yet
-        exchange_counts(&rows, arrivals, counts, E, 0);
+        cudaCheck(cudaEventRecord(copy_event, main_stream.stream));
+        exchange_counts(arrivals, counts, E, 0);
+        copy_to_host(rows.arrived.data(), arrivals.p, E, comm_stream);
         check_equal(name + "arrivals", rows.arrived, want_arrived);
         for (int width : {1, 7, 24}) {
             Vec out, want;
@@ -3398,6 +3415,7 @@ static const Test tests[] = {
     {"kernel router", test_router, true},
     {"kernel dispatch and combine", test_dispatch, true},
     {"kernel swiglu", test_swiglu, true},
+    {"kernel experts, their order", test_expert_order, true},
     {"kernel experts", test_experts, true},
     {"kernel experts, odd width", test_experts_odd_width, true},
     {"kernel cross entropy", test_cross_entropy, true},

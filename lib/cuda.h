@@ -126,15 +126,18 @@ static int main_device = 0;                     // this rank's GPU
 static Stream main_stream;                      // everything, in order, except
 static Stream expert_streams[EXPERT_STREAMS];   // the matmuls of the experts
 static cudaStream_t comm_stream;                // the collectives
+static cudaStream_t copy_stream;                // copies to the host that wait for a part of the main stream,
+static cudaEvent_t copy_event;                  // which is what comes before this
 
 std::vector<cudaStream_t> all_streams() {
-    std::vector<cudaStream_t> streams = {main_stream.stream, comm_stream};
+    std::vector<cudaStream_t> streams = {main_stream.stream, comm_stream, copy_stream};
     for (const Stream& s : expert_streams) streams.push_back(s.stream);
     return streams;
 }
 
 const char* stream_name(cudaStream_t stream) {
-    return stream == main_stream.stream ? "main stream" : stream == comm_stream ? "collectives" : "expert stream";
+    return stream == main_stream.stream ? "main stream" : stream == comm_stream ? "collectives"
+         : stream == copy_stream ? "copies" : "expert stream";
 }
 
 // Bytes of the device that are in use
@@ -288,13 +291,13 @@ template <typename T> void copy_to_device(T* to, const std::vector<T>& from) {
     copy_to_device(to, from.data(), from.size());
 }
 
-// Waits for the main stream.
-template <typename T> void copy_to_host(T* to, const T* from, size_t n) {
+// Waits for the stream.
+template <typename T> void copy_to_host(T* to, const T* from, size_t n, cudaStream_t stream = main_stream.stream) {
     for (size_t at = 0, part; at < n * sizeof(T); at += part) {
         part = std::min(STAGING_BYTES, n * sizeof(T) - at);
         char* room = staging_room(part);
-        cudaCheck(cudaMemcpyAsync(room, (const char*)from + at, part, cudaMemcpyDeviceToHost, main_stream.stream));
-        cudaCheck(cudaStreamSynchronize(main_stream.stream));
+        cudaCheck(cudaMemcpyAsync(room, (const char*)from + at, part, cudaMemcpyDeviceToHost, stream));
+        cudaCheck(cudaStreamSynchronize(stream));
         memcpy((char*)to + at, room, part);
     }
 }
@@ -346,6 +349,8 @@ void device_open() {
         stream_create(&main_stream);
         for (Stream& s : expert_streams) stream_create(&s);
     });
+    cudaCheck(cudaStreamCreateWithFlags(&copy_stream, cudaStreamNonBlocking));
+    cudaCheck(cudaEventCreateWithFlags(&copy_event, cudaEventDisableTiming));
     staging_open();
 }
 
@@ -354,6 +359,8 @@ void device_close() {
     staging_close();
     stream_destroy(&main_stream);
     for (Stream& s : expert_streams) stream_destroy(&s);
+    cudaCheck(cudaEventDestroy(copy_event));
+    cudaCheck(cudaStreamDestroy(copy_stream));
 }
 
 std::string machine_name() {

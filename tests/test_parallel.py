@@ -407,6 +407,20 @@ def test_trace_covers_two_micro_batches(data, tmp_path, batch, micro_batches, en
         assert not [e for e in ran if e["name"].startswith(("adamw", "square_sum", "sum of numbers"))]
 
 
+@pytest.mark.parametrize("ranks, ep", [(1, 1), (2, 2)])
+def test_trace_of_counts(data, tmp_path, ranks, ep):
+    """The host waits for the counts of rows after it has launched what needs none, and waits for no more than them."""
+    train(data, tmp_path / "out", ranks, ep, steps=1, more=["--trace", tmp_path / "trace.json"])
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    ran = [e for e in events if e["ph"] == "X"]
+    streams = {e["args"]["name"]: e["tid"] for e in events if e["ph"] == "M"}
+    assert {e["tid"] for e in ran if e["name"] == "counts to the host"} == {streams["copies"]}
+    for layer in range(1 + max(e["args"]["layer"] for e in ran)):
+        gathered = numbers(ran, "gather_kernel", layer)
+        counted = numbers(ran, "exchange of counts", layer) + numbers(ran, "counts to the host", layer)
+        assert len(counted) == ep and gathered[0] < counted[0]
+
+
 def test_trace_with_shared_experts(data, tmp_path):
     """With --ep a layer's reduction is issued after the exchanges of the layer below, before its attention's
     backward."""
