@@ -20,8 +20,9 @@
 // depend on positions alone: what a sequence gets does not depend on the others.
 
 constexpr int CACHE_PART = 64;
-constexpr int CACHE_COLUMNS = WARP == 1 ? PER_LANE : 16 / sizeof(floatX);       // of a key or value: a lane's at a time
-constexpr int CACHE_KEYS = WARP == 1 ? 1 : 8;                                   // that a warp loads at the same time
+constexpr int CACHE_KEYS = WARP == 1 ? 1 : 8;                               // that a warp loads at the same time
+constexpr int CACHE_COLUMNS = WARP == 1 ? 64 : 16 / (int)sizeof(floatX);    // of one that a lane takes at a time
+constexpr int COMBINE_LANE = WARP == 1 ? 64 : 1;                            // of a head that a lane combines
 
 struct Cache {
     int S = 0, P = 0;           // sequences, positions of each
@@ -90,14 +91,14 @@ __global__ void attention_cached_kernel(float* partial, float2* terms, const flo
     const floatX *q = qk + row * 2 * H * D + head * D, *k = keys + cached, *v = values + cached;
 
     float scores[CACHE_PART / WARP], max = -INFINITY, sum = 0;
-    const int columns = WARP == 1 ? D : COLUMNS;
+    const int width = WARP == 1 ? D : COLUMNS;
     UNROLL for (int i = 0; i < CACHE_PART / WARP; i++) {
         scores[i] = -INFINITY;
         for (int at = 0; at < WARP && i * WARP + at <= last; at += CACHE_KEYS) {
             float dots[CACHE_KEYS] = {};
-            for (int c = lane * columns; c < D; c += WARP * columns)
+            for (int c = lane * width; c < D; c += WARP * width)
                 UNROLL for (int j = 0; j < CACHE_KEYS; j++)
-                    dots[j] += product<COLUMNS>(q + c, k + (size_t)min(i * WARP + at + j, last) * D + c, columns);
+                    dots[j] += product<COLUMNS>(q + c, k + (min(i * WARP + at + j, last) * D + c), width);
             UNROLL for (int j = 0; j < CACHE_KEYS; j++) {
                 const float dot = warp_sum(dots[j]) * scale;
                 if (lane == at + j && i * WARP + at + j <= last) scores[i] = dot;
@@ -117,8 +118,8 @@ __global__ void attention_cached_kernel(float* partial, float2* terms, const flo
             for (int at = 0; at < WARP && i * WARP + at <= last; at += CACHE_KEYS)
                 UNROLL for (int j = 0; j < CACHE_KEYS; j++) {
                     const float p = __shfl_sync(0xffffffff, scores[i], at + j);     // 0 for keys after the last
-                    const floatX* value = v + (size_t)min(i * WARP + at + j, last) * D + c;
-                    if (c < D) add_scaled<COLUMNS>(total, p, value, D - c);
+                    const int at_value = min(i * WARP + at + j, last) * D + c;
+                    if (c < D) add_scaled<COLUMNS>(total, p, v + at_value, D - c);
                 }
         float* to = partial + warp * D + c;
         if constexpr (COLUMNS * sizeof(floatX) == 16) {
@@ -131,14 +132,12 @@ __global__ void attention_cached_kernel(float* partial, float2* terms, const flo
 }
 
 // The parts i of all keys:   m = max_i m_i,   o = sum_i exp(m_i - m) o_i / sum_i exp(m_i - m) l_i
-// One warp per row, head and slice of COMBINE_COLUMNS columns.
-constexpr int COMBINE_LANE = WARP == 1 ? PER_LANE : 1, COMBINE_COLUMNS = WARP * COMBINE_LANE;
-
+// One warp per row, head and slice of WARP * COMBINE_LANE columns.
 __global__ void attention_combine_kernel(floatX* out, const float* __restrict__ partial,
                                          const float2* __restrict__ terms, const int* positions, int N, int H, int D,
                                          int parts, int slices) {
     const size_t warp = thread_index() / WARP, head = warp / slices;        // of all rows
-    const int lane = threadIdx.x % WARP, column = (int)(warp % slices) * COMBINE_COLUMNS + lane;
+    const int lane = threadIdx.x % WARP, column = (int)(warp % slices) * WARP * COMBINE_LANE + lane;
     if (head >= (size_t)N * H) return;
     const int mine = positions[head / H] / CACHE_PART + 1;      // parts that have keys for this row
     partial += head * parts * D; terms += head * parts;
@@ -168,7 +167,7 @@ void cache_store(const Cache& cache, const LayerActivations& a, int l, const int
 template <int COLUMNS>
 void attention_cached(LayerActivations& a, const Cache& cache, int l, const int* positions /* (N) */,
                       const MicroBatch& batch, const OlmoeConfig& c) {
-    const int N = batch.N(), H = c.H, D = c.C / H, slices = ceil_div(D, COMBINE_COLUMNS);
+    const int N = batch.N(), H = c.H, D = c.C / H, slices = ceil_div(D, WARP * COMBINE_LANE);
     const int parts = *std::max_element(batch.positions.begin(), batch.positions.end()) / CACHE_PART + 1;
     const size_t layer = (size_t)l * cache.S * cache.P * c.C, rows = (size_t)N * H;
     LAUNCH(attention_cached_kernel<COLUMNS>, blocks_for_rows(rows * parts), cache.partial, cache.terms, a.qk,
