@@ -413,7 +413,7 @@ struct Scratch {
     floatX* dexpert_in;     // (R, C)  in the place of expert_out
     int* global_counts;     // (L, E)  with --lb global: rows of each expert over all ranks
     // of backward
-    float* dhead;           // (V, C)  sum of the chunks' gradients of lm_head, where in BF16 there are several
+    float* dhead;           // (V, C)  sum of chunks' gradients of lm_head, in BF16; null: dexpert_out has room for it
     int* touched;           // (N) ids that occur in the micro-batch, ...
     int* touched_start;     // (N+1) ... where in touched_tokens the tokens of each begin
     int* touched_tokens;    // (N) the tokens sorted by id
@@ -1852,7 +1852,8 @@ void plan_scratch(Olmoe* m) {
     rows.add(r * F, &s.h); rows.add(r * C, &s.expert_out);
     if (!m->backward()) return;
 
-    if (BF16 && (size_t)m->capacity.classified < N) back.add(c.V * C, &s.dhead);
+    const bool room = R >= 2 * (size_t)c.V && !launch_checks.finite;   // whose check takes all of a buffer for one type
+    if (BF16 && (size_t)m->capacity.classified < N && !room) back.add(c.V * C, &s.dhead);
     back.add(N, &s.touched, &s.touched_tokens); back.add(N + 1, &s.touched_start);
     back.add(N * C, &s.dx, &s.dbranch, &s.dattn); back.add(N * 3 * C, &s.dqkv);
     if (c.flash()) { back.add(N * 2 * C, &s.dqk); back.add(N * c.H, &s.attn_terms); }
@@ -2247,10 +2248,6 @@ void olmoe_forward(Olmoe* m) {
     }
 }
 
-// ------------------------------------------------------------------------------------------------
-// Head, after the layers: logits, losses, and back, in chunks of capacity.classified tokens, because all logits of a
-// micro-batch would be as large as a layer's activations
-
 // Logits (rows, V) of `rows` tokens from `first` on
 void olmoe_classify(Olmoe* m, int first, int rows) {
     const OlmoeConfig& c = m->config;
@@ -2265,27 +2262,28 @@ void olmoe_classify(Olmoe* m, int first, int rows) {
 // are added up in fp32, so that the gradient is rounded once in a micro-batch.
 void head_backward(Olmoe* m, int first, int rows) {
     const int C = m->config.C, V = m->config.V;
-    const bool narrow = BF16 && rows < m->N, last = first + rows == m->N;
     const size_t n = (size_t)V * C;
-    const Activations& a = m->acts;
+    const bool narrow = BF16 && rows < m->N, last = first + rows == m->N;
+    Activations& a = m->acts;
     Scratch& s = m->scratch;
     floatX* dw = m->grads.lm_head;
-    if (narrow) matmul_backward_weight(main_stream, s.dhead, a.dlogits, a.final_out, rows, C, V, first > 0);
+    float* sums = s.dhead ? s.dhead : (float*)s.dexpert_out;
+    if (narrow) matmul_backward_weight(main_stream, sums, a.dlogits, a.final_out, rows, C, V, first > 0);
     else matmul_backward_weight(main_stream, dw, a.dlogits, a.final_out, rows, C, V, m->accumulate || first > 0);
-    if (narrow && last) LAUNCH(head_gradient_kernel, blocks_for(n), dw, s.dhead, n, m->accumulate);
+    if (narrow && last) LAUNCH(head_gradient_kernel, blocks_for(n), dw, sums, n, m->accumulate);
     matmul_backward_input(main_stream, s.dbranch + (size_t)first * C, a.dlogits, m->params.lm_head, rows, C, V);
 }
 
 // losses of all tokens, after olmoe_forward. With `gradient` also that of their sum, each times its target_weights: of
-// the head's parameters, and of the residual stream (dx).
+// the head's parameters, and of the residual stream (dx). In chunks: all logits would be as large as a layer's rows.
 void olmoe_head(Olmoe* m, bool gradient) {
-    const int N = m->N, C = m->config.C, V = m->config.V, chunk = m->capacity.classified;
+    const int N = m->N, C = m->config.C, chunk = m->capacity.classified;
     Scratch& s = m->scratch;
     at_phase("head");
     for (int first = 0; first < N; first += chunk) {
         const int rows = std::min(chunk, N - first);
         olmoe_classify(m, first, rows);
-        cross_entropy(m->acts, gradient, first, rows, V);
+        cross_entropy(m->acts, gradient, first, rows, m->config.V);
         if (gradient) head_backward(m, first, rows);
     }
     if (!gradient) return;

@@ -2037,20 +2037,23 @@ static void check_head(int N) {
 }
 
 static void model_head() {
-    for (int N : {1, HEAD_ROWS - 1, HEAD_ROWS, HEAD_ROWS + 1, 2 * HEAD_ROWS + 3}) check_head(N);
-    // What the plan has for it
+    for (int N : {1, HEAD_ROWS - 1, HEAD_ROWS, HEAD_ROWS + 1, 2 * HEAD_ROWS + 3, 5 * HEAD_ROWS}) check_head(N);
+    // What the plan has for it. Sums in fp32 have room in the experts' gradients where N K is twice V, at least.
     const int N = 3 * HEAD_ROWS;
-    const OlmoeConfig c = model_shape(1, 6, 1, 11, 1, 1, 1);
-    for (int classified : {0, N}) {
-        Olmoe m;
-        olmoe_plan(&m, c, {N, N, Use::gradients, 0, classified});
-        const size_t rows = classified ? N : HEAD_ROWS;
-        size_t logits = 0, sums = 0;
-        for (const Memory::Item& i : m.acts_memory.items) if (i.pointer == (void**)&m.acts.logits) logits = i.bytes;
-        for (const Memory::Item& i : m.backward_memory.items) if (i.pointer == (void**)&m.scratch.dhead) sums = i.bytes;
-        check_true(text("logits of %zu tokens", rows), logits == rows * c.V * sizeof(floatX));
-        check_true("sums of gradients", sums == (BF16 && !classified ? sizeof(float) * c.V * c.C : 0));
-    }
+    for (int V : {3 * HEAD_ROWS / 2, 3 * HEAD_ROWS / 2 + 1})
+        for (int classified : {0, N}) {
+            Olmoe m;
+            const OlmoeConfig c = model_shape(1, 6, 1, V, 1, 1, 1);
+            olmoe_plan(&m, c, {N, N, Use::gradients, 0, classified});
+            const size_t rows = classified ? N : HEAD_ROWS;
+            const bool own = BF16 && !classified && N < 2 * V;
+            size_t logits = 0, sums = 0;
+            for (const Memory::Item& i : m.acts_memory.items) if (i.pointer == (void**)&m.acts.logits) logits = i.bytes;
+            for (const Memory::Item& i : m.backward_memory.items)
+                if (i.pointer == (void**)&m.scratch.dhead) sums = i.bytes;
+            check_true(text("logits of %zu tokens, V %d", rows, V), logits == rows * c.V * sizeof(floatX));
+            check_true("sums of gradients", sums == (own ? sizeof(float) * c.V * c.C : 0));
+        }
 }
 
 // Every --recompute level, and the same again, give the same bits
