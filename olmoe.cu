@@ -91,7 +91,7 @@ static Group expert_group;      // ranks that share the experts, neighbours
 static Group replica_group;     // ranks that hold the same experts as this one
 static bool shard_optimizer = false;            // ZeRO-1
 
-static cudaEvent_t comm_event;
+static cudaEvent_t comm_event, arrival_events[2];
 constexpr size_t COMM_BUFFER = 1 << 14;
 static double *comm_buffer, *comm_host;         // (COMM_BUFFER) on the device, and pinned: for numbers of the host
 constexpr int GROUP_CALLS = 2048;               // that NCCL takes in one group
@@ -155,6 +155,7 @@ double host_sum(double x) {
 }
 
 #include "lib/connect.h"        // comm_open and comm_close: the communicators of the groups
+#include "lib/exchange.h"       // rows between the ranks that share the experts, during the experts' matmuls
 
 // ------------------------------------------------------------------------------------------------
 // The model's shape and its parameters
@@ -442,14 +443,6 @@ struct Scratch {
     float* home_dweights;   // (R)     their gradients, in the place of the weights
     float* arrived_weights; // (R)     of the rows that arrived
     float* arrived_dweights;// (R)
-};
-
-// Rows of one layer, on the host, because it gives the experts' matmuls their shapes
-struct RowCounts {
-    std::vector<int> sent;                  // (E) rows that this rank's tokens send to each expert
-    std::vector<int> arrived;               // (G, E/G) rows from each rank of the expert group for each expert here
-    std::vector<int> here;                  // (E/G) their sums over the ranks: what each expert of this rank computes
-    int total() const { return std::accumulate(here.begin(), here.end(), 0); }
 };
 
 // ------------------------------------------------------------------------------------------------
@@ -1359,61 +1352,6 @@ void gather(T* out /* (R, C) */, const T* x /* (N, C) */, const int* index /* (R
 }
 
 // ------------------------------------------------------------------------------------------------
-// Between the ranks that share the experts, with --ep. What is sent is in the order of dispatch. What arrives is
-// ordered by expert, and within it by rank, so that an expert's rows are one matrix. Nothing is padded, nothing
-// dropped.
-
-// arrivals (G, E/G) from the counts of all ranks of the group, as soon as dispatch has counted
-void exchange_counts(int* arrivals /* (G, E/G) */, const int* counts /* (E) */, int E, int layer) {
-    int G = expert_group.size, mine = E / G;
-    cudaCheck(cudaStreamWaitEvent(comm_stream, copy_event, 0));
-    waited(comm_stream);
-    collective("exchange of counts", layer, COUNTS, (size_t)(E - mine) * sizeof(int), [&] {
-        for (int g = 0; g < G; g++) {
-            ncclCheck(ncclSend(counts + g * mine, mine, ncclInt, g, expert_group.comm, comm_stream));
-            ncclCheck(ncclRecv(arrivals + g * mine, mine, ncclInt, g, expert_group.comm, comm_stream));
-        }
-    });
-}
-
-// Rows of `width` elements to the ranks of their experts, or from there back to where they came from
-enum class Way { to_experts, home };
-
-template <typename T>
-void exchange_rows(T* to, const T* from, const RowCounts& rows, size_t width, Way way, const char* name, int layer) {
-    const std::vector<int> &sent = rows.sent, &arrived = rows.arrived;
-    const int E = (int)sent.size(), G = expert_group.size, mine = E / G;
-    const bool home = way == Way::home;
-    size_t leaving = 0;                     // rows that go to other ranks
-    for (int i = 0; i < E; i++)
-        if (i / mine != expert_group.rank) leaving += home ? arrived[i] : sent[i];
-    auto send = [&](size_t row, int n, int rank) {
-        const T* first = from + row * width;
-        if (n > 0) ncclCheck(ncclSend(first, n * width, nccl_type(from), rank, expert_group.comm, comm_stream));
-    };
-    auto receive = [&](size_t row, int n, int rank) {
-        T* first = to + row * width;
-        if (n > 0) ncclCheck(ncclRecv(first, n * width, nccl_type(to), rank, expert_group.comm, comm_stream));
-    };
-    std::vector<size_t> start(E + 1, 0);    // of the rows of this rank's tokens, by expert
-    for (int i = 0; i < E; i++) start[i + 1] = start[i] + sent[i];
-    size_t row = 0;                         // of this rank's experts
-    comm_after_main();
-    // Two ranks name their experts in the same order, also where the calls are too many for one group of NCCL's.
-    for (int first = 0, n = std::max(1, GROUP_CALLS / (2 * G)); first < mine; first += n)
-        collective(name, layer, ROWS, first == 0 ? leaving * width * sizeof(T) : 0, [&] {
-            for (int e = first; e < std::min(mine, first + n); e++)
-                for (int g = 0; g < G; g++) {
-                    const int i = g * mine + e;                 // expert e of rank g, or of its tokens for expert e
-                    if (home) receive(start[i], sent[i], g); else send(start[i], sent[i], g);
-                    if (home) send(row, arrived[i], g); else receive(row, arrived[i], g);
-                    row += arrived[i];
-                }
-        });
-    main_after_comm();
-}
-
-// ------------------------------------------------------------------------------------------------
 // Experts (SwiGLU, Shazeer 2020):   g = x W_gate^T,   u = x W_up^T,   h = silu(g) u,   y = h W_down^T
 // with silu(g) = g sigmoid(g). gate and up are one matrix (2F, C). Each expert multiplies its own run of rows; experts
 // without rows are left out.
@@ -1464,13 +1402,14 @@ __global__ void swiglu_backward_kernel(floatX* dgate_up, floatX* weighted_h, flo
 // An expert's rows [first, first + n), and the stream that multiplies them
 struct ExpertRows { size_t expert, first; int n, stream; };
 
-// The experts that have rows, in the order of their launch: the largest first, each in the stream that has the fewest
-// rows so far, so that the streams end at about the same time. The rows of an expert follow those of the experts
-// before it; `rows` (experts) is on the host.
-std::vector<ExpertRows> expert_order(const std::vector<int>& rows) {
+// The experts of a piece that have rows, in the order of their launch: the largest first, each in the stream that has
+// the fewest rows so far, so that the streams end at about the same time. The rows of an expert follow those of the
+// experts before it; `here` (experts) is on the host.
+std::vector<ExpertRows> expert_order(const std::vector<int>& here, const Piece& piece) {
     std::vector<ExpertRows> order;
-    size_t first = 0, given[EXPERT_STREAMS] = {};
-    for (size_t e = 0; e < rows.size(); first += rows[e++]) if (rows[e] > 0) order.push_back({e, first, rows[e], 0});
+    size_t first = piece.first, given[EXPERT_STREAMS] = {};
+    for (size_t e = piece.begin; e < piece.end; first += here[e++])
+        if (here[e] > 0) order.push_back({e, first, here[e], 0});
     std::stable_sort(order.begin(), order.end(), [](auto& a, auto& b) { return a.n > b.n; });
     for (ExpertRows& e : order) {
         e.stream = (int)(std::min_element(given, given + EXPERT_STREAMS) - given);
@@ -1479,15 +1418,16 @@ std::vector<ExpertRows> expert_order(const std::vector<int>& rows) {
     return order;
 }
 
-// For each expert that has rows: body(stream, expert, first row, rows). The expert streams go on from where the main
-// stream is, and the main stream from where all of them are.
-template <typename Body> void for_experts(const std::vector<int>& rows, Body body) {
+// For each expert of a piece that has rows: body(stream, expert, first row, rows). The expert streams go on from where
+// the main stream is, and the main stream from where all of them are.
+template <typename Body> void for_experts(const RowCounts& rows, int piece, Body body) {
     cudaCheck(cudaEventRecord(main_stream.event, main_stream.stream));
     for (Stream& s : expert_streams) {
         cudaCheck(cudaStreamWaitEvent(s.stream, main_stream.event, 0));
         waited(s.stream);
     }
-    for (const ExpertRows& e : expert_order(rows)) body(expert_streams[e.stream], e.expert, e.first, e.n);
+    for (const ExpertRows& e : expert_order(rows.here, rows.pieces[piece]))
+        body(expert_streams[e.stream], e.expert, e.first, e.n);
     for (Stream& s : expert_streams) {
         cudaCheck(cudaEventRecord(s.event, s.stream));
         cudaCheck(cudaStreamWaitEvent(main_stream.stream, s.event, 0));
@@ -1495,55 +1435,60 @@ template <typename Body> void for_experts(const std::vector<int>& rows, Body bod
     waited(main_stream.stream);
 }
 
-// gate_up from expert_in
-void experts_gate_up(LayerActivations& a, const LayerParameters& p, const RowCounts& rows, const OlmoeConfig& c) {
+// gate_up from expert_in, of a piece of the experts
+void experts_gate_up(LayerActivations& a, const LayerParameters& p, const RowCounts& rows, int piece,
+                     const OlmoeConfig& c) {
     const size_t C = c.C, F = c.F;
-    for_experts(rows.here, [&](const Stream& stream, size_t e, size_t first, int n) {
+    for_experts(rows, piece, [&](const Stream& stream, size_t e, size_t first, int n) {
         const floatX *x = a.expert_in + first * C, *w = p.gate_up + e * 2 * F * C;
         matmul_forward(stream, a.gate_up + first * 2 * F, x, w, n, C, 2 * F);
     });
 }
 
-// h from gate_up; R rows
-void swiglu_forward(Scratch& s, const LayerActivations& a, int R, int F) {
-    if (R == 0) return;                     // no rank sent anything
-    LAUNCH(swiglu_forward_kernel, blocks_for_rows(R), s.h, a.gate_up, R, F);
+// h from gate_up, likewise
+void swiglu_forward(Scratch& s, const LayerActivations& a, const Piece& piece, int F) {
+    const size_t first = piece.first;
+    if (piece.rows == 0) return;            // no rank sent anything
+    LAUNCH(swiglu_forward_kernel, blocks_for_rows(piece.rows), s.h + first * F, a.gate_up + first * 2 * F, piece.rows,
+           F);
 }
 
-// expert_out from h
-void experts_down(Scratch& s, const LayerParameters& p, const RowCounts& rows, const OlmoeConfig& c) {
+// expert_out from h, likewise
+void experts_down(Scratch& s, const LayerParameters& p, const RowCounts& rows, int piece, const OlmoeConfig& c) {
     const size_t C = c.C, F = c.F;
-    for_experts(rows.here, [&](const Stream& stream, size_t e, size_t first, int n) {
+    for_experts(rows, piece, [&](const Stream& stream, size_t e, size_t first, int n) {
         matmul_forward(stream, s.expert_out + first * C, s.h + first * F, p.down + e * C * F, n, F, C);
     });
 }
 
-// dgate_up, weighted_h and dweights, from dh and gate_up; R rows
+// dgate_up, weighted_h and dweights, from dh and gate_up, likewise
 void swiglu_backward(Scratch& s, float* dweights /* as weights */, const LayerActivations& a,
-                     const float* weights /* (N, K), or by row */, const int* assignment_of /* or null */, int R,
-                     int F) {
-    LAUNCH(swiglu_backward_kernel, blocks_for_rows(R), s.dgate_up, s.weighted_h, dweights, s.dh, a.gate_up, weights,
-           assignment_of, R, F);
+                     const float* weights /* (N, K), or by row */, const int* assignment_of /* or null */,
+                     const Piece& piece, int F) {
+    const size_t first = piece.first;
+    const int* assignments = assignment_of ? assignment_of + first : nullptr;
+    if (!assignment_of) { dweights += first; weights += first; }
+    LAUNCH(swiglu_backward_kernel, blocks_for_rows(piece.rows), s.dgate_up + first * 2 * F, s.weighted_h + first * F,
+           dweights, s.dh + first * F, a.gate_up + first * 2 * F, weights, assignments, piece.rows, F);
 }
 
-// dexpert_in and dweights, and into g's gate_up and down, from dexpert_out, which is not yet weighted by the router.
-// weights and dweights are (N, K), or by row where assignment_of is null.
+// dexpert_in and dweights, and into g's gate_up and down, from dexpert_out, which is not yet weighted by the router; of
+// a piece of the experts. weights and dweights are (N, K), or by row where assignment_of is null.
 void experts_backward(Scratch& s, LayerParameters& g, bool add, float* dweights, const LayerActivations& a,
                       const LayerParameters& p, const float* weights, const int* assignment_of, const RowCounts& rows,
-                      const OlmoeConfig& c) {
-    const int R = rows.total();
+                      int piece, const OlmoeConfig& c) {
     const size_t C = c.C, F = c.F;
-    for (size_t e = 0; e < rows.here.size() && !add; e++)
+    for (size_t e = rows.pieces[piece].begin; e < rows.pieces[piece].end && !add; e++)
         if (rows.here[e] == 0) {            // no matmul sets its gradient
             clear_on_device(g.gate_up + e * 2 * F * C, 2 * F * C);
             clear_on_device(g.down + e * C * F, C * F);
         }
-    if (R == 0) return;
-    for_experts(rows.here, [&](const Stream& stream, size_t e, size_t first, int n) {
+    if (rows.pieces[piece].rows == 0) return;
+    for_experts(rows, piece, [&](const Stream& stream, size_t e, size_t first, int n) {
         matmul_backward_input(stream, s.dh + first * F, s.dexpert_out + first * C, p.down + e * C * F, n, F, C);
     });
-    swiglu_backward(s, dweights, a, weights, assignment_of, R, c.F);
-    for_experts(rows.here, [&](const Stream& stream, size_t e, size_t first, int n) {
+    swiglu_backward(s, dweights, a, weights, assignment_of, rows.pieces[piece], c.F);
+    for_experts(rows, piece, [&](const Stream& stream, size_t e, size_t first, int n) {
         const floatX *dy = s.dexpert_out + first * C, *dgate_up = s.dgate_up + first * 2 * F;
         matmul_backward_weight(stream, g.down + e * C * F, dy, s.weighted_h + first * F, n, F, C, add);
         matmul_backward_input(stream, s.dexpert_in + first * C, dgate_up, p.gate_up + e * 2 * F * C, n, C, 2 * F);
@@ -2119,7 +2064,7 @@ void route(Olmoe* m, int l) {
 // Waits until dispatch has counted, and not for what the main stream does next: the host gives the experts' matmuls
 // their shapes.
 void count_rows(Olmoe* m, int l) {
-    const int E = m->config.E, mine = E / expert_group.size, *counts = m->acts.layers[l].counts;
+    const int E = m->config.E, *counts = m->acts.layers[l].counts;
     RowCounts& rows = m->rows[l];
     if (expert_group.size > 1) exchange_counts(m->scratch.arrivals, counts, E, l);
     cudaCheck(cudaStreamWaitEvent(copy_stream, copy_event, 0));
@@ -2129,8 +2074,7 @@ void count_rows(Olmoe* m, int l) {
     launched("counts to the host", copy_stream);
     rows.arrived = rows.sent;
     if (expert_group.size > 1) copy_to_host(rows.arrived.data(), m->scratch.arrivals, E, comm_stream);
-    rows.here.assign(mine, 0);
-    for (int i = 0; i < E; i++) rows.here[i % mine] += rows.arrived[i];
+    cut_rows(&rows);
     if (expert_group.size > 1) reserve_rows(m, l, rows.total());
 }
 
@@ -2141,31 +2085,33 @@ void gather_rows(Olmoe* m, int l) {
     gather(rows, a.ffn_in, a.assignment_of, m->R, m->config.C, m->config.K);
 }
 
-// With --ep: expert_in, the rows of all ranks for this rank's experts
-void rows_to_experts(Olmoe* m, int l) {
-    if (expert_group.size == 1) return;
-    exchange_rows(m->acts.layers[l].expert_in, m->scratch.home_rows, m->rows[l], m->config.C, Way::to_experts,
-                  "dispatch to the experts", l);
+// compute(piece) on expert_in, with --ep the rows of all ranks for this rank's experts, and give(piece)
+template <typename Compute, typename Give> void rows_to_experts(Olmoe* m, int l, Compute compute, Give give) {
+    const RowCounts& rows = m->rows[l];
+    const RowArray sent = {m->acts.layers[l].expert_in, m->scratch.home_rows, m->config.C * sizeof(floatX)};
+    auto bring = [&](int i) { exchange_rows({sent}, rows, i, Way::to_experts, "dispatch to the experts", l); };
+    in_pieces((int)rows.pieces.size(), bring, compute, give);
 }
 
 // The residual stream after the layer: x_mid + sum_k w_k y_k. In it the next layer begins: attn_in.
 void experts_block(Olmoe* m, int l) {
     const OlmoeConfig& c = m->config;
     const LayerParameters& p = m->params.layers[l];
+    const RowCounts& rows = m->rows[l];
     LayerActivations& a = m->acts.layers[l];
     Scratch& s = m->scratch;
     route(m, l);
     gather_rows(m, l);                      // while the host waits for the counts
     count_rows(m, l);
-    rows_to_experts(m, l);
-    experts_gate_up(a, p, m->rows[l], c);
-    swiglu_forward(s, a, m->rows[l].total(), c.F);
-    experts_down(s, p, m->rows[l], c);
-    const floatX* y = s.expert_out;         // only now: count_rows may have moved it
-    if (expert_group.size > 1) {
-        exchange_rows(s.home_rows, y, m->rows[l], c.C, Way::home, "return from the experts", l);
-        y = s.home_rows;
-    }
+    rows_to_experts(m, l, [&](int piece) {
+        experts_gate_up(a, p, rows, piece, c);
+        swiglu_forward(s, a, rows.pieces[piece], c.F);
+        experts_down(s, p, rows, piece, c);
+    }, [&](int piece) {
+        exchange_rows({{s.home_rows, s.expert_out, c.C * sizeof(floatX)}}, rows, piece, Way::home,
+                      "return from the experts", l);
+    });
+    const floatX* y = expert_group.size > 1 ? s.home_rows : s.expert_out;
     if (l + 1 == c.L) return combine(m->acts.x, a.x_mid, y, a.weights, a.row_of, m->N, c.C, c.K);
     LayerActivations& next = m->acts.layers[l + 1];
     combine(next.x, a.x_mid, y, a.weights, a.row_of, m->N, c.C, c.K, next.attn_in, next.attn_r,
@@ -2177,19 +2123,19 @@ void recompute_layer(Olmoe* m, int l) {
     const OlmoeConfig& c = m->config;
     const LayerParameters& p = m->params.layers[l];
     LayerActivations& a = m->acts.layers[l];
+    auto nothing = [](int) {};
     if (m->capacity.recompute > 0) attention_norm(m, l);
     if (m->capacity.recompute == 1) {
         qk_norm_rope_forward(a, p, m->scratch, m->acts.positions, m->N, c);
         rmsnorm_forward(a.ffn_in, a.ffn_r, a.x_mid, p.ffn_norm, m->N, c.C, c.rms_norm_eps);
         gather_rows(m, l);
-        rows_to_experts(m, l);
+        rows_to_experts(m, l, nothing, nothing);
     }
     if (m->capacity.recompute == 2) {
         attention_block(m, l);
         route(m, l);
         gather_rows(m, l);
-        rows_to_experts(m, l);
-        experts_gate_up(a, p, m->rows[l], c);
+        rows_to_experts(m, l, [&](int piece) { experts_gate_up(a, p, m->rows[l], piece, c); }, nothing);
     }
 }
 
@@ -2358,15 +2304,19 @@ void experts_backward_over_ranks(Olmoe* m, int l) {
     const RowCounts& rows = m->rows[l];
     LayerActivations& a = m->acts.layers[l];
     Scratch& s = m->scratch;
-    const size_t C = c.C;
+    const size_t row = c.C * sizeof(floatX);
     gather(s.dhome_rows, s.dx, a.assignment_of, m->R, c.C, c.K);
     gather(s.home_weights, a.weights, a.assignment_of, m->R, 1, 1);
-    exchange_rows(s.dexpert_out, s.dhome_rows, rows, C, Way::to_experts, "gradients to the experts", l);
-    exchange_rows(s.arrived_weights, s.home_weights, rows, 1, Way::to_experts, "weights to the experts", l);
-    experts_backward(s, m->grads.layers[l], m->accumulate, s.arrived_dweights, a, m->params.layers[l],
-                     s.arrived_weights, nullptr, rows, c);
-    exchange_rows(s.dhome_rows, s.dexpert_in, rows, C, Way::home, "gradients from the experts", l);
-    exchange_rows(s.home_dweights, s.arrived_dweights, rows, 1, Way::home, "weight gradients from the experts", l);
+    in_pieces((int)rows.pieces.size(), [&](int i) {
+        exchange_rows({{s.dexpert_out, s.dhome_rows, row}, {s.arrived_weights, s.home_weights, sizeof(float)}}, rows, i,
+                      Way::to_experts, "gradients to the experts", l);
+    }, [&](int i) {
+        experts_backward(s, m->grads.layers[l], m->accumulate, s.arrived_dweights, a, m->params.layers[l],
+                         s.arrived_weights, nullptr, rows, i, c);
+    }, [&](int i) {
+        exchange_rows({{s.dhome_rows, s.dexpert_in, row}, {s.home_dweights, s.arrived_dweights, sizeof(float)}}, rows,
+                      i, Way::home, "gradients from the experts", l);
+    });
     gather(s.dweights, s.home_dweights, a.row_of, m->R, 1, 1);
 }
 
@@ -2382,7 +2332,7 @@ template <typename Body> void experts_block_backward(Olmoe* m, int l, float lb_s
     const floatX* dexpert_in = s.dexpert_in;
     if (expert_group.size == 1) {
         gather(s.dexpert_out, s.dx, a.assignment_of, m->R, C, c.K);
-        experts_backward(s, g, m->accumulate, s.dweights, a, p, a.weights, a.assignment_of, m->rows[l], c);
+        experts_backward(s, g, m->accumulate, s.dweights, a, p, a.weights, a.assignment_of, m->rows[l], 0, c);
     } else {
         experts_backward_over_ranks(m, l);
         dexpert_in = s.dhome_rows;

@@ -877,7 +877,7 @@ struct ExpertsShape { int N, K, E, C, F; bool one; };
 static void test_expert_order() {
     const Ints rows = {5, 0, 9, 5, 1, 7, 5, 5, 5, 5, 5, 3};
     Ints experts, streams, firsts, counts;
-    for (const ExpertRows& e : expert_order(rows)) {
+    for (const ExpertRows& e : expert_order(rows, {0, rows.size(), 0, 0})) {
         experts.push_back((int)e.expert); streams.push_back(e.stream);
         firsts.push_back((int)e.first); counts.push_back(e.n);
     }
@@ -885,7 +885,9 @@ static void test_expert_order() {
     check_equal("their rows", counts, Ints{9, 7, 5, 5, 5, 5, 5, 5, 5, 3, 1});
     check_equal("their first rows", firsts, Ints{5, 20, 0, 14, 27, 32, 37, 42, 47, 52, 19});
     check_equal("their streams", streams, Ints{0, 1, 2, 3, 4, 5, 6, 7, 2, 3, 4});
-    check_true("no rows", expert_order(Ints(4, 0)).empty());
+    const std::vector<ExpertRows> part = expert_order(rows, {2, 5, 5, 15});
+    check_equal("of a piece", Ints{(int)part[0].first, (int)part[1].first, (int)part[2].first}, Ints{5, 14, 19});
+    check_true("no rows", expert_order(Ints(4, 0), {0, 4, 0, 0}).empty());
 }
 
 // Through dispatch and gather, so that the twin needs to know nothing of the order of rows
@@ -924,14 +926,15 @@ static void check_experts(const std::vector<ExpertsShape>& shapes) {
         d.s.h = h; d.s.weighted_h = weighted_h; d.s.expert_out = d_y; d.s.dexpert_in = d_dx;
         d.s.dexpert_out = dy; d.s.dh = dh; d.s.dgate_up = dgate_up;
         RowCounts row_counts;
-        row_counts.here = counts;
+        row_counts.arrived = counts;
+        cut_rows(&row_counts);
         dispatch(d.a, d.s, (int)R, E);
         gather(rows.p, d_x.p, d.assignment_of, (int)R, C, K);
-        experts_gate_up(d.a, p, row_counts, c);
-        swiglu_forward(d.s, d.a, (int)R, F);
-        experts_down(d.s, p, row_counts, c);
+        experts_gate_up(d.a, p, row_counts, 0, c);
+        swiglu_forward(d.s, d.a, row_counts.pieces[0], F);
+        experts_down(d.s, p, row_counts, 0, c);
         gather(dy.p, d_dout.p, d.assignment_of, (int)R, C, K);
-        experts_backward(d.s, g, true, d_dweights, d.a, p, d_weights, d.assignment_of, row_counts, c);
+        experts_backward(d.s, g, true, d_dweights, d.a, p, d_weights, d.assignment_of, row_counts, 0, c);
         Ints row = d.row_of.ints();
         auto by_assignment = [&row](const Vec& v) {
             Vec sorted;
@@ -948,14 +951,15 @@ static void check_experts(const std::vector<ExpertsShape>& shapes) {
         check(name + "dweights", d_dweights.get(), dweights, roundings(4, t));
         d_dw_gate_up.spoil();
         d_dw_down.spoil();
-        experts_backward(d.s, g, false, d_dweights, d.a, p, d_weights, d.assignment_of, row_counts, c);
+        experts_backward(d.s, g, false, d_dweights, d.a, p, d_weights, d.assignment_of, row_counts, 0, c);
         check(name + "dw_gate_up", d_dw_gate_up.get(), first_gate_up, roundings(6, t + sqrt(N)));
         check(name + "dw_down", d_dw_down.get(), first_down, roundings(4, t + sqrt(N)));
         // a rank to which no rows came
         d_dw_gate_up.spoil();
         d_dw_down.spoil();
-        row_counts.here.assign(E, 0);
-        experts_backward(d.s, g, false, d_dweights, d.a, p, d_weights, d.assignment_of, row_counts, c);
+        row_counts.arrived.assign(E, 0);
+        cut_rows(&row_counts);
+        experts_backward(d.s, g, false, d_dweights, d.a, p, d_weights, d.assignment_of, row_counts, 0, c);
         check_true(name + "dw without rows", l2(d_dw_gate_up.get()) == 0 && l2(d_dw_down.get()) == 0);
     }
 }
@@ -997,8 +1001,8 @@ static void test_swiglu() {
         a.gate_up = d_gate_up;
         Scratch s = {};
         s.h = d_h; s.weighted_h = d_weighted_h; s.dh = d_dh; s.dgate_up = d_dgate_up;
-        swiglu_forward(s, a, R, F);
-        swiglu_backward(s, d_dweights, a, d_weights, d_assignment, R, F);
+        swiglu_forward(s, a, {0, 1, 0, R}, F);
+        swiglu_backward(s, d_dweights, a, d_weights, d_assignment, {0, 1, 0, R}, F);
         check(name + "h", d_h.get(), h, roundings(1, 16));
         check(name + "w h", d_weighted_h.get(), weighted_h, roundings(1, 16));
         check(name + "dgate and dup", d_dgate_up.get(), dgate_up, roundings(1, 20));
@@ -1461,8 +1465,8 @@ static void vectors_swiglu() {
     a.gate_up = gate_up;
     Scratch s = {};
     s.h = h; s.weighted_h = weighted_h; s.dh = dh; s.dgate_up = dgate_up;
-    swiglu_forward(s, a, 1, 1);
-    swiglu_backward(s, dweights, a, weights, assignment, 1, 1);
+    swiglu_forward(s, a, {0, 1, 0, 1}, 1);
+    swiglu_backward(s, dweights, a, weights, assignment, {0, 1, 0, 1}, 1);
     // in bf16 the two inputs are rounded, and silu's derivative passes 1.3 times its input's rounding on
     check("swiglu h", h.get(), {-.60805087}, printed(.6) + roundings(4, 16));
     check("swiglu dgate and dup", dgate_up.get(), {-.53520141, .23386572}, printed(.2) + roundings(4, 20));
@@ -3186,7 +3190,7 @@ static void ranks_exchange() {
     const char* patterns[] = {"random", "none at all", "all to one expert", "all to the first rank",
                               "none to the last rank", "only to oneself", "one rank sends nothing", "many experts"};
     for (int pattern = 0; pattern < 8; pattern++) {
-        const int mine = pattern == 7 ? GROUP_CALLS / (2 * G) + 5 : 3, E = mine * G;
+        const int mine = pattern == 7 ? PIECES * (GROUP_CALLS / (2 * G) + 5) : 6, E = mine * G;
         std::vector<Ints> sent(G, Ints(E, 0));                  // by rank and expert
         for (int g = 0; g < G; g++)
             for (int e = 0; e < E; e++) {
@@ -3211,6 +3215,7 @@ static void ranks_exchange() {
         exchange_counts(arrivals, counts, E, 0);
         copy_to_host(rows.arrived.data(), arrivals.p, E, comm_stream);
         check_equal(name + "arrivals", rows.arrived, want_arrived);
+        cut_rows(&rows);
         for (int width : {1, 7, 24}) {
             Vec out, want;
             for (int e = 0; e < E; e++)
@@ -3220,14 +3225,20 @@ static void ranks_exchange() {
                 for (int g = 0; g < G; g++)
                     for (int j = 0; j < sent[g][e]; j++)
                         for (int i = 0; i < width; i++) want.push_back(value(g, e, j, i));
-            Device<floatX> from(out), to(want.size()), back(out.size());
+            Device<floatX> from(out), to(want.size()), answer(want.size()), back(out.size());
             const double before = traffic[ROWS];
             double leaving = 0, returning = 0;                  // rows to other ranks, and answers to theirs
             for (int i = 0; i < E; i++)
                 if (i / mine != self) { leaving += sent[self][i]; returning += rows.arrived[i]; }
-            exchange_rows(to.p, from.p, rows, width, Way::to_experts, "test", 0);
+            in_pieces((int)rows.pieces.size(), [&](int i) {
+                exchange_rows({{to.p, from.p, width * sizeof(floatX)}}, rows, i, Way::to_experts, "test", 0);
+            }, [&](int i) {
+                const size_t first = rows.pieces[i].first * width;
+                copy_on_device(answer.p + first, to.p + first, (size_t)rows.pieces[i].rows * width);
+            }, [&](int i) {
+                exchange_rows({{back.p, answer.p, width * sizeof(floatX)}}, rows, i, Way::home, "test", 0);
+            });
             check_equal(name + text("%d columns", width), to.get(), want);
-            exchange_rows(back.p, to.p, rows, width, Way::home, "test", 0);
             check_equal(name + text("%d columns, back", width), back.get(), out);
             check_true(name + text("%d columns, bytes sent", width),
                        traffic[ROWS] - before == (leaving + returning) * width * sizeof(floatX));
@@ -3241,7 +3252,7 @@ struct RanksModel { int ep; bool one_token, lb_global; int recompute; bool zero;
 
 static void check_ranks_model(const RanksModel& r) {
     const int W = world.size, self = world.rank, B = 2, T = 5;
-    OlmoeConfig c = model_shape(2, 12, 2, 23, 3 * W, 2, 10);
+    OlmoeConfig c = model_shape(2, 12, 2, 23, 5 * W, 2, 10);
     Vec params = random_params(c), want_logits, want_grads(params.size(), 0);
     Batch all;
     layout_set(0, 1, 1, false);

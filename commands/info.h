@@ -96,8 +96,9 @@ PlannedTraffic plan_traffic(const Olmoe& m, double tokens /* of a rank and step 
 struct PlannedTimes {                       // seconds of a step
     double compute = 0, rows = 0, reduce = 0, gather = 0, update = 0;
     double hidden = 0;                      // of reduce, during the last backward
+    double hidden_rows = 0;                 // of rows, during the experts' matmuls
 
-    double step() const { return compute + rows + reduce - hidden + update + gather; }
+    double step() const { return compute + rows - hidden_rows + reduce - hidden + update + gather; }
 };
 
 PlannedTimes plan_times(const Olmoe& m, const InfoOptions& o, const PlannedTraffic& sent, double tokens) {
@@ -110,6 +111,11 @@ PlannedTimes plan_times(const Olmoe& m, const InfoOptions& o, const PlannedTraff
     PlannedTimes t;
     t.compute = tokens * flops / (o.tflops * 1e12);
     t.rows = seconds(sent.rows, G);
+    // Of each exchange all pieces but one run during the matmuls of another, where those take as long; what --recompute
+    // sends again does not.
+    const double experts = 18.0 * c.L * c.K * c.C * c.F / flops, pieces = std::min<double>(PIECES, c.E / G);
+    const double again = m.capacity.recompute >= 1 ? 4. / 5 : 1;
+    t.hidden_rows = std::min(t.rows * again, t.compute * experts) * (1 - 1 / pieces);
     // Of n ranks one sends (n-1)/n of an array to reduce-scatter it, n-1 shares to gather one, and both to all-reduce.
     const double both = shard_optimizer ? 1 : 2;
     t.reduce = seconds(sent.gradients * (dense - 1) / dense * both, dense);
@@ -121,7 +127,7 @@ PlannedTimes plan_times(const Olmoe& m, const InfoOptions& o, const PlannedTraff
     const double moved = 2.0 * m.optimizer_memory.bytes() + passes * sizeof(floatX) * num_updated(m.tensors);
     t.update = moved / (o.memory_bandwidth * 1e9);
     // A reduction runs during the last backward; with --ep not while the experts compute (see olmoe_backward).
-    const double not_experts = o.ep > 1 ? 1 - 18.0 * c.L * c.K * c.C * c.F / flops : 1;
+    const double not_experts = o.ep > 1 ? 1 - experts : 1;
     t.hidden = std::min(t.reduce, t.compute * 2 / 3 * (o.B * o.gpus) / o.global_batch * not_experts);
     return t;
 }
@@ -139,7 +145,8 @@ void box_layout(Box* box, const Olmoe& m, const InfoOptions& o) {
     box->add("sent: rows", text("%s a step, %s a token", human(sent.rows, "B").c_str(),
                                 human(sent.rows / tokens, "B").c_str()));
     box->add("time: compute", text("%.2f ms at %s", 1e3 * t.compute, human(o.tflops * 1e12, "FLOP/s").c_str()));
-    box->add("time: rows", text("%.2f ms", 1e3 * t.rows));
+    box->add("time: rows", text("%.2f ms, of which %.2f during the experts' matmuls", 1e3 * t.rows,
+                                1e3 * t.hidden_rows));
     box->add("time: gradients", text("%.2f ms, of which %.2f during the last backward", 1e3 * t.reduce,
                                      1e3 * t.hidden));
     box->add("time: update, gathering", text("%.2f ms, %.2f ms", 1e3 * t.update, 1e3 * t.gather));

@@ -54,7 +54,8 @@ std::string comm_error() {
 // Connects the ranks, all in the same order. A group of all ranks uses the communicator of all, a group of one none.
 void comm_open() {
     cudaCheck(cudaStreamCreateWithFlags(&comm_stream, cudaStreamNonBlocking));
-    cudaCheck(cudaEventCreateWithFlags(&comm_event, cudaEventDisableTiming));
+    for (cudaEvent_t* e : {&comm_event, &arrival_events[0], &arrival_events[1]})
+        cudaCheck(cudaEventCreateWithFlags(e, cudaEventDisableTiming));
     cudaCheck(cudaMalloc((void**)&comm_buffer, COMM_BUFFER * sizeof(double)));
     cudaCheck(cudaMallocHost((void**)&comm_host, COMM_BUFFER * sizeof(double)));
     if (world.size == 1) return;
@@ -81,6 +82,6 @@ void comm_close() {
     world.comm = nullptr;
     cudaCheck(cudaFree(comm_buffer));
     cudaCheck(cudaFreeHost(comm_host));
-    cudaCheck(cudaEventDestroy(comm_event));
+    for (cudaEvent_t e : {comm_event, arrival_events[0], arrival_events[1]}) cudaCheck(cudaEventDestroy(e));
     cudaCheck(cudaStreamDestroy(comm_stream));
 }

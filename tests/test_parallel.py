@@ -421,16 +421,32 @@ def test_trace_of_counts(data, tmp_path, ranks, ep):
         assert len(counted) == ep and gathered[0] < counted[0]
 
 
+# The order of a layer's exchanges in pieces, and of what is computed between them
+PIECES = ["to", "to", "compute", "from", "to", "compute", "from", "to", "compute", "from", "compute", "from"]
+
+
 def test_trace_with_shared_experts(data, tmp_path):
-    """With --ep a layer's reduction is issued after the exchanges of the layer below, before its attention's
-    backward."""
+    """On all ranks a piece of the rows arrives, and another leaves, while the experts work on a third. A layer's
+    reduction is issued after the exchanges of the layer below, before its attention's backward."""
     train(data, tmp_path / "out", 2, 2, 0, steps=1, more=["--trace", tmp_path / "trace.json"])
-    ran = [e for e in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if e["ph"] == "X"]
-    for layer in range(1, 1 + max(e["args"]["layer"] for e in ran)):
-        exchanged = numbers(ran, "weight gradients from the experts", layer - 1)
-        reduced = numbers(ran, "reduction of gradients", layer)
-        attention = numbers(ran, "attention_softmax_backward_kernel", layer - 1)
-        assert len(exchanged) == len(reduced) == 1 and exchanged[0] < reduced[0] < min(attention)
+    orders = []
+    for path in (tmp_path / "trace.json", tmp_path / "trace.json.1"):
+        ran = [e for e in json.loads(path.read_text())["traceEvents"] if e["ph"] == "X"]
+        collectives = [e for e in ran if e["tid"] == next(r["tid"] for r in ran if r["name"] == "exchange of counts")]
+        orders.append([(e["name"], e["args"]["layer"])
+                       for e in sorted(collectives, key=lambda e: e["args"]["number"])])
+        for layer in range(1 + max(e["args"]["layer"] for e in ran)):
+            for names in (("dispatch to the experts", "swiglu_forward_kernel", "return from the experts"),
+                          ("gradients to the experts", "swiglu_backward_kernel", "gradients from the experts")):
+                of = dict(zip(names, ("to", "compute", "from")))
+                found = [e for e in ran if e["name"] in of and e["args"]["layer"] == layer]
+                assert [of[e["name"]] for e in sorted(found, key=lambda e: e["args"]["number"])] == PIECES
+        for layer in range(1, 1 + max(e["args"]["layer"] for e in ran)):
+            exchanged = numbers(ran, "gradients from the experts", layer - 1)
+            reduced = numbers(ran, "reduction of gradients", layer)
+            attention = numbers(ran, "attention_softmax_backward_kernel", layer - 1)
+            assert len(reduced) == 1 and max(exchanged) < reduced[0] < min(attention)
+    assert orders[0] == orders[1]
 
 
 def test_trace_that_cannot_be_written(data, tmp_path):
