@@ -94,7 +94,6 @@ static bool shard_optimizer = false;            // ZeRO-1
 static cudaEvent_t comm_event, arrival_events[2];
 constexpr size_t COMM_BUFFER = 1 << 14;
 static double *comm_buffer, *comm_host;         // (COMM_BUFFER) on the device, and pinned: for numbers of the host
-constexpr int GROUP_CALLS = 2048;               // that NCCL takes in one group
 
 // Bytes that this rank gave to collectives since the start, by purpose; docs/scaling.md has the formulas
 enum Traffic { GRADIENTS, PARAMETERS, ROWS, COUNTS, SUMS, TRAFFICS };
@@ -155,7 +154,7 @@ double host_sum(double x) {
 }
 
 #include "lib/connect.h"        // comm_open and comm_close: the communicators of the groups
-#include "lib/exchange.h"       // rows between the ranks that share the experts, during the experts' matmuls
+#include "lib/exchange.h"       // rows between the ranks that share the experts: a token goes once to each
 
 // ------------------------------------------------------------------------------------------------
 // The model's shape and its parameters
@@ -380,9 +379,12 @@ struct LayerActivations {
     int* experts;           // (N, K)      ids, by probability; likewise
     float* weights;         // (N, K)      their probabilities; with norm_topk_prob over their sum
     int* counts;            // (E)         rows of each expert; likewise
-    int* row_of;            // (R)         row of an assignment
-    int* assignment_of;     // (R)         assignment of a row
-    floatX* expert_in;      // (R, C)    1 rows of ffn_in by expert. With --ep, R here and below is the rows that arrive
+    int* row_of;            // (R)         row of an assignment; with --ep of the visit that it leads, or -1
+    int* assignment_of;     // (R)         assignment of a row; with --ep (V), that leads a visit
+    int* here_row_of;       // (A, K)      with --ep, of the A visits that arrive: row of an expert here, or -1
+    int* here_assignment_of;// (R)         with --ep, assignment (of A K) of a row here; else assignment_of
+    float* here_weights;    // (A, K)      with --ep, of the visits that arrive; else weights
+    floatX* expert_in;      // (R, C)    1 rows of ffn_in by expert. With --ep, R here and below is rows of all ranks
     floatX* gate_up;        // (R, 2F)   2
 };
 
@@ -436,13 +438,19 @@ struct Scratch {
     float* partial;         // (SLABS, C)
     float* square_sums;     // one for each run of SQUARE_SUM_RUN gradients
     // of expert parallelism
-    floatX* home_rows;      // (R, C)  rows of this rank's tokens, on their way to the experts or back
-    floatX* dhome_rows;     // (R, C)  their gradients, in the place of the rows
-    int* arrivals;          // (G, E/G) RowCounts::arrived, on the device
-    float* home_weights;    // (R)     weights of this rank's rows
-    float* home_dweights;   // (R)     their gradients, in the place of the weights
-    float* arrived_weights; // (R)     of the rows that arrived
-    float* arrived_dweights;// (R)
+    int* visits;            // (R)        the rank and kind of the visit that an assignment leads, or -1
+    int* visit_counts;      // (G, kinds) RowCounts::visits_sent, on the device
+    int* arrivals;          // (G, E/G), (G, kinds)  RowCounts::arrived and visits_arrived, on the device
+    floatX* home_rows;      // (V, C)     rows of this rank's tokens, on their way to the experts or back
+    floatX* dhome_rows;     // (V, C)     their gradients, in the place of the rows
+    int* home_experts;      // (V, K)     of the visits' tokens
+    float* home_weights;    // (V, K)
+    float* home_dweights;   // (V, K)     in the place of home_weights; of experts elsewhere, not set
+    floatX* arrived_rows;   // (A, C)     rows of the visits here, in whose place the experts' sums leave
+    int* arrived_experts;   // (A, K)
+    float* arrived_dweights;// (A, K)     as home_dweights
+    int* here_counts;       // (E/G)      rows of each expert here
+    int* here_histogram;    // (ceil(A K / DISPATCH_SLAB), E/G)
 };
 
 // ------------------------------------------------------------------------------------------------
@@ -1336,14 +1344,16 @@ template <typename T> __global__ void gather_kernel(T* out, const T* x, const in
     for (int i = lane; i < C; i += WARP) out[row * C + i] = x[i];
 }
 
-// row_of, assignment_of and counts, from the experts. The host may have the counts before the rest is done.
-void dispatch(LayerActivations& a, Scratch& s, int R, int E) {
+// row_of, assignment_of and counts, from the experts; where one is -1, its row_of stays as it is. The host may have the
+// counts before the rest is done.
+void dispatch(int* counts /* (E) */, int* row_of /* (R) */, int* assignment_of /* (R) */, int* histogram,
+              const int* experts /* (R) */, int R, int E) {
     int slabs = ceil_div(R, DISPATCH_SLAB);
-    LAUNCH(dispatch_count_kernel, blocks_for_rows(slabs), s.histogram, a.experts, R, E, slabs);
-    LAUNCH(dispatch_scan_kernel, blocks_for(E), a.counts, s.histogram, E, slabs);
+    LAUNCH(dispatch_count_kernel, blocks_for_rows(slabs), histogram, experts, R, E, slabs);
+    LAUNCH(dispatch_scan_kernel, blocks_for(E), counts, histogram, E, slabs);
     cudaCheck(cudaEventRecord(copy_event, main_stream.stream));
-    LAUNCH(dispatch_place_kernel, blocks_for_rows(slabs), a.row_of, a.assignment_of, s.histogram, a.counts, a.experts,
-           R, E, slabs);
+    LAUNCH(dispatch_place_kernel, blocks_for_rows(slabs), row_of, assignment_of, histogram, counts, experts, R, E,
+           slabs);
 }
 
 template <typename T>
@@ -1373,8 +1383,7 @@ __global__ void swiglu_forward_kernel(floatX* h, const floatX* gate_up, int R, i
 //     dw = <dy', y> = <dh, h>                         so y need not be kept
 //     dgate = w dh u s (1 + g (1 - s)),   dup = w dh g s,   s = sigmoid(g)
 //     dW_down = (w dy')^T h = dy'^T (w h)             so w h is written for that matmul
-// One warp per routed row. Reads gate_up, dh; writes dgate_up and w h: 6 floatX for each of F columns. Where
-// assignment_of is null, weights and dweights are by row.
+// One warp per routed row. Reads gate_up, dh; writes dgate_up and w h: 6 floatX for each of F columns.
 __global__ void swiglu_backward_kernel(floatX* dgate_up, floatX* weighted_h, float* dweights, const floatX* dh,
                                        const floatX* gate_up, const float* weights, const int* assignment_of, int R,
                                        int F) {
@@ -1385,7 +1394,7 @@ __global__ void swiglu_backward_kernel(floatX* dgate_up, floatX* weighted_h, flo
     floatX *dg = dgate_up + row * 2 * F, *du = dg + F;
     dh += row * F; weighted_h += row * F;
 
-    size_t a = assignment_of ? (size_t)assignment_of[row] : row;
+    size_t a = assignment_of[row];
     float w = weights[a], dot = 0;
     for (int i = lane; i < F; i += WARP) {
         float x = (float)g[i], up = (float)u[i], d = (float)dh[i];
@@ -1397,42 +1406,6 @@ __global__ void swiglu_backward_kernel(floatX* dgate_up, floatX* weighted_h, flo
     }
     dot = warp_sum(dot);
     if (lane == 0) dweights[a] = dot;
-}
-
-// An expert's rows [first, first + n), and the stream that multiplies them
-struct ExpertRows { size_t expert, first; int n, stream; };
-
-// The experts of a piece that have rows, in the order of their launch: the largest first, each in the stream that has
-// the fewest rows so far, so that the streams end at about the same time. The rows of an expert follow those of the
-// experts before it; `here` (experts) is on the host.
-std::vector<ExpertRows> expert_order(const std::vector<int>& here, const Piece& piece) {
-    std::vector<ExpertRows> order;
-    size_t first = piece.first, given[EXPERT_STREAMS] = {};
-    for (size_t e = piece.begin; e < piece.end; first += here[e++])
-        if (here[e] > 0) order.push_back({e, first, here[e], 0});
-    std::stable_sort(order.begin(), order.end(), [](auto& a, auto& b) { return a.n > b.n; });
-    for (ExpertRows& e : order) {
-        e.stream = (int)(std::min_element(given, given + EXPERT_STREAMS) - given);
-        given[e.stream] += e.n;
-    }
-    return order;
-}
-
-// For each expert of a piece that has rows: body(stream, expert, first row, rows). The expert streams go on from where
-// the main stream is, and the main stream from where all of them are.
-template <typename Body> void for_experts(const RowCounts& rows, int piece, Body body) {
-    cudaCheck(cudaEventRecord(main_stream.event, main_stream.stream));
-    for (Stream& s : expert_streams) {
-        cudaCheck(cudaStreamWaitEvent(s.stream, main_stream.event, 0));
-        waited(s.stream);
-    }
-    for (const ExpertRows& e : expert_order(rows.here, rows.pieces[piece]))
-        body(expert_streams[e.stream], e.expert, e.first, e.n);
-    for (Stream& s : expert_streams) {
-        cudaCheck(cudaEventRecord(s.event, s.stream));
-        cudaCheck(cudaStreamWaitEvent(main_stream.stream, s.event, 0));
-    }
-    waited(main_stream.stream);
 }
 
 // gate_up from expert_in, of a piece of the experts
@@ -1462,21 +1435,17 @@ void experts_down(Scratch& s, const LayerParameters& p, const RowCounts& rows, i
 }
 
 // dgate_up, weighted_h and dweights, from dh and gate_up, likewise
-void swiglu_backward(Scratch& s, float* dweights /* as weights */, const LayerActivations& a,
-                     const float* weights /* (N, K), or by row */, const int* assignment_of /* or null */,
-                     const Piece& piece, int F) {
+void swiglu_backward(Scratch& s, float* dweights /* (N, K) */, const LayerActivations& a, const Piece& piece, int F) {
     const size_t first = piece.first;
-    const int* assignments = assignment_of ? assignment_of + first : nullptr;
-    if (!assignment_of) { dweights += first; weights += first; }
     LAUNCH(swiglu_backward_kernel, blocks_for_rows(piece.rows), s.dgate_up + first * 2 * F, s.weighted_h + first * F,
-           dweights, s.dh + first * F, a.gate_up + first * 2 * F, weights, assignments, piece.rows, F);
+           dweights, s.dh + first * F, a.gate_up + first * 2 * F, a.here_weights, a.here_assignment_of + first,
+           piece.rows, F);
 }
 
 // dexpert_in and dweights, and into g's gate_up and down, from dexpert_out, which is not yet weighted by the router; of
-// a piece of the experts. weights and dweights are (N, K), or by row where assignment_of is null.
-void experts_backward(Scratch& s, LayerParameters& g, bool add, float* dweights, const LayerActivations& a,
-                      const LayerParameters& p, const float* weights, const int* assignment_of, const RowCounts& rows,
-                      int piece, const OlmoeConfig& c) {
+// a piece of the experts
+void experts_backward(Scratch& s, LayerParameters& g, bool add, float* dweights /* (N, K) */, const LayerActivations& a,
+                      const LayerParameters& p, const RowCounts& rows, int piece, const OlmoeConfig& c) {
     const size_t C = c.C, F = c.F;
     for (size_t e = rows.pieces[piece].begin; e < rows.pieces[piece].end && !add; e++)
         if (rows.here[e] == 0) {            // no matmul sets its gradient
@@ -1487,7 +1456,7 @@ void experts_backward(Scratch& s, LayerParameters& g, bool add, float* dweights,
     for_experts(rows, piece, [&](const Stream& stream, size_t e, size_t first, int n) {
         matmul_backward_input(stream, s.dh + first * F, s.dexpert_out + first * C, p.down + e * C * F, n, F, C);
     });
-    swiglu_backward(s, dweights, a, weights, assignment_of, rows.pieces[piece], c.F);
+    swiglu_backward(s, dweights, a, rows.pieces[piece], c.F);
     for_experts(rows, piece, [&](const Stream& stream, size_t e, size_t first, int n) {
         const floatX *dy = s.dexpert_out + first * C, *dgate_up = s.dgate_up + first * 2 * F;
         matmul_backward_weight(stream, g.down + e * C * F, dy, s.weighted_h + first * F, n, F, C, add);
@@ -1497,7 +1466,7 @@ void experts_backward(Scratch& s, LayerParameters& g, bool add, float* dweights,
 }
 
 // ------------------------------------------------------------------------------------------------
-// Combine:   out_t = residual_t + sum_k w_tk y_tk,   y_tk the row of assignment t K + k
+// Combine:   out_t = residual_t + sum_k w_tk y_tk,   y_tk the row of assignment t K + k; where it is -1, there is none
 
 // One warp per token; sums in fp32, k by k, and rounds once. Null weights are all 1 and a null residual is 0: the
 // backward of gather, where the gradient of ffn_in is the sum of its K rows of dexpert_in. Where normed is not null it
@@ -1516,6 +1485,7 @@ __global__ void combine_kernel(floatX* out, floatX* normed, float* r, const floa
             for (int c = 0; c < PER_LANE; c++)
                 if (column + c * WARP < C) sum[c] = (float)residual[token * C + column + c * WARP];
         for (int k = 0; k < K; k++) {
+            if (row_of[token * K + k] < 0) continue;
             const floatX* from = y + (size_t)row_of[token * K + k] * C;
             float w = weights ? weights[token * K + k] : 1.f;
             for (int c = 0; c < PER_LANE; c++)
@@ -1773,6 +1743,7 @@ void plan_layer(Olmoe* m, int l) {
         };
         if (keep1) rows(1).add(C, &a.expert_in);
         if (keep2) rows(2).add(2 * c.F, &a.gate_up);
+        rows(3).add(c.K, &a.here_row_of); rows(3).add(c.K, &a.here_weights); rows(3).add(1, &a.here_assignment_of);
     } else {
         if (keep1) mem.add(R * C, &a.expert_in);
         if (keep2) mem.add(R * 2 * c.F, &a.gate_up);
@@ -1792,8 +1763,14 @@ void plan_scratch(Olmoe* m) {
     mem.add((size_t)m->capacity.positions * (C / c.H / 2), &s.cosine, &s.sine);
     if (c.flash()) mem.add(2 * N, &s.tiles);
     else { mem.add(square, &s.scores); mem.add(square, &s.probs); }
-    mem.add(ceil_div(R, DISPATCH_SLAB) * E, &s.histogram); mem.add(c.L * E, &s.global_counts);
-    if (several_ranks) { mem.add(R * C, &s.home_rows); mem.add(E, &s.arrivals); }
+    const size_t G = expert_group.size, V = N * std::min<size_t>(c.K, G), kinds = num_kinds(num_pieces((int)(E / G)));
+    mem.add(ceil_div(R, DISPATCH_SLAB) * std::max(E, G * kinds), &s.histogram); mem.add(c.L * E, &s.global_counts);
+    if (several_ranks) {
+        mem.add(R, &s.visits); mem.add(G * kinds, &s.visit_counts); mem.add(E + G * kinds, &s.arrivals);
+        mem.add(V * C, &s.home_rows); mem.add(V * c.K, &s.home_experts); mem.add(V * c.K, &s.home_weights);
+        mem.add(E / G, &s.here_counts); rows.add(E / G * ceil_div(c.K, DISPATCH_SLAB), &s.here_histogram);
+        rows.add(C, &s.arrived_rows); rows.add(c.K, &s.arrived_experts);
+    }
     rows.add(r * F, &s.h); rows.add(r * C, &s.expert_out);
     if (!m->backward()) return;
 
@@ -1805,7 +1782,7 @@ void plan_scratch(Olmoe* m) {
     else { back.add(N * 3 * C, &s.dqkv32); back.add(square, &s.dprobs); back.add(square, &s.dscores); }
     back.add(N * E, &s.drouter); back.add(N * E, &s.drouter_probs); back.add(R, &s.dweights);
     back_rows.add(r * C, &s.dexpert_out); back_rows.add(r * F, &s.dh); back_rows.add(r * 2 * F, &s.dgate_up);
-    if (several_ranks) { back.add(R, &s.home_weights); rows.add(1, &s.arrived_weights, &s.arrived_dweights); }
+    if (several_ranks) rows.add(c.K, &s.arrived_dweights);
     back.add(SLABS * C, &s.partial);
     size_t runs = 0;
     for (const Tensor& t : m->tensors) runs += ceil_div(t.share, SQUARE_SUM_RUN);
@@ -1871,6 +1848,8 @@ void share_activations(Olmoe* m) {
         a.experts = first.experts + l * N * c.K;
         a.counts = first.counts + (size_t)l * c.E;
     }
+    for (LayerActivations& a : m->acts.layers)
+        if (expert_group.size == 1) { a.here_assignment_of = a.assignment_of; a.here_weights = a.weights; }
     Scratch& s = m->scratch;
     m->acts.dlogits = m->acts.logits;
     s.weighted_h = s.h;
@@ -2052,45 +2031,101 @@ void attention_block(Olmoe* m, int l) {
     attention_output(m, l);
 }
 
-// Each token's experts, their weights, and the order of rows by expert, from ffn_in
+// Each token's experts, their weights, and the order of rows by expert, with --ep of visits by rank, from ffn_in
 void route(Olmoe* m, int l) {
     const OlmoeConfig& c = m->config;
     LayerActivations& a = m->acts.layers[l];
+    Scratch& s = m->scratch;
     matmul_forward(main_stream, a.router_logits, a.ffn_in, m->params.layers[l].router, m->N, c.C, c.E);
     router_forward(a, m->N, c);
-    dispatch(a, m->scratch, m->R, c.E);
+    dispatch(a.counts, a.row_of, a.assignment_of, s.histogram, a.experts, m->R, c.E);
+    if (expert_group.size == 1) return;
+    const int G = expert_group.size, mine = c.E / G, pieces = num_pieces(mine);
+    cudaCheck(cudaMemsetAsync(a.row_of, 0xff, m->R * sizeof(int), main_stream.stream));
+    LAUNCH(visits_kernel, blocks_for(m->R), s.visits, a.experts, m->R, c.K, mine, pieces);
+    dispatch(s.visit_counts, a.row_of, a.assignment_of, s.histogram, s.visits, m->R, G * num_kinds(pieces));
 }
 
 // Waits until dispatch has counted, and not for what the main stream does next: the host gives the experts' matmuls
 // their shapes.
 void count_rows(Olmoe* m, int l) {
     const int E = m->config.E, *counts = m->acts.layers[l].counts;
+    const Scratch& s = m->scratch;
     RowCounts& rows = m->rows[l];
-    if (expert_group.size > 1) exchange_counts(m->scratch.arrivals, counts, E, l);
+    const bool alone = expert_group.size == 1;
+    if (!alone) exchange_counts(s.arrivals, counts, s.visit_counts, E, l);
     cudaCheck(cudaStreamWaitEvent(copy_stream, copy_event, 0));
     waited(copy_stream);
     rows.sent.resize(E);
     copy_to_host(rows.sent.data(), counts, E, copy_stream);
     launched("counts to the host", copy_stream);
     rows.arrived = rows.sent;
-    if (expert_group.size > 1) copy_to_host(rows.arrived.data(), m->scratch.arrivals, E, comm_stream);
+    if (!alone) counts_to_host(&rows, s.visit_counts, s.arrivals);
     cut_rows(&rows);
-    if (expert_group.size > 1) reserve_rows(m, l, rows.total());
+    if (!alone) reserve_rows(m, l, rows.total());
 }
 
-// Rows of ffn_in in the order of the experts: expert_in, with --ep home_rows
+// Rows of ffn_in in the order of the experts: expert_in. With --ep those of the visits: home_rows
 void gather_rows(Olmoe* m, int l) {
     LayerActivations& a = m->acts.layers[l];
-    floatX* rows = expert_group.size == 1 ? a.expert_in : m->scratch.home_rows;
-    gather(rows, a.ffn_in, a.assignment_of, m->R, m->config.C, m->config.K);
+    const bool alone = expert_group.size == 1;
+    gather(alone ? a.expert_in : m->scratch.home_rows, a.ffn_in, a.assignment_of,
+           alone ? m->R : m->rows[l].num_sent(), m->config.C, m->config.K);
 }
 
-// compute(piece) on expert_in, with --ep the rows of all ranks for this rank's experts, and give(piece)
-template <typename Compute, typename Give> void rows_to_experts(Olmoe* m, int l, Compute compute, Give give) {
+// With --ep, the order by expert of the rows of the visits that arrived
+void dispatch_arrived(Olmoe* m, int l) {
+    LayerActivations& a = m->acts.layers[l];
+    Scratch& s = m->scratch;
+    const int n = m->rows[l].num_arrived() * m->config.K, mine = m->config.E / expert_group.size;
+    if (n == 0) return;
+    cudaCheck(cudaMemsetAsync(a.here_row_of, 0xff, n * sizeof(int), main_stream.stream));
+    LAUNCH(own_experts_kernel, blocks_for(n), s.arrived_experts, n, expert_group.rank * mine, mine);
+    dispatch(s.here_counts, a.here_row_of, a.here_assignment_of, s.here_histogram, s.arrived_experts, n, mine);
+}
+
+// With --ep: the rows (R, C) of a piece of the experts, from those that arrived
+void gather_piece(Olmoe* m, int l, int piece, floatX* rows) {
+    const Piece& p = m->rows[l].pieces[piece];
+    const size_t C = m->config.C;
+    if (expert_group.size == 1 || p.rows == 0) return;
+    gather(rows + p.first * C, m->scratch.arrived_rows, m->acts.layers[l].here_assignment_of + p.first, p.rows,
+           m->config.C, m->config.K);
+}
+
+// With --ep: of the visits that end with this piece, the sums over this rank's experts, to where their rows were
+void sum_piece(Olmoe* m, int l, int piece, const floatX* y /* (R, C) */, const float* weights /* (A, K) or null */) {
+    const Piece& p = m->rows[l].pieces[piece];
+    const size_t C = m->config.C, at = p.first_visit * m->config.K;
+    if (expert_group.size == 1 || p.visits == 0) return;
+    combine(m->scratch.arrived_rows + p.first_visit * C, nullptr, y, weights ? weights + at : nullptr,
+            m->acts.layers[l].here_row_of + at, p.visits, m->config.C, m->config.K);
+}
+
+// compute(piece) on expert_in; with --ep it is of all ranks' tokens, and give(piece) sends back what came of it. The
+// first time without --ep, expert_in is there already; again: with --ep, the experts' numbers and weights are.
+template <typename Compute, typename Give>
+void rows_to_experts(Olmoe* m, int l, bool again, Compute compute, Give give) {
     const RowCounts& rows = m->rows[l];
-    const RowArray sent = {m->acts.layers[l].expert_in, m->scratch.home_rows, m->config.C * sizeof(floatX)};
-    auto bring = [&](int i) { exchange_rows({sent}, rows, i, Way::to_experts, "dispatch to the experts", l); };
-    in_pieces((int)rows.pieces.size(), bring, compute, give);
+    const LayerActivations& a = m->acts.layers[l];
+    const Scratch& s = m->scratch;
+    const size_t C = m->config.C, K = m->config.K;
+    const bool first_time = expert_group.size > 1 && !again;
+    if (expert_group.size > 1 || again) gather_rows(m, l);
+    if (first_time) {
+        gather(s.home_experts, a.experts, a.assignment_of, rows.num_sent(), (int)K, (int)K);
+        gather(s.home_weights, a.weights, a.assignment_of, rows.num_sent(), (int)K, (int)K);
+    }
+    in_pieces((int)rows.pieces.size(), [&](int i) {
+        if (i == 0 && first_time)
+            bring_rows({{s.arrived_experts, s.home_experts, K * sizeof(int)},
+                        {a.here_weights, s.home_weights, K * sizeof(float)}}, rows, -1, "dispatch of weights", l);
+        bring_rows({{s.arrived_rows, s.home_rows, C * sizeof(floatX)}}, rows, i, "dispatch to the experts", l);
+    }, [&](int i) {
+        if (i == 0 && first_time) dispatch_arrived(m, l);
+        gather_piece(m, l, i, a.expert_in);
+        compute(i);
+    }, give);
 }
 
 // The residual stream after the layer: x_mid + sum_k w_k y_k. In it the next layer begins: attn_in.
@@ -2100,21 +2135,23 @@ void experts_block(Olmoe* m, int l) {
     const RowCounts& rows = m->rows[l];
     LayerActivations& a = m->acts.layers[l];
     Scratch& s = m->scratch;
+    const bool alone = expert_group.size == 1;
     route(m, l);
-    gather_rows(m, l);                      // while the host waits for the counts
+    if (alone) gather_rows(m, l);           // while the host waits for the counts
     count_rows(m, l);
-    rows_to_experts(m, l, [&](int piece) {
+    rows_to_experts(m, l, false, [&](int piece) {
         experts_gate_up(a, p, rows, piece, c);
         swiglu_forward(s, a, rows.pieces[piece], c.F);
         experts_down(s, p, rows, piece, c);
+        sum_piece(m, l, piece, s.expert_out, a.here_weights);
     }, [&](int piece) {
-        exchange_rows({{s.home_rows, s.expert_out, c.C * sizeof(floatX)}}, rows, piece, Way::home,
-                      "return from the experts", l);
+        return_rows({{s.home_rows, s.arrived_rows, c.C * sizeof(floatX)}}, rows, piece, "return from the experts", l);
     });
-    const floatX* y = expert_group.size > 1 ? s.home_rows : s.expert_out;
-    if (l + 1 == c.L) return combine(m->acts.x, a.x_mid, y, a.weights, a.row_of, m->N, c.C, c.K);
+    const floatX* y = alone ? s.expert_out : s.home_rows;
+    const float* weights = alone ? a.weights : nullptr;         // those of other ranks' experts are in their sums
+    if (l + 1 == c.L) return combine(m->acts.x, a.x_mid, y, weights, a.row_of, m->N, c.C, c.K);
     LayerActivations& next = m->acts.layers[l + 1];
-    combine(next.x, a.x_mid, y, a.weights, a.row_of, m->N, c.C, c.K, next.attn_in, next.attn_r,
+    combine(next.x, a.x_mid, y, weights, a.row_of, m->N, c.C, c.K, next.attn_in, next.attn_r,
             m->params.layers[l + 1].attn_norm, c.rms_norm_eps);
 }
 
@@ -2128,14 +2165,12 @@ void recompute_layer(Olmoe* m, int l) {
     if (m->capacity.recompute == 1) {
         qk_norm_rope_forward(a, p, m->scratch, m->acts.positions, m->N, c);
         rmsnorm_forward(a.ffn_in, a.ffn_r, a.x_mid, p.ffn_norm, m->N, c.C, c.rms_norm_eps);
-        gather_rows(m, l);
-        rows_to_experts(m, l, nothing, nothing);
+        rows_to_experts(m, l, true, nothing, nothing);
     }
     if (m->capacity.recompute == 2) {
         attention_block(m, l);
         route(m, l);
-        gather_rows(m, l);
-        rows_to_experts(m, l, [&](int piece) { experts_gate_up(a, p, m->rows[l], piece, c); }, nothing);
+        rows_to_experts(m, l, true, [&](int piece) { experts_gate_up(a, p, m->rows[l], piece, c); }, nothing);
     }
 }
 
@@ -2298,26 +2333,26 @@ void index_tokens(Olmoe* m) {
     copy_to_device(m->scratch.touched_tokens, tokens);
 }
 
-// dexpert_in in the order of this rank's rows (dhome_rows) and dweights, from dx, by the ranks that have the experts
+// The gradient of ffn_in, a row for each visit (dhome_rows), and dweights, from dx, by the ranks that have the experts
 void experts_backward_over_ranks(Olmoe* m, int l) {
     const OlmoeConfig& c = m->config;
     const RowCounts& rows = m->rows[l];
     LayerActivations& a = m->acts.layers[l];
     Scratch& s = m->scratch;
-    const size_t row = c.C * sizeof(floatX);
-    gather(s.dhome_rows, s.dx, a.assignment_of, m->R, c.C, c.K);
-    gather(s.home_weights, a.weights, a.assignment_of, m->R, 1, 1);
+    const size_t row = c.C * sizeof(floatX), weights = c.K * sizeof(float);
+    gather(s.dhome_rows, s.dx, a.assignment_of, rows.num_sent(), c.C, c.K);
     in_pieces((int)rows.pieces.size(), [&](int i) {
-        exchange_rows({{s.dexpert_out, s.dhome_rows, row}, {s.arrived_weights, s.home_weights, sizeof(float)}}, rows, i,
-                      Way::to_experts, "gradients to the experts", l);
+        bring_rows({{s.arrived_rows, s.dhome_rows, row}}, rows, i, "gradients to the experts", l);
     }, [&](int i) {
-        experts_backward(s, m->grads.layers[l], m->accumulate, s.arrived_dweights, a, m->params.layers[l],
-                         s.arrived_weights, nullptr, rows, i, c);
+        gather_piece(m, l, i, s.dexpert_out);
+        experts_backward(s, m->grads.layers[l], m->accumulate, s.arrived_dweights, a, m->params.layers[l], rows, i, c);
+        sum_piece(m, l, i, s.dexpert_in, nullptr);
     }, [&](int i) {
-        exchange_rows({{s.dhome_rows, s.dexpert_in, row}, {s.home_dweights, s.arrived_dweights, sizeof(float)}}, rows,
-                      i, Way::home, "gradients from the experts", l);
+        return_rows({{s.dhome_rows, s.arrived_rows, row}, {s.home_dweights, s.arrived_dweights, weights}}, rows, i,
+                    "gradients from the experts", l);
     });
-    gather(s.dweights, s.home_dweights, a.row_of, m->R, 1, 1);
+    LAUNCH(visit_dweights_kernel, blocks_for(m->R), s.dweights, s.home_dweights, a.row_of, a.experts, m->R, c.K,
+           c.E / expert_group.size);
 }
 
 // experts_block: x_next = x_mid + sum_k w_k y_k, so dx goes on to x_mid as it is, and to the experts. Calls exchanged()
@@ -2332,7 +2367,7 @@ template <typename Body> void experts_block_backward(Olmoe* m, int l, float lb_s
     const floatX* dexpert_in = s.dexpert_in;
     if (expert_group.size == 1) {
         gather(s.dexpert_out, s.dx, a.assignment_of, m->R, C, c.K);
-        experts_backward(s, g, m->accumulate, s.dweights, a, p, a.weights, a.assignment_of, m->rows[l], 0, c);
+        experts_backward(s, g, m->accumulate, s.dweights, a, p, m->rows[l], 0, c);
     } else {
         experts_backward_over_ranks(m, l);
         dexpert_in = s.dhome_rows;

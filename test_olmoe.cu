@@ -16,6 +16,7 @@ The checksum at the end is of all that the device computed: equal checksums mean
 #include "olmoe.cu"             // the program
 #include <array>
 #include <random>
+#include <set>
 #include <sys/wait.h>
 
 // ------------------------------------------------------------------------------------------------
@@ -837,7 +838,7 @@ static void test_dispatch() {
         for (int row = 0; row < R; row++) { assignment_of[row] = order[row]; row_of[order[row]] = row; }
 
         DeviceDispatch d(experts, E);
-        dispatch(d.a, d.s, R, E);
+        dispatch(d.counts, d.row_of, d.assignment_of, d.histogram, d.experts, R, E);
         check_equal(name + "counts", d.counts.ints(), counts);
         check_equal(name + "row_of", d.row_of.ints(), row_of);
         check_equal(name + "assignment_of", d.assignment_of.ints(), assignment_of);
@@ -923,18 +924,19 @@ static void check_experts(const std::vector<ExpertsShape>& shapes) {
         p.gate_up = d_w_gate_up; p.down = d_w_down;
         g.gate_up = d_dw_gate_up; g.down = d_dw_down;
         d.a.expert_in = rows; d.a.gate_up = gate_up;
+        d.a.here_weights = d_weights; d.a.here_assignment_of = d.assignment_of;
         d.s.h = h; d.s.weighted_h = weighted_h; d.s.expert_out = d_y; d.s.dexpert_in = d_dx;
         d.s.dexpert_out = dy; d.s.dh = dh; d.s.dgate_up = dgate_up;
         RowCounts row_counts;
         row_counts.arrived = counts;
         cut_rows(&row_counts);
-        dispatch(d.a, d.s, (int)R, E);
+        dispatch(d.counts, d.row_of, d.assignment_of, d.histogram, d.experts, (int)R, E);
         gather(rows.p, d_x.p, d.assignment_of, (int)R, C, K);
         experts_gate_up(d.a, p, row_counts, 0, c);
         swiglu_forward(d.s, d.a, row_counts.pieces[0], F);
         experts_down(d.s, p, row_counts, 0, c);
         gather(dy.p, d_dout.p, d.assignment_of, (int)R, C, K);
-        experts_backward(d.s, g, true, d_dweights, d.a, p, d_weights, d.assignment_of, row_counts, 0, c);
+        experts_backward(d.s, g, true, d_dweights, d.a, p, row_counts, 0, c);
         Ints row = d.row_of.ints();
         auto by_assignment = [&row](const Vec& v) {
             Vec sorted;
@@ -951,7 +953,7 @@ static void check_experts(const std::vector<ExpertsShape>& shapes) {
         check(name + "dweights", d_dweights.get(), dweights, roundings(4, t));
         d_dw_gate_up.spoil();
         d_dw_down.spoil();
-        experts_backward(d.s, g, false, d_dweights, d.a, p, d_weights, d.assignment_of, row_counts, 0, c);
+        experts_backward(d.s, g, false, d_dweights, d.a, p, row_counts, 0, c);
         check(name + "dw_gate_up", d_dw_gate_up.get(), first_gate_up, roundings(6, t + sqrt(N)));
         check(name + "dw_down", d_dw_down.get(), first_down, roundings(4, t + sqrt(N)));
         // a rank to which no rows came
@@ -959,7 +961,7 @@ static void check_experts(const std::vector<ExpertsShape>& shapes) {
         d_dw_down.spoil();
         row_counts.arrived.assign(E, 0);
         cut_rows(&row_counts);
-        experts_backward(d.s, g, false, d_dweights, d.a, p, d_weights, d.assignment_of, row_counts, 0, c);
+        experts_backward(d.s, g, false, d_dweights, d.a, p, row_counts, 0, c);
         check_true(name + "dw without rows", l2(d_dw_gate_up.get()) == 0 && l2(d_dw_down.get()) == 0);
     }
 }
@@ -998,11 +1000,11 @@ static void test_swiglu() {
         Device<float> d_weights(weights), d_dweights(R);
         Device<int> d_assignment(assignment);
         LayerActivations a = {};
-        a.gate_up = d_gate_up;
+        a.gate_up = d_gate_up; a.here_weights = d_weights; a.here_assignment_of = d_assignment;
         Scratch s = {};
         s.h = d_h; s.weighted_h = d_weighted_h; s.dh = d_dh; s.dgate_up = d_dgate_up;
         swiglu_forward(s, a, {0, 1, 0, R}, F);
-        swiglu_backward(s, d_dweights, a, d_weights, d_assignment, {0, 1, 0, R}, F);
+        swiglu_backward(s, d_dweights, a, {0, 1, 0, R}, F);
         check(name + "h", d_h.get(), h, roundings(1, 16));
         check(name + "w h", d_weighted_h.get(), weighted_h, roundings(1, 16));
         check(name + "dgate and dup", d_dgate_up.get(), dgate_up, roundings(1, 20));
@@ -1462,11 +1464,11 @@ static void vectors_swiglu() {
     Device<float> weights(Vec{1.}), dweights(1);
     Device<int> assignment(Ints{0});
     LayerActivations a = {};
-    a.gate_up = gate_up;
+    a.gate_up = gate_up; a.here_weights = weights; a.here_assignment_of = assignment;
     Scratch s = {};
     s.h = h; s.weighted_h = weighted_h; s.dh = dh; s.dgate_up = dgate_up;
     swiglu_forward(s, a, {0, 1, 0, 1}, 1);
-    swiglu_backward(s, dweights, a, weights, assignment, {0, 1, 0, 1}, 1);
+    swiglu_backward(s, dweights, a, {0, 1, 0, 1}, 1);
     // in bf16 the two inputs are rounded, and silu's derivative passes 1.3 times its input's rounding on
     check("swiglu h", h.get(), {-.60805087}, printed(.6) + roundings(4, 16));
     check("swiglu dgate and dup", dgate_up.get(), {-.53520141, .23386572}, printed(.2) + roundings(4, 20));
@@ -3182,67 +3184,119 @@ static void ranks_communicators() {
     }
 }
 
-// Rows to the experts and back, for routings that a model would hardly choose, and for more experts than one group of
-// NCCL's calls holds
+// Rows to the ranks that their tokens visit and back, for routings that a model would hardly choose, and for more calls
+// than one group of NCCL's holds
 static void ranks_exchange() {
-    const int G = world.size, self = world.rank;
+    const int G = world.size, self = world.rank, mine = 6, E = G * mine, kinds = num_kinds(PIECES);
     Layout layout(G, false);
-    const char* patterns[] = {"random", "none at all", "all to one expert", "all to the first rank",
-                              "none to the last rank", "only to oneself", "one rank sends nothing", "many experts"};
+    const char* patterns[] = {"random", "none at all", "all of one kind", "all to the first rank",
+                              "none to the last rank", "only to oneself", "one rank sends nothing", "many groups"};
+    const int most_calls = group_calls;
     for (int pattern = 0; pattern < 8; pattern++) {
-        const int mine = pattern == 7 ? PIECES * (GROUP_CALLS / (2 * G) + 5) : 6, E = mine * G;
-        std::vector<Ints> sent(G, Ints(E, 0));                  // by rank and expert
-        for (int g = 0; g < G; g++)
-            for (int e = 0; e < E; e++) {
-                int n = random_below(6), owner = e / mine;
-                bool some = pattern == 0 || (pattern == 7 && n < 3)
-                            || (pattern == 2 && e == 1) || (pattern == 3 && owner == 0)
+        if (pattern == 7) group_calls = 4 * G;                  // of two kinds
+        std::vector<Ints> sent(G, Ints(G * kinds, 0)), needed(G);       // by rank, and kind or expert
+        for (int g = 0; g < G; g++) {
+            for (int i = 0; i < G * kinds; i++) {
+                int n = random_below(6), owner = i / kinds;
+                bool some = pattern == 0 || pattern == 7
+                            || (pattern == 2 && i == 4) || (pattern == 3 && owner == 0)
                             || (pattern == 4 && owner != G - 1) || (pattern == 5 && owner == g)
                             || (pattern == 6 && g != G - 1);
-                sent[g][e] = some ? pattern == 2 ? n + 20 : n : 0;
+                sent[g][i] = some ? pattern == 2 ? n + 20 : n : 0;
             }
-        // the value in column i of row j that rank g sends to expert e; up to 250, which floatX holds
-        auto value = [](int g, int e, int j, int i) { return (double)((g * 59 + e * 17 + j * 5 + i) % 251); };
+            needed[g] = random_ints(E, 9);
+        }
+        // the value in column i of row j that rank g sends to a rank and of a kind; up to 250, which floatX holds
+        auto value = [](int g, int to, int j, int i) { return (double)((g * 59 + to * 17 + j * 5 + i) % 251); };
         std::string name = text("exchange, %s, ", patterns[pattern]);
         RowCounts rows;
-        rows.sent = sent[self];
-        rows.arrived.resize(E);
-        Ints want_arrived;
-        for (int g = 0; g < G; g++) append(&want_arrived, slice(sent[g], self * mine, mine));
-        Device<int> values(sent[self]), counts(E), arrivals(E);
-        copy_on_device(counts.p, values.p, E);                  // for which nothing has waited yet
+        rows.sent = needed[self];
+        rows.visits_sent = sent[self];
+        Ints arrived;
+        for (int g = 0; g < G; g++) append(&arrived, slice(needed[g], self * mine, mine));
+        for (int g = 0; g < G; g++) append(&arrived, slice(sent[g], self * kinds, kinds));
+        Device<int> counts(rows.sent), values(sent[self]), visits(values.n), arrivals(arrived.size());
+        copy_on_device(visits.p, values.p, values.n);           // for which nothing has waited yet
         cudaCheck(cudaEventRecord(copy_event, main_stream.stream));
-        exchange_counts(arrivals, counts, E, 0);
-        copy_to_host(rows.arrived.data(), arrivals.p, E, comm_stream);
-        check_equal(name + "arrivals", rows.arrived, want_arrived);
+        exchange_counts(arrivals, counts, visits, E, 0);
+        cudaCheck(cudaStreamWaitEvent(copy_stream, copy_event, 0));
+        counts_to_host(&rows, visits, arrivals);
+        Ints got = rows.arrived;
+        append(&got, rows.visits_arrived);
+        check_equal(name + "arrivals", got, arrived);
+        check_equal(name + "visits", rows.visits_sent, sent[self]);
         cut_rows(&rows);
         for (int width : {1, 7, 24}) {
             Vec out, want;
-            for (int e = 0; e < E; e++)
-                for (int j = 0; j < sent[self][e]; j++)
-                    for (int i = 0; i < width; i++) out.push_back(value(self, e, j, i));
-            for (int e = self * mine; e < (self + 1) * mine; e++)
-                for (int g = 0; g < G; g++)
-                    for (int j = 0; j < sent[g][e]; j++)
-                        for (int i = 0; i < width; i++) want.push_back(value(g, e, j, i));
-            Device<floatX> from(out), to(want.size()), answer(want.size()), back(out.size());
+            auto add = [&](Vec* to, int g, int i) {
+                for (int j = 0; j < sent[g][i]; j++)
+                    for (int column = 0; column < width; column++) to->push_back(value(g, i, j, column));
+            };
+            for (int i = 0; i < G * kinds; i++) add(&out, self, i);
+            for (int kind = 0; kind < kinds; kind++)
+                for (int g = 0; g < G; g++) add(&want, g, self * kinds + kind);
+            Device<floatX> made(out), from(out.size()), to(want.size()), answer(want.size()), back(out.size());
+            copy_on_device(from.p, made.p, out.size());         // for which nothing has waited yet
             const double before = traffic[ROWS];
-            double leaving = 0, returning = 0;                  // rows to other ranks, and answers to theirs
-            for (int i = 0; i < E; i++)
-                if (i / mine != self) { leaving += sent[self][i]; returning += rows.arrived[i]; }
+            double travelling = 0;                              // rows to other ranks, and answers to theirs
+            for (int i = 0; i < G * kinds; i++)
+                if (i / kinds != self) travelling += sent[self][i] + rows.visits_arrived[i];
             in_pieces((int)rows.pieces.size(), [&](int i) {
-                exchange_rows({{to.p, from.p, width * sizeof(floatX)}}, rows, i, Way::to_experts, "test", 0);
+                bring_rows({{to.p, from.p, width * sizeof(floatX)}}, rows, i, "test", 0);
             }, [&](int i) {
-                const size_t first = rows.pieces[i].first * width;
-                copy_on_device(answer.p + first, to.p + first, (size_t)rows.pieces[i].rows * width);
+                const size_t first = rows.pieces[i].first_visit * width;
+                copy_on_device(answer.p + first, to.p + first, (size_t)rows.pieces[i].visits * width);
             }, [&](int i) {
-                exchange_rows({{back.p, answer.p, width * sizeof(floatX)}}, rows, i, Way::home, "test", 0);
+                return_rows({{back.p, answer.p, width * sizeof(floatX)}}, rows, i, "test", 0);
             });
             check_equal(name + text("%d columns", width), to.get(), want);
             check_equal(name + text("%d columns, back", width), back.get(), out);
             check_true(name + text("%d columns, bytes sent", width),
-                       traffic[ROWS] - before == (leaving + returning) * width * sizeof(floatX));
+                       traffic[ROWS] - before == travelling * width * sizeof(floatX));
         }
+        group_calls = most_calls;
+    }
+}
+
+// Which visits tokens make, and what a rank makes of their experts, against their definitions
+static void ranks_visits() {
+    const int G = world.size;
+    Layout layout(G, false);
+    const int shapes[][3] = {{200, 3, 6}, {7, 5, 5}, {1, 1, 1}, {300, 2, 3}, {90, 8, 9}};   // N, K, experts of a rank
+    for (auto& [N, K, mine] : shapes) {
+        const int R = N * K, pieces = num_pieces(mine), kinds = num_kinds(pieces);
+        std::string name = text("visits N %d K %d, %d experts a rank, ", N, K, mine);
+        const Ints experts = random_ints(R, G * mine);
+        Ints visits(R, -1), leaders(R), own(R);
+        Vec of_visits, dweights(R);
+        for (int a = 0; a < R; a++) {
+            const int rank = experts[a] / mine;
+            Ints with;                                          // assignments of the visit
+            for (int b = a / K * K; b < (a / K + 1) * K; b++) if (experts[b] / mine == rank) with.push_back(b);
+            int first = pieces, last = -1;
+            for (int b : with)
+                for (int p = 0; p < pieces; p++) {
+                    const int e = experts[b] % mine;
+                    if (e < mine * p / pieces || e >= mine * (p + 1) / pieces) continue;
+                    first = std::min(first, p);
+                    last = std::max(last, p);
+                }
+            leaders[a] = with[0];
+            if (with[0] == a) visits[a] = rank * kinds + visit_kind(first, last);
+            own[a] = rank == G - 1 ? experts[a] % mine : -1;
+        }
+        Ints row_of = random_ints(R, R);
+        of_visits = random_vec<float>((size_t)R * K);
+        for (int a = 0; a < R; a++) dweights[a] = of_visits[row_of[leaders[a]] * K + a % K];
+        Device<int> d_experts(experts), d_visits(R), d_row_of(row_of);
+        Device<float> d_of_visits(of_visits), d_dweights(R);
+        LAUNCH(visits_kernel, blocks_for(R), d_visits.p, d_experts.p, R, K, mine, pieces);
+        LAUNCH(visit_dweights_kernel, blocks_for(R), d_dweights.p, d_of_visits.p, d_row_of.p, d_experts.p, R, K,
+               mine);
+        LAUNCH(own_experts_kernel, blocks_for(R), d_experts.p, R, (G - 1) * mine, mine);
+        check_equal(name + "kinds", d_visits.ints(), visits);
+        check_equal(name + "dweights", d_dweights.get(), dweights);
+        check_equal(name + "own experts", d_experts.ints(), own);
     }
 }
 
@@ -3291,10 +3345,28 @@ static void check_ranks_model(const RanksModel& r) {
     model.set(params);
     std::string name = text("%d ranks, --ep %d, --zero %d, --recompute %d%s%s, ", W, r.ep, r.zero, r.recompute,
                             r.one_token ? ", one token" : "", r.lb_global ? ", --lb global" : "");
+    const double traffic_before = traffic[ROWS];
     model.forward(rows_of(self));
     // Reading the logits waits for all streams, and would hide a missing wait for the counts of all ranks.
     if (!r.lb_global) check(name + "logits", model.logits(), want_logits, model_tolerance(c, 1e-5));
     model.backward(rows_of(self), 1, true);
+    std::vector<double> visits(W * W, 0);                       // of the tokens of one rank to another
+    for (const LayerActivations& a : model.m.acts.layers) {
+        const Vec experts = Device<int>::get_from(a.experts, (size_t)model.m.R);
+        for (int t = 0; t < model.m.N; t++) {
+            std::set<int> ranks_visited;
+            for (int k = 0; k < c.K; k++) ranks_visited.insert((int)experts[t * c.K + k] / (c.E / r.ep));
+            for (int g : ranks_visited) visits[self * W + self / r.ep * r.ep + g]++;
+        }
+    }
+    host_sum(&visits);
+    double bytes = 0;
+    for (int g = 0; g < W; g++)
+        if (g != self) {
+            bytes += visits[self * W + g] * ((r.recompute ? 3 : 2) * c.C * sizeof(floatX) + 8 * c.K);
+            bytes += visits[g * W + self] * (2 * c.C * sizeof(floatX) + 4 * c.K);
+        }
+    check_true(name + "bytes of rows", traffic[ROWS] - traffic_before == bytes);
     Vec got, want;
     for (const Tensor& t : model.m.tensors) {                   // under ZeRO-1 a rank's share of the sums
         const size_t begin = t.update_begin(), n = t.update_count();
@@ -3468,6 +3540,7 @@ static const Test tests[] = {
     {"fixture bf16", fixture_bf16, true},
     {"ranks communicators", ranks_communicators, true},
     {"ranks exchange", ranks_exchange, true},
+    {"ranks visits", ranks_visits, true},
     {"ranks model", ranks_model, true},
     {"ranks zero", ranks_zero, true},
     {"gradient of the twin", gradient_of_twin, false},

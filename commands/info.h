@@ -73,6 +73,13 @@ void box_fits(Box* box, const OlmoeConfig& c, const InfoOptions& o) {
 // ------------------------------------------------------------------------------------------------
 // Many GPUs
 
+// Of G ranks with E/G experts each, how many a token visits that draws K of the E experts at random
+double visited_ranks(double E, double K, double G) {
+    double missed = 1;                      // that a rank has none of them: C(E - E/G, K) / C(E, K)
+    for (double k = 0; k < K; k++) missed *= std::max(0.0, E - E / G - k) / (E - k);
+    return G * (1 - missed);
+}
+
 // What a rank gives to each kind of collective in a step, in bytes; rows at even routing. The formulas are in
 // docs/scaling.md; the training log has what was really sent.
 struct PlannedTraffic { double gradients = 0, expert_gradients = 0, parameters = 0, expert_parameters = 0, rows = 0; };
@@ -86,10 +93,10 @@ PlannedTraffic plan_traffic(const Olmoe& m, double tokens /* of a rank and step 
         (t.expert() ? sent.expert_gradients : sent.gradients) += (double)t.allocated() * x;
         if (shard_optimizer) (t.expert() ? sent.expert_parameters : sent.parameters) += (double)t.share * x;
     }
-    // Rows to the experts and back, their gradients there and back, and a weight and its gradient for each row. What
-    // --recompute does not keep is sent again.
-    const double times = m.capacity.recompute >= 1 ? 5 : 4;
-    sent.rows = tokens * c.L * c.K * (times * c.C * x + 2 * sizeof(float)) * (G - 1) / G;
+    // For each visit to another rank: a row there and back, its gradient there and back, and of K experts the numbers,
+    // the weights, and their gradients. What --recompute does not keep is sent again.
+    const double times = m.capacity.recompute >= 1 ? 5 : 4, visits = visited_ranks(c.E, c.K, G) * (G - 1) / G;
+    sent.rows = tokens * c.L * visits * (times * c.C * x + 3 * c.K * sizeof(float));
     return sent;
 }
 
