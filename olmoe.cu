@@ -14,8 +14,8 @@ Letters, used everywhere:
 Matrices are row-major. A linear layer's weight is (out, in) and computes y = x W^T, as in PyTorch. Only gemm, which
 knows no tokens, has letters of its own: M, N, K for rows, columns and the length of the sums.
 
-Kernels have two shapes. Elementwise: a thread for each element. Row: a warp for each row, whose lanes stride over the
-columns and meet only in warp_sum, warp_max and warp_argmax. So the same text runs fast on a CPU, where a warp has one
+Kernels have two shapes. Elementwise: a thread for each element. Row: a warp for each row, whose lanes take packs of
+columns (lib/packs.h) and meet only in warp_sum and its like. So the same text runs fast on a CPU, where a warp has one
 lane (cpu/). Only flash attention is made for tensor cores, with tiles in shared memory; attention has a form without,
 too. There are no atomics, so that the same inputs give the same bits.
 */
@@ -63,14 +63,13 @@ constexpr bool BF16 = false;
 #endif
 
 constexpr int PER_LANE = WARP == 1 ? 64 : 16;   // columns that a lane keeps in registers while it adds up rows
-constexpr int CHUNK = WARP * PER_LANE;      // columns that a warp keeps so
-constexpr int SLABS = 256;                  // at most so many partial sums when rows are added up
+constexpr int TOKEN_RUN = 64;               // tokens of the same id whose gradients one warp adds up
 constexpr int TILE_ROWS = 128;              // queries, or keys, of a block of flash attention
 constexpr int DISPATCH_SLAB = 256;          // assignments to experts that one warp counts and places
-constexpr int SQUARE_SUM_RUN = 4096;        // gradients whose squares one warp adds up
 
 #include "lib/cuda.h"           // die, checked calls, streams, memory, copies, warps, random numbers
 #include "lib/trace.h"          // LAUNCH of a kernel, and where the program is, for --trace and for messages
+#include "lib/packs.h"          // rows in packs of 16 bytes a lane, and sums over rows
 #include "lib/tiles.h"          // tiles in shared memory, and their products on tensor cores
 #include "tokenizer.h"          // text <-> token ids
 #include "dataloader.h"         // token files -> batches, in OLMo's order
@@ -375,7 +374,7 @@ struct LayerActivations {
     float* router_logits;   // (N, E)    2
     float* router_probs;    // (N, E)    2
     float* router_lse;      // (N)         one array for all layers: the host reads it
-    float* router_partial;  // (SLABS, E)  sums of router_probs over slabs of tokens; likewise
+    float* router_sums;     // (E)         sums of router_probs over the tokens; likewise
     int* experts;           // (N, K)      ids, by probability; likewise
     float* weights;         // (N, K)      their probabilities; with norm_topk_prob over their sum
     int* counts;            // (E)         rows of each expert; likewise
@@ -402,6 +401,9 @@ struct Activations {
     float* losses;          // (N) -log p(target), not weighted
 };
 
+// Neighbours of Scratch::sorted_tokens that have the same id. line: of the sums of an id's several runs; -1: it has one
+struct alignas(16) TokenRun { int id, begin, end, line; };
+
 // What all layers share. A buffer that serves twice has a name for each use; the second use ends the first.
 struct Scratch {
     float* cosine;          // (positions, D/2) RoPE's tables, see Capacity
@@ -409,6 +411,7 @@ struct Scratch {
     float* scores;          // (H, ATTENTION_BLOCK, T)  of blocked attention
     floatX* probs;          // (H, ATTENTION_BLOCK, T)  likewise
     AttentionTile* tiles;   // (2, tiles)  of flash attention, by queries and by keys; there is room for N tiles
+    float* router_partial;  // (SLABS, E)  sums of router_probs over slabs of tokens
     int* histogram;         // (ceil(R / DISPATCH_SLAB), E)
     floatX* h;              // (R, F)  silu(gate) up
     floatX* weighted_h;     // (R, F)  in the place of h: times the router's weight, in backward
@@ -417,16 +420,14 @@ struct Scratch {
     int* global_counts;     // (L, E)  with --lb global: rows of each expert over all ranks
     // of backward
     float* dhead;           // (V, C)  sum of chunks' gradients of lm_head, in BF16; null: dexpert_out has room for it
-    int* touched;           // (N) ids that occur in the micro-batch, ...
-    int* touched_start;     // (N+1) ... where in touched_tokens the tokens of each begin
-    int* touched_tokens;    // (N) the tokens sorted by id
+    int* sorted_tokens;     // (N) the tokens of the micro-batch sorted by id, ...
+    TokenRun* runs;         // (N) ... and divided into so many runs or fewer
     floatX* dx;             // (N, C)  gradient of the residual stream, all the way down
     floatX* dbranch;        // (N, C)  gradient inside a branch
     floatX* dattn;          // (N, C)
     float* dqkv32;          // (N, 3C)  of blocked attention
     float* dprobs;          // (H, ATTENTION_BLOCK, T)  likewise
     floatX* dscores;        // (H, ATTENTION_BLOCK, T)  likewise
-    floatX* dqk;            // (N, 2C)  of flash attention: gradients of qk
     float2* attn_terms;     // (N, H)  likewise: log2(e) lse and delta, of each sequence (H, T)
     floatX* dqkv;           // (N, 3C)
     floatX* drouter;        // (N, E)  gradient of the router's logits
@@ -435,7 +436,7 @@ struct Scratch {
     floatX* dexpert_out;    // (R, C)
     floatX* dh;             // (R, F)
     floatX* dgate_up;       // (R, 2F)
-    float* partial;         // (SLABS, C)
+    float* partial;         // (2, slabs, C), or the lines of TokenRun, which are 2N / TOKEN_RUN at most
     float* square_sums;     // one for each run of SQUARE_SUM_RUN gradients
     // of expert parallelism
     int* visits;            // (R)        the rank and kind of the visit that an assignment leads, or -1
@@ -502,156 +503,142 @@ void matmul_backward_weight(const Stream& s, T* dw, const floatX* dy, const floa
 // Token embedding:   x_t = W[id_t]
 
 // One warp per token.
-__global__ void embedding_forward_kernel(floatX* x, const int* ids, const floatX* w, int N, int C) {
+template <int P>
+__global__ void embedding_forward_kernel(Out<floatX> x, In<int> ids, In<floatX> w, int N, int C) {
     size_t row = thread_index() / WARP;
-    int lane = threadIdx.x % WARP;
     if (row >= (size_t)N) return;
-    const floatX* from = w + (size_t)ids[row] * C;
-    for (int i = lane; i < C; i += WARP) x[row * C + i] = from[i];
+    copy_row<P>(x + row * C, w + (size_t)ids[row] * C, C);
 }
 
-// dW[id] += sum of dx_t over the tokens t with this id. The host has sorted the tokens by id (index_tokens below); one
-// warp adds the rows of one id, in the order of their positions.
-__global__ void embedding_backward_kernel(floatX* dw, const floatX* dx, const int* touched, const int* start,
-                                          const int* tokens, int rows, int C) {
-    size_t row = thread_index() / WARP;
-    int lane = threadIdx.x % WARP;
-    if (row >= (size_t)rows) return;
-    dw += (size_t)touched[row] * C;
-
-    for (int column = lane; column < C; column += CHUNK) {
-        float sum[PER_LANE] = {};
-        for (int j = start[row]; j < start[row + 1]; j++) {
-            const floatX* from = dx + (size_t)tokens[j] * C;
-            for (int c = 0; c < PER_LANE; c++)
-                if (column + c * WARP < C) sum[c] += (float)from[column + c * WARP];
+// dW[id] += sum of dx_t over the tokens t with this id. The host has sorted the tokens by id and divided those of an id
+// into runs (index_tokens below). One warp adds the rows of a run, in the order of their positions: to dW or, where its
+// id has several runs, into a line of sums, so that no warp has thousands of rows.
+template <int P>
+__global__ void embedding_backward_kernel(Out<floatX> dw, Out<float> lines, In<floatX> dx, In<TokenRun> runs,
+                                          In<int> tokens, int n, int C) {
+    const size_t warp = thread_index() / WARP;
+    if (warp >= (size_t)n) return;
+    const TokenRun run = runs[warp];
+    for_chunks<P>(C, [&](auto columns) {
+        Floats<P> sum[columns.K];
+        columns.kept([&](auto at) { sum[at.k] = {}; });
+        for (int j = run.begin; j < run.end; j++) {
+            const Row row(dx + (size_t)tokens[j] * C, columns);
+            columns.kept([&](auto at) { sum[at.k] = sum[at.k] + row[at]; });
         }
-        for (int c = 0; c < PER_LANE; c++)
-            if (column + c * WARP < C) dw[column + c * WARP] = (floatX)((float)dw[column + c * WARP] + sum[c]);
-    }
+        columns.kept([&](auto at) {
+            floatX* to = dw + (size_t)run.id * C + at.column;
+            if (run.line < 0) store_pack(to, load_floats<P>(to) + sum[at.k]);
+            else store_pack(lines + (size_t)run.line * C + at.column, sum[at.k]);
+        });
+    });
 }
 
 void embedding_forward(floatX* x /* (N, C) */, const int* ids /* (N) */, const floatX* w /* (V, C) */, int N, int C) {
-    LAUNCH(embedding_forward_kernel, blocks_for_rows(N), x, ids, w, N, C);
+    LAUNCH_PACKS(embedding_forward_kernel, C % PACK == 0, blocks_for_rows(N), x, ids, w, N, C);
 }
 
-void embedding_backward(floatX* dw /* (V, C) += */, const Scratch& s, int num_touched, int C) {
-    LAUNCH(embedding_backward_kernel, blocks_for_rows(num_touched), dw, s.dx, s.touched, s.touched_start,
-           s.touched_tokens, num_touched, C);
-}
-
-// ------------------------------------------------------------------------------------------------
-// Sums over rows without atomics: a warp adds a slab of consecutive rows into a line of its own, then a thread for each
-// column adds the lines in order. The first half is norm_backward_weight_kernel, below; this is the second.
-
-inline int slabs_for(int rows) { return std::min(SLABS, ceil_div(rows, 16)); }
-
-// One thread per column.
-__global__ void sum_slabs_kernel(floatX* dw, const float* partial, int C, int slabs, bool add) {
-    size_t i = thread_index();
-    if (i >= (size_t)C) return;
-    float sum = 0;
-    for (int slab = 0; slab < slabs; slab++) sum += partial[(size_t)slab * C + i];
-    dw[i] = (floatX)(add ? (float)dw[i] + sum : sum);
+// runs: s.runs, on the host
+void embedding_backward(floatX* dw /* (V, C) += */, const Scratch& s, const std::vector<TokenRun>& runs, int C) {
+    const int n = (int)runs.size();
+    LAUNCH_PACKS(embedding_backward_kernel, C % PACK == 0, blocks_for_rows(n), dw, s.partial, s.dx, s.runs,
+                 s.sorted_tokens, n, C);
+    for (int i = 0, of_id; i < n; i += of_id) {
+        for (of_id = 1; i + of_id < n && runs[i + of_id].id == runs[i].id; of_id++) {}
+        if (of_id > 1) sum_slabs(dw + (size_t)runs[i].id * C, s.partial + (size_t)runs[i].line * C, C, of_id, true);
+    }
 }
 
 // ------------------------------------------------------------------------------------------------
 // RMSNorm (Zhang & Sennrich 2019):   y_i = w_i x_i r,   r = 1 / sqrt(mean_j x_j^2 + eps)
 // Before attention, before the experts, and at the end.
 
-// y and r of a row x, for its warp
-__device__ inline void rmsnorm_row(floatX* y, float* r, const floatX* x, const floatX* w, int C, float eps) {
-    int lane = threadIdx.x % WARP;
-    float square = 0;
-    for (int i = lane; i < C; i += WARP) square += (float)x[i] * (float)x[i];
-    float scale = 1 / sqrtf(warp_sum(square) / C + eps);
-    for (int i = lane; i < C; i += WARP)                        // rounded before w, as OLMo does
-        y[i] = (floatX)((float)(floatX)((float)x[i] * scale) * (float)w[i]);
-    if (lane == 0) *r = scale;                                  // kept for backward
+// y and r of a row x, for its warp, from the sum of the lane's x^2
+template <typename T, typename Columns>
+__device__ inline void rmsnorm_row(floatX* y, float* r, const Row<T, Columns>& x, const floatX* w, float square,
+                                   const Columns& columns, float eps) {
+    const Row weight(w, columns);
+    const float scale = 1 / sqrtf(warp_sum(square) / columns.n + eps);
+    columns.all([&](auto at) {                                  // rounded before w, as OLMo does
+        store_pack(y + at.column, in_floatX(x[at] * scale) * weight[at]);
+    });
+    if (threadIdx.x % WARP == 0) *r = scale;                    // kept for backward
 }
 
 // One warp per row. Reads x, writes y: 2 floatX an element.
-__global__ void rmsnorm_forward_kernel(floatX* y, float* r, const floatX* x, const floatX* w, int N, int C, float eps) {
-    size_t row = thread_index() / WARP;
+template <int P>
+__global__ void rmsnorm_forward_kernel(Out<floatX> y, Out<float> r, In<floatX> x, In<floatX> w, int N, int C,
+                                       float eps) {
+    const size_t row = thread_index() / WARP;
     if (row >= (size_t)N) return;
-    rmsnorm_row(y + row * C, r + row, x + row * C, w, C, eps);
+    const Columns<P> columns{C};
+    const Row in(x + row * C, columns);
+    float square = 0;
+    columns.all([&](auto at) { square += (in[at] * in[at]).sum(); });
+    rmsnorm_row(y + row * C, r + row, in, w, square, columns, eps);
 }
 
 // The end of a block of the residual stream, and the norm at the next one's start:   out = x + y,   y <- rmsnorm(out)
 // y is the block's output, rounded. One warp per row: 4 floatX an element.
-__global__ void add_rmsnorm_forward_kernel(floatX* out, floatX* y, float* r, const floatX* x, const floatX* w, int N,
+template <int P>
+__global__ void add_rmsnorm_forward_kernel(Out<floatX> out, floatX* y, Out<float> r, In<floatX> x, In<floatX> w, int N,
                                            int C, float eps) {
-    size_t row = thread_index() / WARP;
-    int lane = threadIdx.x % WARP;
+    const size_t row = thread_index() / WARP;
     if (row >= (size_t)N) return;
-    x += row * C; out += row * C; y += row * C;
-    for (int i = lane; i < C; i += WARP) out[i] = (floatX)((float)x[i] + (float)y[i]);
-    rmsnorm_row(y, r + row, out, w, C, eps);
+    const Columns<P> columns{C};
+    const Row in(x + row * C, columns);
+    const Row branch(y + row * C, columns);
+    Row<floatX, Columns<P>> sum(out + row * C);
+    float square = 0;
+    columns.all([&](auto at) {
+        const Floats<P> rounded_sum = sum.set(at, in[at] + branch[at]);
+        square += (rounded_sum * rounded_sum).sum();
+    });
+    rmsnorm_row(y + row * C, r + row, sum, w, square, columns, eps);
 }
 
 // With g_i = dy_i w_i:   dx_i = r (g_i - x_i r^2 mean_j g_j x_j)
 //                        term 1: through the numerator; term 2: through r, which every x_j moves
-// One warp per row. Accumulates, because the residual stream's own gradient is already in dx.
-__global__ void rmsnorm_backward_input_kernel(floatX* dx, const floatX* dy, const floatX* x, const floatX* w,
-                                              const float* r, int N, int C) {
-    size_t row = thread_index() / WARP;
-    int lane = threadIdx.x % WARP;
-    if (row >= (size_t)N) return;
-    x += row * C; dx += row * C; dy += row * C;
-
-    float dot = 0, scale = r[row];
-    for (int i = lane; i < C; i += WARP) dot += (float)dy[i] * (float)w[i] * (float)x[i];
-    float term2 = warp_sum(dot) / C * scale * scale;
-    for (int i = lane; i < C; i += WARP)
-        dx[i] = (floatX)((float)dx[i] + scale * ((float)dy[i] * (float)w[i] - (float)x[i] * term2));
-}
-
-// dw_i = sum over rows of dy_i x_i r. One warp per slab of rows; rows of dy, x and r are so many elements apart.
-template <typename T>
-__global__ void norm_backward_weight_kernel(float* partial, const T* dy, const floatX* x, const float* r, int N, int C,
-                                            int dy_stride, int x_stride, int r_stride, int slabs) {
-    size_t slab = thread_index() / WARP;
-    int lane = threadIdx.x % WARP;
+//                        dw_i = sum over rows of dy_i x_i r
+// One warp per slab of rows. Accumulates into dx, because the residual stream's own gradient is already there: 4 floatX
+// an element, and a line of sums of dw a slab.
+template <int P>
+__global__ void rmsnorm_backward_kernel(Out<floatX> dx, Out<float> partial, In<floatX> dy, In<floatX> x, In<floatX> w,
+                                        In<float> r, int N, int C, int slabs) {
+    const size_t slab = thread_index() / WARP;
     if (slab >= (size_t)slabs) return;
-
-    size_t begin = N * slab / slabs, end = N * (slab + 1) / slabs;
-    for (int column = lane; column < C; column += CHUNK) {
-        float sum[PER_LANE] = {};
-        for (size_t row = begin; row < end; row++) {
-            const T* g = dy + row * dy_stride;
-            const floatX* in = x + row * x_stride;
-            float scale = r[row * r_stride];
-            for (int c = 0; c < PER_LANE; c++)
-                if (column + c * WARP < C) sum[c] += (float)g[column + c * WARP] * (float)in[column + c * WARP] * scale;
-        }
-        for (int c = 0; c < PER_LANE; c++)
-            if (column + c * WARP < C) partial[slab * C + column + c * WARP] = sum[c];
+    const Columns<P> columns{C};
+    LineOfSums dw(partial + slab * C, columns);
+    for (size_t row = N * slab / slabs; row < N * (slab + 1) / slabs; row++) {
+        const Row in(x + row * C, columns), g(dy + row * C, columns);
+        Row stream(dx + row * C, columns);
+        float dot = 0, scale = r[row];
+        columns.all([&](auto at) { dot += (g[at] * load_floats<P>(w + at.column) * in[at]).sum(); });
+        const float term2 = warp_sum(dot) / C * scale * scale;
+        columns.all([&](auto at) {
+            stream.set(at, stream[at] + (g[at] * load_floats<P>(w + at.column) - in[at] * term2) * scale);
+            dw.add(at, g[at] * in[at] * scale);
+        });
     }
-}
-
-template <typename T>
-void norm_backward_weight(floatX* dw /* (C) */, bool add, float* partial /* (SLABS, C) scratch */, const T* dy,
-                          const floatX* x, const float* r, int N, int C, int dy_stride, int x_stride, int r_stride) {
-    int slabs = slabs_for(N);
-    LAUNCH(norm_backward_weight_kernel, blocks_for_rows(slabs), partial, dy, x, r, N, C, dy_stride, x_stride, r_stride,
-           slabs);
-    LAUNCH(sum_slabs_kernel, blocks_for(C), dw, partial, C, slabs, add);
+    dw.store(columns);
 }
 
 void rmsnorm_forward(floatX* y /* (N, C) */, float* r /* (N) */, const floatX* x /* (N, C) */,
                      const floatX* w /* (C) */, int N, int C, float eps) {
-    LAUNCH(rmsnorm_forward_kernel, blocks_for_rows(N), y, r, x, w, N, C, eps);
+    LAUNCH_PACKS(rmsnorm_forward_kernel, C % PACK == 0, blocks_for_rows(N), y, r, x, w, N, C, eps);
 }
 
 void add_rmsnorm_forward(floatX* out /* (N, C) */, floatX* y /* (N, C) */, float* r /* (N) */,
                          const floatX* x /* (N, C) */, const floatX* w /* (C) */, int N, int C, float eps) {
-    LAUNCH(add_rmsnorm_forward_kernel, blocks_for_rows(N), out, y, r, x, w, N, C, eps);
+    LAUNCH_PACKS(add_rmsnorm_forward_kernel, C % PACK == 0, blocks_for_rows(N), out, y, r, x, w, N, C, eps);
 }
 
 void rmsnorm_backward(floatX* dx /* (N, C) += */, floatX* dw /* (C) */, bool add, float* partial /* (SLABS, C) */,
                       const floatX* dy, const floatX* x, const floatX* w, const float* r, int N, int C) {
-    LAUNCH(rmsnorm_backward_input_kernel, blocks_for_rows(N), dx, dy, x, w, r, N, C);
-    norm_backward_weight(dw, add, partial, dy, x, r, N, C, C, C, 1);
+    const int slabs = slabs_for(N);
+    LAUNCH_PACKS(rmsnorm_backward_kernel, C % PACK == 0, blocks_for_rows(slabs), dx, partial, dy, x, w, r, N, C,
+                 slabs);
+    sum_slabs(dw, partial, C, slabs, add);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -661,93 +648,106 @@ void rmsnorm_backward(floatX* dx /* (N, C) += */, floatX* dw /* (C) */, bool add
 // after w, after the rotation.
 
 // One warp per token. qk (N, 2C) receives q and k; v stays where the projection left it.
-__global__ void qk_norm_rope_forward_kernel(floatX* qk, float* r, const floatX* qkv, const floatX* q_norm,
-                                            const floatX* k_norm, const float* cosine, const float* sine,
-                                            const int* positions, int N, int C, int D, float eps) {
-    size_t row = thread_index() / WARP;
-    int lane = threadIdx.x % WARP, half = D / 2;
+template <int P>
+__global__ void qk_norm_rope_forward_kernel(Out<floatX> qk, Out<float> r, In<floatX> qkv, In<floatX> q_norm,
+                                            In<floatX> k_norm, In<float> cosine, In<float> sine, In<int> positions,
+                                            int N, int C, int D, float eps) {
+    const size_t row = thread_index() / WARP;
     if (row >= (size_t)N) return;
-    size_t position = positions[row];
-    cosine += position * half; sine += position * half;
+    const int half = D / 2;
+    const Pairs<P> pairs{C / 2, 0, half};
+    cosine += (size_t)positions[row] * half; sine += (size_t)positions[row] * half;
 
     for (int part = 0; part < 2; part++) {                      // q, then k
-        const floatX *x = qkv + row * 3 * C + part * C, *w = part ? k_norm : q_norm;
-        floatX* y = qk + row * 2 * C + part * C;
+        const floatX *x = qkv + (row * 3 + part) * C, *w = part ? k_norm : q_norm;
+        floatX* y = qk + (row * 2 + part) * C;
+        const Row x_a(x, pairs), x_b(x + half, pairs), w_a(w, pairs), w_b(w + half, pairs);
         float square = 0;
-        for (int i = lane; i < C; i += WARP) square += (float)x[i] * (float)x[i];
-        float scale = 1 / sqrtf(warp_sum(square) / C + eps);
-        for (int h = 0; h < C; h += D)
-            for (int j = lane; j < half; j += WARP) {
-                float a = (float)(floatX)((float)(floatX)((float)x[h + j] * scale) * (float)w[h + j]);
-                float b = (float)(floatX)((float)(floatX)((float)x[h + j + half] * scale) * (float)w[h + j + half]);
-                y[h + j] = (floatX)(a * cosine[j] - b * sine[j]);
-                y[h + j + half] = (floatX)(b * cosine[j] + a * sine[j]);
-            }
-        if (lane == 0) r[row * 2 + part] = scale;
+        pairs.all([&](auto at) { square += (x_a[at] * x_a[at] + x_b[at] * x_b[at]).sum(); });
+        const float scale = 1 / sqrtf(warp_sum(square) / C + eps);
+        pairs.all([&](auto at) {
+            const Floats<P> a = in_floatX(in_floatX(x_a[at] * scale) * w_a[at]);
+            const Floats<P> b = in_floatX(in_floatX(x_b[at] * scale) * w_b[at]);
+            const Floats<P> cos_t = load_floats<P>(cosine + at.j), sin_t = load_floats<P>(sine + at.j);
+            store_pack(y + at.column, a * cos_t - b * sin_t);
+            store_pack(y + at.column + half, b * cos_t + a * sin_t);
+        });
+        if (threadIdx.x % WARP == 0) r[row * 2 + part] = scale;
     }
 }
 
-// The rotation's transpose is the rotation by the opposite angle; after it comes RMSNorm's backward over the whole
-// projection. One warp per token. dqk holds dq and dk, in rows of dqk_stride; what leaves the rotation is written back
-// there, for the weight gradients. dqkv (N, 3C) receives the gradient of the projection; dv is there already, or else
-// copied from dv, in rows like dqk's.
-template <typename T>
-__global__ void qk_norm_rope_backward_kernel(floatX* dqkv, T* dqk, const T* dv, const floatX* qkv, const float* r,
-                                             const floatX* q_norm, const floatX* k_norm, const float* cosine,
-                                             const float* sine, const int* positions, int N, int C, int D,
-                                             int dqk_stride) {
-    size_t row = thread_index() / WARP;
-    int lane = threadIdx.x % WARP, half = D / 2;
-    if (row >= (size_t)N) return;
-    size_t position = positions[row];
-    cosine += position * half; sine += position * half;
-    dqkv += row * 3 * C; dqk += row * dqk_stride; qkv += row * 3 * C;
-
-    for (int part = 0; part < 2; part++) {
-        const floatX *x = qkv + part * C, *w = part ? k_norm : q_norm;
-        T* dy = dqk + part * C;
-        float dot = 0, scale = r[row * 2 + part];
-        for (int h = 0; h < C; h += D)
-            for (int j = lane; j < half; j += WARP) {
-                float a = (float)dy[h + j], b = (float)dy[h + j + half];
-                float da = a * cosine[j] + b * sine[j], db = b * cosine[j] - a * sine[j];
-                dy[h + j] = (T)da;
-                dy[h + j + half] = (T)db;
-                dot += da * (float)w[h + j] * (float)x[h + j] + db * (float)w[h + j + half] * (float)x[h + j + half];
-            }
-        float term2 = warp_sum(dot) / C * scale * scale;
-        __syncwarp();                                           // the next loop gives dy's elements to other lanes
-        for (int i = lane; i < C; i += WARP)
-            dqkv[part * C + i] = (floatX)(scale * ((float)dy[i] * (float)w[i] - (float)x[i] * term2));
+// The rotation's transpose is the rotation by the opposite angle, after which the gradients are rounded to T; after it
+// comes RMSNorm's backward over the whole projection. One warp per slab of tokens and part, q or k; where the gradients
+// (N, 3C) are not dqkv (N, 3C) itself, a third part is v, which is copied. Lines of partial: those of q, then of k.
+template <int P, typename T>
+__global__ void qk_norm_rope_backward_kernel(floatX* dqkv, Out<float> partial, T* gradients, In<floatX> qkv,
+                                             In<float> r, In<floatX> q_norm, In<floatX> k_norm, In<float> cosine,
+                                             In<float> sine, In<int> positions, int N, int C, int D, int slabs,
+                                             int parts) {
+    const size_t slab = thread_index() / WARP / parts, part = thread_index() / WARP % parts;
+    if (slab >= (size_t)slabs) return;
+    const size_t begin = N * slab / slabs, end = N * (slab + 1) / slabs;
+    if (part == 2) {
+        for (size_t row = 3 * begin + 2; row < 3 * end; row += 3) copy_row<P>(dqkv + row * C, gradients + row * C, C);
+        return;
     }
-    if (!dv) return;
-    dv += row * dqk_stride;
-    for (int i = lane; i < C; i += WARP) dqkv[2 * C + i] = (floatX)dv[i];
+    const int half = D / 2;
+    const Pairs<P> pairs{C / 2, 0, half};
+    const floatX* w = part ? k_norm : q_norm;
+    float* line = partial + (part * slabs + slab) * C;
+    LineOfSums dw_a(line, pairs), dw_b(line + half, pairs);
+    for (size_t row = begin; row < end; row++) {
+        const size_t first = (row * 3 + part) * C;
+        const float *cos_t = cosine + (size_t)positions[row] * half, *sin_t = sine + (size_t)positions[row] * half;
+        const Row x_a(qkv + first, pairs), x_b(qkv + first + half, pairs);
+        Row g_a(gradients + first, pairs), g_b(gradients + first + half, pairs);
+        float dot = 0, scale = r[row * 2 + part];
+        pairs.all([&](auto at) {
+            const Floats<P> a = g_a[at], b = g_b[at];
+            const Floats<P> c = load_floats<P>(cos_t + at.j), s = load_floats<P>(sin_t + at.j);
+            const Floats<P> w_a = load_floats<P>(w + at.column), w_b = load_floats<P>(w + at.column + half);
+            dot += (g_a.keep(at, a * c + b * s) * w_a * x_a[at]).sum();
+            dot += (g_b.keep(at, b * c - a * s) * w_b * x_b[at]).sum();
+        });
+        const float term2 = warp_sum(dot) / C * scale * scale;
+        pairs.all([&](auto at) {
+            const Floats<P> a = g_a[at], b = g_b[at];
+            const Floats<P> w_a = load_floats<P>(w + at.column), w_b = load_floats<P>(w + at.column + half);
+            store_pack(dqkv + first + at.column, (a * w_a - x_a[at] * term2) * scale);
+            store_pack(dqkv + first + at.column + half, (b * w_b - x_b[at] * term2) * scale);
+            dw_a.add(at, a * x_a[at] * scale);
+            dw_b.add(at, b * x_b[at] * scale);
+        });
+    }
+    dw_a.store(pairs);
+    dw_b.store(pairs);
 }
 
 // qk and qk_r from qkv
 void qk_norm_rope_forward(LayerActivations& a, const LayerParameters& p, const Scratch& s,
                           const int* positions /* (N) */, int N, const OlmoeConfig& c) {
-    LAUNCH(qk_norm_rope_forward_kernel, blocks_for_rows(N), a.qk, a.qk_r, a.qkv, p.q_norm, p.k_norm, s.cosine, s.sine,
-           positions, N, c.C, c.C / c.H, c.rms_norm_eps);
+    const int half = c.C / c.H / 2;
+    LAUNCH_PACKS(qk_norm_rope_forward_kernel, half % PACK == 0, blocks_for_rows(N), a.qk, a.qk_r, a.qkv, p.q_norm,
+                 p.k_norm, s.cosine, s.sine, positions, N, c.C, 2 * half, c.rms_norm_eps);
 }
 
-// dqkv, and into the norms' gradients, from dqkv32, or from dqk and dv of dqkv; changes dqkv32 or dqk
+// dqkv, and into the norms' gradients, from the gradients of q, k and v: dqkv32, which changes, or dqkv itself
 template <typename T>
-void qk_norm_rope_backward(Scratch& s, T* dqk, const T* dv, int dqk_stride, LayerParameters& g, bool add,
+void qk_norm_rope_backward(Scratch& s, T* gradients /* (N, 3C) */, LayerParameters& g, bool add,
                            const LayerActivations& a, const LayerParameters& p, const int* positions /* (N) */, int N,
                            const OlmoeConfig& c) {
-    int C = c.C;
-    LAUNCH(qk_norm_rope_backward_kernel, blocks_for_rows(N), s.dqkv, dqk, dv, a.qkv, a.qk_r, p.q_norm, p.k_norm,
-           s.cosine, s.sine, positions, N, C, C / c.H, dqk_stride);
-    norm_backward_weight(g.q_norm, add, s.partial, dqk, a.qkv, a.qk_r, N, C, dqk_stride, 3 * C, 2);
-    norm_backward_weight(g.k_norm, add, s.partial, dqk + C, a.qkv + C, a.qk_r + 1, N, C, dqk_stride, 3 * C, 2);
+    const int C = c.C, half = C / c.H / 2, slabs = slabs_for(N), parts = (void*)gradients == s.dqkv ? 2 : 3;
+    LAUNCH_PACKS(qk_norm_rope_backward_kernel, half % PACK == 0, blocks_for_rows(slabs * parts), s.dqkv, s.partial,
+                 gradients, a.qkv, a.qk_r, p.q_norm, p.k_norm, s.cosine, s.sine, positions, N, C, 2 * half, slabs,
+                 parts);
+    sum_slabs(g.q_norm, s.partial, C, slabs, add);
+    sum_slabs(g.k_norm, s.partial + (size_t)slabs * C, C, slabs, add);
 }
 
 void qk_norm_rope_backward(Scratch& s, LayerParameters& g, bool add, const LayerActivations& a,
                            const LayerParameters& p, const int* positions /* (N) */, int N, const OlmoeConfig& c) {
-    if (c.flash()) qk_norm_rope_backward<floatX>(s, s.dqk, nullptr, 2 * c.C, g, add, a, p, positions, N, c);
-    else qk_norm_rope_backward<float>(s, s.dqkv32, s.dqkv32 + 2 * c.C, 3 * c.C, g, add, a, p, positions, N, c);
+    if (c.flash()) qk_norm_rope_backward<floatX>(s, s.dqkv, g, add, a, p, positions, N, c);
+    else qk_norm_rope_backward<float>(s, s.dqkv32, g, add, a, p, positions, N, c);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -861,7 +861,7 @@ void blocked_attention_backward(Scratch& s, const LayerActivations& a, const Mic
 struct FlashArguments {
     const AttentionTile* tiles;             // of blockIdx.x; blockIdx.y is the head
     const floatX *qk, *qkv, *dO;            // (N, 2C), (N, 3C), of which only v is read, and (N, C)
-    floatX *o, *dqk, *dqkv;                 // (N, C), (N, 2C), and (N, 3C), of which only dv is written
+    floatX *o, *dqkv;                       // (N, C), (N, 3C)
     float* lse;                             // of each sequence (H, T)
     float2* terms;                          // likewise: log2(e) lse and delta
     int H;
@@ -870,14 +870,14 @@ struct FlashArguments {
 // Where in these the block's sequence and head begin. Kernels build it again where they can, because in their loops all
 // registers are taken: what is kept there, spills.
 template <int D> struct FlashHead {
-    size_t q, k, v, o, lse;                 // in qk, in qk, in qkv, in o and dO, in lse and terms
+    size_t q, k, v, dq, o, lse;             // in qk, in qk, in qkv, in dqkv, in o and dO, in lse and terms
     int T, row, C;                          // row: of the sequence, where the block's tile begins
 
     __device__ explicit FlashHead(const FlashArguments& f) {
         const int4 tile = *(const int4*)(f.tiles + blockIdx.x);
         const size_t first = tile.x, column = (size_t)blockIdx.y * D;
         T = tile.y; row = tile.z; C = f.H * D;
-        q = first * 2 * C + column; k = q + C; v = first * 3 * C + 2 * C + column; o = first * C + column;
+        q = first * 2 * C + column; k = q + C; dq = first * 3 * C + column; v = dq + 2 * C; o = first * C + column;
         lse = first * f.H + (size_t)blockIdx.y * T;
     }
 };
@@ -1047,7 +1047,7 @@ template <int D> __global__ void __launch_bounds__(DQ_THREADS) flash_dq_kernel(F
     const FlashHead<D> out(f);
     put_rows<D>(Q, dq, 1 / sqrtf((float)D), first, 0);
     __syncthreads();
-    store_tile<D, TILE_ROWS, THREADS>(f.dqk + out.q, Q, 2 * out.C, out.row, out.T);
+    store_tile<D, TILE_ROWS, THREADS>(f.dqkv + out.dq, Q, 3 * out.C, out.row, out.T);
 }
 
 // dV = P^T dO,   dK = dS^T Q / sqrt(D). A block has 128 keys and goes over tiles of 64 queries, from the diagonal on.
@@ -1114,12 +1114,12 @@ template <int D> __global__ void __launch_bounds__(DKV_THREADS) flash_dkv_kernel
     put_rows<D>(K, dk, 1 / sqrtf((float)D), first, half * D / 2);   // K and V were last read before a barrier
     put_rows<D>(V, dv, 1, first, half * D / 2);
     __syncthreads();
-    store_tile<D, TILE_ROWS, THREADS>(f.dqk + h.k, K, 2 * h.C, h.row, h.T);
+    store_tile<D, TILE_ROWS, THREADS>(f.dqkv + h.dq + h.C, K, 3 * h.C, h.row, h.T);
     store_tile<D, TILE_ROWS, THREADS>(f.dqkv + h.v, V, 3 * h.C, h.row, h.T);
 }
 
 FlashArguments flash_arguments(const LayerActivations& a, const Scratch& s, const OlmoeConfig& c) {
-    return {s.tiles, a.qk, a.qkv, s.dattn, a.attn, s.dqk, s.dqkv, a.attn_lse, s.attn_terms, c.H};
+    return {s.tiles, a.qk, a.qkv, s.dattn, a.attn, s.dqkv, a.attn_lse, s.attn_terms, c.H};
 }
 
 // attn and attn_lse from qk and, for v, qkv
@@ -1130,7 +1130,7 @@ void flash_attention_forward(LayerActivations& a, Scratch& s, const MicroBatch& 
     if (launch_checks.finite) check_finite("flash_forward_kernel", "attn", a.attn, (size_t)batch.N() * c.C);
 }
 
-// dqk, and dv in dqkv, from dattn
+// dq, dk and dv in dqkv, from dattn
 template <int D>
 void flash_attention_backward(Scratch& s, const LayerActivations& a, const MicroBatch& batch, const OlmoeConfig& c) {
     FlashArguments arguments = flash_arguments(a, s, c);
@@ -1139,7 +1139,7 @@ void flash_attention_backward(Scratch& s, const LayerActivations& a, const Micro
     LAUNCH_SHARED(flash_dq_kernel<D>, blocks, DQ_THREADS, dq_bytes(D), arguments);
     arguments.tiles += blocks.x;
     LAUNCH_SHARED(flash_dkv_kernel<D>, blocks, DKV_THREADS, dkv_bytes(D), arguments);
-    if (launch_checks.finite) check_finite("flash_dkv_kernel", "dqk", s.dqk, (size_t)batch.N() * 2 * c.C);
+    if (launch_checks.finite) check_finite("flash_dkv_kernel", "dqkv", s.dqkv, (size_t)batch.N() * 3 * c.C);
 }
 
 // Flash attention where c.flash(), else the blocked one
@@ -1243,25 +1243,28 @@ __global__ void router_backward_kernel(floatX* dlogits, float* g, const float* d
     for (int i = lane; i < E; i += WARP) dlogits[i] = (floatX)(p[i] * (g[i] - dot + z_term));
 }
 
-// Sum of p over a slab of tokens, for Pbar. One warp per slab; the host adds the lines.
-__global__ void router_mean_kernel(float* partial, const float* probs, int N, int E, int slabs) {
-    size_t slab = thread_index() / WARP;
-    int lane = threadIdx.x % WARP;
+// Sum of p over a slab of tokens, for Pbar. One warp per slab.
+template <int P>
+__global__ void router_mean_kernel(Out<float> partial, In<float> probs, int N, int E, int slabs) {
+    const size_t slab = thread_index() / WARP;
     if (slab >= (size_t)slabs) return;
-    size_t begin = N * slab / slabs, end = N * (slab + 1) / slabs;
-    for (int i = lane; i < E; i += WARP) {
-        float sum = 0;
-        for (size_t row = begin; row < end; row++) sum += probs[row * E + i];
-        partial[slab * E + i] = sum;
+    const Columns<P, 1> columns{E};
+    LineOfSums sum(partial + slab * E, columns);
+    for (size_t row = N * slab / slabs; row < N * (slab + 1) / slabs; row++) {
+        const Row p(probs + row * E, columns);
+        columns.all([&](auto at) { sum.add(at, p[at]); });
     }
+    sum.store(columns);
 }
 
 // Probabilities, experts, weights and, for the losses, lse and sums of p, from the logits
-void router_forward(LayerActivations& a, int N, const OlmoeConfig& c) {
+void router_forward(LayerActivations& a, const Scratch& s, int N, const OlmoeConfig& c) {
     int slabs = slabs_for(N);
     LAUNCH(router_forward_kernel, blocks_for_rows(N), a.router_probs, a.router_lse, a.experts, a.weights,
            a.router_logits, N, c.E, c.K, c.norm_topk_prob);
-    LAUNCH(router_mean_kernel, blocks_for_rows(slabs), a.router_partial, a.router_probs, N, c.E, slabs);
+    LAUNCH_PACKS(router_mean_kernel, c.E % PACK == 0, blocks_for_rows(slabs),
+                 s.router_partial, a.router_probs, N, c.E, slabs);
+    sum_slabs(a.router_sums, s.router_partial, c.E, slabs, false);
 }
 
 // drouter from dweights; counts (E) are those of the load-balancing loss
@@ -1294,17 +1297,18 @@ __global__ void dispatch_count_kernel(int* histogram, const int* experts, int R,
     }
 }
 
-// One thread per expert: its counts become its first row in each slab, relative to the expert's first row
+// One warp per expert: its counts become its first row in each slab, relative to the expert's first row
 __global__ void dispatch_scan_kernel(int* counts, int* histogram, int E, int slabs) {
-    size_t e = thread_index();
+    size_t e = thread_index() / WARP;
+    int lane = threadIdx.x % WARP, sum = 0;
     if (e >= (size_t)E) return;
-    int sum = 0;
-    for (int slab = 0; slab < slabs; slab++) {
-        int n = histogram[(size_t)slab * E + e];
-        histogram[(size_t)slab * E + e] = sum;
-        sum += n;
+    for (int base = 0; base < slabs; base += WARP) {
+        int* count = histogram + (size_t)(base + lane) * E + e;
+        int n = base + lane < slabs ? *count : 0, upto = warp_prefix(n);
+        if (base + lane < slabs) *count = sum + upto - n;
+        sum += __shfl_sync(0xffffffff, upto, WARP - 1);
     }
-    counts[e] = sum;
+    if (lane == 0) counts[e] = sum;
 }
 
 // One warp per slab: row_of (R) gives an assignment's row, assignment_of (R) a row's assignment
@@ -1315,10 +1319,10 @@ __global__ void dispatch_place_kernel(int* row_of, int* assignment_of, int* hist
     if (slab >= (size_t)slabs) return;
     histogram += slab * E;
 
-    for (int e = lane; e < E; e += WARP) {
-        int first = 0;
-        for (int i = 0; i < e; i++) first += counts[i];
-        histogram[e] += first;
+    for (int e = lane, first = 0; e - lane < E; e += WARP) {    // first: rows of the experts before
+        int n = e < E ? counts[e] : 0, upto = warp_prefix(n);
+        if (e < E) histogram[e] += first + upto - n;
+        first += __shfl_sync(0xffffffff, upto, WARP - 1);
     }
     int begin = (int)slab * DISPATCH_SLAB, end = begin + DISPATCH_SLAB < R ? begin + DISPATCH_SLAB : R;
     for (int base = begin; base < end; base += WARP) {
@@ -1336,12 +1340,11 @@ __global__ void dispatch_place_kernel(int* row_of, int* assignment_of, int* hist
 
 // out_row = x_i with i = index_row / K. Where index is assignment_of, i is the row's token: so the experts get their
 // input, and in backward the gradient of their output. With K = 1 it is rows in another order. One warp per row.
-template <typename T> __global__ void gather_kernel(T* out, const T* x, const int* index, int R, int C, int K) {
-    size_t row = thread_index() / WARP;
-    int lane = threadIdx.x % WARP;
+template <int P, typename T>
+__global__ void gather_kernel(Out<T> out, In<T> x, In<int> index, int R, int C, int K) {
+    const size_t row = thread_index() / WARP;
     if (row >= (size_t)R) return;
-    x += (size_t)(index[row] / K) * C;
-    for (int i = lane; i < C; i += WARP) out[row * C + i] = x[i];
+    copy_row<P>(out + row * C, x + (size_t)(index[row] / K) * C, C);
 }
 
 // row_of, assignment_of and counts, from the experts; where one is -1, its row_of stays as it is. The host may have the
@@ -1350,7 +1353,7 @@ void dispatch(int* counts /* (E) */, int* row_of /* (R) */, int* assignment_of /
               const int* experts /* (R) */, int R, int E) {
     int slabs = ceil_div(R, DISPATCH_SLAB);
     LAUNCH(dispatch_count_kernel, blocks_for_rows(slabs), histogram, experts, R, E, slabs);
-    LAUNCH(dispatch_scan_kernel, blocks_for(E), counts, histogram, E, slabs);
+    LAUNCH(dispatch_scan_kernel, blocks_for_rows(E), counts, histogram, E, slabs);
     cudaCheck(cudaEventRecord(copy_event, main_stream.stream));
     LAUNCH(dispatch_place_kernel, blocks_for_rows(slabs), row_of, assignment_of, histogram, counts, experts, R, E,
            slabs);
@@ -1358,7 +1361,7 @@ void dispatch(int* counts /* (E) */, int* row_of /* (R) */, int* assignment_of /
 
 template <typename T>
 void gather(T* out /* (R, C) */, const T* x /* (N, C) */, const int* index /* (R) */, int R, int C, int K) {
-    LAUNCH(gather_kernel, blocks_for_rows(R), out, x, index, R, C, K);
+    LAUNCH_PACKS(gather_kernel, C % PACK == 0, blocks_for_rows(R), out, x, index, R, C, K);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -1367,16 +1370,18 @@ void gather(T* out /* (R, C) */, const T* x /* (N, C) */, const int* index /* (R
 // without rows are left out.
 
 // One warp per row: h (R, F) from gate_up (R, 2F).
-__global__ void swiglu_forward_kernel(floatX* h, const floatX* gate_up, int R, int F) {
-    size_t row = thread_index() / WARP;
-    int lane = threadIdx.x % WARP;
+template <int P>
+__global__ void swiglu_forward_kernel(Out<floatX> h, In<floatX> gate_up, int R, int F) {
+    const size_t row = thread_index() / WARP;
     if (row >= (size_t)R) return;
-    const floatX *g = gate_up + row * 2 * F, *u = g + F;
-    h += row * F;
-    for (int i = lane; i < F; i += WARP) {
-        float x = (float)g[i];
-        h[i] = (floatX)(x / (1 + expf(-x)) * (float)u[i]);
-    }
+    for_chunks<P, 4>(F, [&](auto columns) {
+        const Row gate(gate_up + row * 2 * F, columns), up(gate_up + row * 2 * F + F, columns);
+        columns.kept([&](auto at) {
+            Floats<P> x = gate[at];
+            UNROLL for (int e = 0; e < P; e++) x[e] = x[e] / (1 + expf(-x[e]));
+            store_pack(h + row * F + at.column, x * up[at]);
+        });
+    });
 }
 
 // The expert's output is weighted by the router: y' = w y. Let dh = dy' W_down, not yet weighted. Then
@@ -1384,28 +1389,34 @@ __global__ void swiglu_forward_kernel(floatX* h, const floatX* gate_up, int R, i
 //     dgate = w dh u s (1 + g (1 - s)),   dup = w dh g s,   s = sigmoid(g)
 //     dW_down = (w dy')^T h = dy'^T (w h)             so w h is written for that matmul
 // One warp per routed row. Reads gate_up, dh; writes dgate_up and w h: 6 floatX for each of F columns.
-__global__ void swiglu_backward_kernel(floatX* dgate_up, floatX* weighted_h, float* dweights, const floatX* dh,
-                                       const floatX* gate_up, const float* weights, const int* assignment_of, int R,
-                                       int F) {
-    size_t row = thread_index() / WARP;
-    int lane = threadIdx.x % WARP;
+template <int P>
+__global__ void swiglu_backward_kernel(Out<floatX> dgate_up, Out<floatX> weighted_h, Out<float> dweights, In<floatX> dh,
+                                       In<floatX> gate_up, In<float> weights, In<int> assignment_of, int R, int F) {
+    const size_t row = thread_index() / WARP;
     if (row >= (size_t)R) return;
-    const floatX *g = gate_up + row * 2 * F, *u = g + F;
-    floatX *dg = dgate_up + row * 2 * F, *du = dg + F;
-    dh += row * F; weighted_h += row * F;
-
-    size_t a = assignment_of[row];
-    float w = weights[a], dot = 0;
-    for (int i = lane; i < F; i += WARP) {
-        float x = (float)g[i], up = (float)u[i], d = (float)dh[i];
-        float s = 1 / (1 + expf(-x)), silu = x * s;
-        dot += silu * up * d;
-        dg[i] = (floatX)(w * d * up * s * (1 + x * (1 - s)));
-        du[i] = (floatX)(w * d * silu);
-        weighted_h[i] = (floatX)(w * silu * up);
-    }
+    const size_t a = assignment_of[row];
+    const float w = weights[a];
+    float dot = 0;
+    for_chunks<P, 4>(F, [&](auto columns) {
+        const Row gate(gate_up + row * 2 * F, columns), up(gate_up + row * 2 * F + F, columns);
+        const Row gradient(dh + row * F, columns);
+        columns.kept([&](auto at) {
+            const Floats<P> x = gate[at], u = up[at], d = gradient[at];
+            Floats<P> silu, dg;
+            UNROLL for (int e = 0; e < P; e++) {
+                const float s = 1 / (1 + expf(-x[e]));
+                silu[e] = x[e] * s;
+                dg[e] = w * d[e] * u[e] * s * (1 + x[e] * (1 - s));
+            }
+            const Floats<P> h = silu * u;
+            dot += (h * d).sum();
+            store_pack(dgate_up + row * 2 * F + at.column, dg);
+            store_pack(dgate_up + row * 2 * F + F + at.column, d * silu * w);
+            store_pack(weighted_h + row * F + at.column, h * w);
+        });
+    });
     dot = warp_sum(dot);
-    if (lane == 0) dweights[a] = dot;
+    if (threadIdx.x % WARP == 0) dweights[a] = dot;
 }
 
 // gate_up from expert_in, of a piece of the experts
@@ -1422,8 +1433,8 @@ void experts_gate_up(LayerActivations& a, const LayerParameters& p, const RowCou
 void swiglu_forward(Scratch& s, const LayerActivations& a, const Piece& piece, int F) {
     const size_t first = piece.first;
     if (piece.rows == 0) return;            // no rank sent anything
-    LAUNCH(swiglu_forward_kernel, blocks_for_rows(piece.rows), s.h + first * F, a.gate_up + first * 2 * F, piece.rows,
-           F);
+    LAUNCH_PACKS(swiglu_forward_kernel, F % PACK == 0, blocks_for_rows(piece.rows), s.h + first * F,
+                 a.gate_up + first * 2 * F, piece.rows, F);
 }
 
 // expert_out from h, likewise
@@ -1437,9 +1448,9 @@ void experts_down(Scratch& s, const LayerParameters& p, const RowCounts& rows, i
 // dgate_up, weighted_h and dweights, from dh and gate_up, likewise
 void swiglu_backward(Scratch& s, float* dweights /* (N, K) */, const LayerActivations& a, const Piece& piece, int F) {
     const size_t first = piece.first;
-    LAUNCH(swiglu_backward_kernel, blocks_for_rows(piece.rows), s.dgate_up + first * 2 * F, s.weighted_h + first * F,
-           dweights, s.dh + first * F, a.gate_up + first * 2 * F, a.here_weights, a.here_assignment_of + first,
-           piece.rows, F);
+    LAUNCH_PACKS(swiglu_backward_kernel, F % PACK == 0, blocks_for_rows(piece.rows), s.dgate_up + first * 2 * F,
+                 s.weighted_h + first * F, dweights, s.dh + first * F, a.gate_up + first * 2 * F, a.here_weights,
+                 a.here_assignment_of + first, piece.rows, F);
 }
 
 // dexpert_in and dweights, and into g's gate_up and down, from dexpert_out, which is not yet weighted by the router; of
@@ -1471,37 +1482,41 @@ void experts_backward(Scratch& s, LayerParameters& g, bool add, float* dweights 
 // One warp per token; sums in fp32, k by k, and rounds once. Null weights are all 1 and a null residual is 0: the
 // backward of gather, where the gradient of ffn_in is the sum of its K rows of dexpert_in. Where normed is not null it
 // gets rmsnorm(out), the next layer's input: K + 3 floatX an element.
-__global__ void combine_kernel(floatX* out, floatX* normed, float* r, const floatX* residual, const floatX* y,
-                               const float* weights, const int* row_of, const floatX* norm, int N, int C, int K,
-                               float eps) {
-    size_t token = thread_index() / WARP;
-    int lane = threadIdx.x % WARP;
+template <int P>
+__global__ void combine_kernel(Out<floatX> out, Out<floatX> normed, Out<float> r, In<floatX> residual, In<floatX> y,
+                               In<float> weights, In<int> row_of, In<floatX> norm, int N, int C, int K, float eps) {
+    const size_t token = thread_index() / WARP;
     if (token >= (size_t)N) return;
-    out += token * C;
-
-    for (int column = lane; column < C; column += CHUNK) {
-        float sum[PER_LANE] = {};
-        if (residual)
-            for (int c = 0; c < PER_LANE; c++)
-                if (column + c * WARP < C) sum[c] = (float)residual[token * C + column + c * WARP];
+    const Columns<P> columns{C};
+    Row<floatX, Columns<P>> result(out + token * C);            // the first chunk is kept for the norm
+    float square = 0;
+    for_chunks<P>(C, [&](auto chunk) {
+        Floats<P> sum[chunk.K];
+        if (residual) {
+            const Row stream(residual + token * C, chunk);
+            chunk.kept([&](auto at) { sum[at.k] = stream[at]; });
+        } else chunk.kept([&](auto at) { sum[at.k] = {}; });
         for (int k = 0; k < K; k++) {
-            if (row_of[token * K + k] < 0) continue;
-            const floatX* from = y + (size_t)row_of[token * K + k] * C;
-            float w = weights ? weights[token * K + k] : 1.f;
-            for (int c = 0; c < PER_LANE; c++)
-                if (column + c * WARP < C) sum[c] += w * (float)from[column + c * WARP];
+            const int row = row_of[token * K + k];
+            if (row < 0) continue;
+            const float w = weights ? weights[token * K + k] : 1.f;
+            const Row from(y + (size_t)row * C, chunk);
+            chunk.kept([&](auto at) { sum[at.k] = sum[at.k] + from[at] * w; });
         }
-        for (int c = 0; c < PER_LANE; c++)
-            if (column + c * WARP < C) out[column + c * WARP] = (floatX)sum[c];
-    }
-    if (normed) rmsnorm_row(normed + token * C, r + token, out, norm, C, eps);
+        chunk.kept([&](auto at) {
+            const Floats<P> x = result.set(at, sum[at.k], chunk.first == 0);
+            square += (x * x).sum();
+        });
+    });
+    if (normed) rmsnorm_row(normed + token * C, r + token, result, norm, square, columns, eps);
 }
 
 // normed (N, C), r (N) and norm (C): of the rmsnorm that comes next, or null
 void combine(floatX* out /* (N, C) */, const floatX* residual /* (N, C) or null */, const floatX* y /* (R, C) */,
              const float* weights /* (N, K) or null */, const int* row_of /* (R) */, int N, int C, int K,
              floatX* normed = nullptr, float* r = nullptr, const floatX* norm = nullptr, float eps = 0) {
-    LAUNCH(combine_kernel, blocks_for_rows(N), out, normed, r, residual, y, weights, row_of, norm, N, C, K, eps);
+    LAUNCH_PACKS(combine_kernel, C % PACK == 0, blocks_for_rows(N), out, normed, r, residual,
+                 y, weights, row_of, norm, N, C, K, eps);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -1509,76 +1524,56 @@ void combine(floatX* out /* (N, C) */, const floatX* residual /* (N, C) or null 
 // w_t is what the target counts. The softmax goes over all V columns, padding included, as OLMoE trained. An IGNORED
 // target has no loss and no gradient.
 
-// One warp per token. Writes the losses, not weighted. The gradient overwrites the logits, unless weights is null.
-__global__ void cross_entropy_kernel(float* losses, floatX* logits, const int* targets, const float* weights, int N,
+// One warp per token. Writes the losses, not weighted. The gradient overwrites the logits, unless weights is null. The
+// maximum and the sum are of one pass: where a chunk has a larger logit, the sum of those before it shrinks to match.
+template <int P>
+__global__ void cross_entropy_kernel(Out<float> losses, Out<floatX> logits, In<int> targets, In<float> weights, int N,
                                      int V) {
-    size_t row = thread_index() / WARP;
-    int lane = threadIdx.x % WARP;
+    const size_t row = thread_index() / WARP;
     if (row >= (size_t)N) return;
     logits += row * V;
-    int target = targets[row];
+    const int target = targets[row];
 
-    float max = -INFINITY, sum = 0;
-    for (int i = lane; i < V; i += WARP) max = fmaxf(max, (float)logits[i]);
-    max = warp_max(max);
-    for (int i = lane; i < V; i += WARP) sum += expf((float)logits[i] - max);
-    float lse = max + logf(warp_sum(sum));
-    if (lane == 0) losses[row] = target >= 0 ? lse - (float)logits[target] : 0.f;
+    float max = -INFINITY, sum = 0;         // of this lane's columns
+    for_chunks<P, 4>(V, [&](auto columns) {
+        const Row z(logits, columns);
+        const float before = max;
+        max = z.largest(columns, max);
+        if (max > before) sum *= expf(before - max);
+        columns.kept([&](auto at) {
+            UNROLL for (int e = 0; e < P; e++) sum += expf(z[at][e] - max);
+        });
+    });
+    const float largest = warp_max(max);
+    const float lse = largest + logf(warp_sum(sum * expf(max - largest)));
+    if (threadIdx.x % WARP == 0) losses[row] = target >= 0 ? lse - (float)logits[target] : 0.f;
     if (!weights) return;
     __syncwarp();                           // the target's logit is read before it is overwritten
-    float factor = target >= 0 ? weights[row] : 0.f;
-    for (int i = lane; i < V; i += WARP)
-        logits[i] = (floatX)(factor * (expf((float)logits[i] - lse) - (i == target ? 1.f : 0.f)));
+    const float factor = target >= 0 ? weights[row] : 0.f;
+    for_chunks<P, 4>(V, [&](auto columns) {
+        const Row z(logits, columns);
+        columns.kept([&](auto at) {
+            Floats<P> dz = z[at];
+            UNROLL for (int e = 0; e < P; e++)
+                dz[e] = factor * (expf(dz[e] - lse) - (at.column + e == target ? 1.f : 0.f));
+            store_pack(logits + at.column, dz);
+        });
+    });
 }
 
 // losses and, with `gradient`, dlogits in the place of the logits: of `n` tokens from `first` on
 void cross_entropy(Activations& a, bool gradient, int first, int n, int V) {
     const float* weights = gradient ? a.target_weights + first : nullptr;
-    LAUNCH(cross_entropy_kernel, blocks_for_rows(n), a.losses + first, a.logits, a.targets + first, weights, n, V);
+    LAUNCH_PACKS(cross_entropy_kernel, V % PACK == 0, blocks_for_rows(n), a.losses + first, a.logits, a.targets + first,
+                 weights, n, V);
 }
 
-// dw = sum, or dw += sum: of the chunks' gradients of lm_head, rounded once. One thread per element.
-__global__ void head_gradient_kernel(floatX* dw, const float* sum, size_t n, bool add) {
-    size_t i = thread_index();
-    if (i < n) dw[i] = (floatX)(add ? (float)dw[i] + sum[i] : sum[i]);
-}
-
-// ------------------------------------------------------------------------------------------------
-// How AdamW's state is kept. In a BF16 build the weights have masters in fp32, of which they are the rounding:
-//     --master-weights fp32        float, a copy
-//                      remainder   Remainder, the lower half of the master's bits; the weight is the rounded upper half
-//                      none        NoMaster: the weight itself is updated, and rounded at random (stochastic rounding)
-//     --moments        fp32, bf16  float or __nv_bfloat16, rounded at random
-// Weights are masters rounded with halves away from zero: bits + 0x8000, of which the upper half is taken. So the
-// remainder's first bit shows whether it was rounded up, and weight and remainder together are the master's 32 bits,
-// where rounding halves to even would need one more. Rounding at random adds 16 random bits instead: up as often as the
-// lower half is large, so that the mean is right. Rounding to nearest would drop each update below half of the last
-// bit, and let v forget nothing with --beta2 0.999.
-
-struct Remainder { unsigned short bits; };
-struct NoMaster {};
-enum class Masters { none, fp32, remainder };       // none in an FP32 build: the weights are fp32
-constexpr unsigned HALF_AWAY = 0x8000;
-
-__host__ __device__ inline unsigned float_bits(float x) { unsigned u; memcpy(&u, &x, 4); return u; }
-
-__host__ __device__ inline void store(float* to, float x, unsigned) { *to = x; }
-__host__ __device__ inline void store(__nv_bfloat16* to, float x, unsigned addend) {
-    unsigned bits = float_bits(x);
-    bool nan = (bits & 0x7fffffff) > 0x7f800000;
-    *to = __ushort_as_bfloat16((unsigned short)(nan ? 0x7fff : (bits + addend) >> 16));     // a NaN stays one
-}
-__host__ __device__ inline void store(NoMaster*, float, unsigned) {}
-__host__ __device__ inline void store(Remainder* to, float x, unsigned) { to->bits = (unsigned short)float_bits(x); }
-
-// The master of weight p
-__host__ __device__ inline float master_of(const float* master, const floatX*) { return *master; }
-__host__ __device__ inline float master_of(const NoMaster*, const floatX* p) { return (float)*p; }
-__host__ __device__ inline float master_of(const Remainder* remainder, const floatX* p) {
-    unsigned bits = ((float_bits((float)*p) >> 16) - (remainder->bits >> 15)) << 16 | remainder->bits;
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
+// dw = sum, or dw += sum: of the chunks' gradients of lm_head, rounded once. One thread per pack.
+template <int P> __global__ void head_gradient_kernel(Out<floatX> dw, In<float> sum, size_t n, bool add) {
+    const size_t i = thread_index() * P;
+    if (i >= n) return;
+    const Floats<P> all = load_floats<P>(sum + i);
+    store_pack(dw + i, add ? load_floats<P>(dw + i) + all : all);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -1593,27 +1588,38 @@ struct AdamWOptions {
     uint64_t seed = 6198;                   // of rounding at random
 };
 
-// One thread per element: 28 bytes moved in fp32, 28 with bf16 parameters and gradients and an fp32 master.
+// One thread per pack: 28 bytes an element moved in fp32, 28 with bf16 parameters and gradients and an fp32 master.
 // position: of p[0] in the model.
-template <typename Master, typename Moment>
-__global__ void adamw_kernel(floatX* p, Master* master, const floatX* g, Moment* m, Moment* v, size_t n,
+template <int P, typename Master, typename Moment>
+__global__ void adamw_kernel(Out<floatX> p, Out<Master> master, In<floatX> g, Out<Moment> m, Out<Moment> v, size_t n,
                              float grad_scale, float decay, float step_size, float beta1, float beta2, float v_scale,
                              float eps, uint64_t seed, size_t position, unsigned step) {
     constexpr bool no_master = std::is_same<Master, NoMaster>::value;
     constexpr bool at_random = sizeof(Moment) == 2 || (BF16 && no_master);
-    size_t i = thread_index();
-    if (i >= n) return;
-    if (!no_master) master += i;
-    Philox random = {};
-    if constexpr (at_random) random = philox(seed, position + i, step);
-    float grad = (float)g[i] * grad_scale;
-    float m_new = beta1 * (float)m[i] + (1 - beta1) * grad;
-    float v_new = beta2 * (float)v[i] + (1 - beta2) * grad * grad;
-    float value = master_of(master, p + i) * decay - step_size * m_new / (sqrtf(v_new * v_scale) + eps);
-    store(m + i, m_new, random.x[0] & 0xffff);
-    store(v + i, v_new, random.x[1] & 0xffff);
-    store(master, value, 0);
-    store(p + i, value, no_master ? random.x[2] & 0xffff : HALF_AWAY);
+    const size_t first = thread_index() * P;
+    if (first >= n) return;
+    auto weights = load_pack<P>(p + first);
+    auto masters = Pack<Master, P>{};
+    if constexpr (!no_master) masters = load_pack<P>(master + first);
+    const Floats<P> gradients = load_floats<P>(g + first);
+    auto means = load_pack<P>(m + first), squares = load_pack<P>(v + first);
+    UNROLL for (int e = 0; e < P; e++) {
+        Philox random = {};
+        if constexpr (at_random) random = philox(seed, position + first + e, step);
+        const float grad = gradients[e] * grad_scale;
+        const float m_new = beta1 * (float)means.v[e] + (1 - beta1) * grad;
+        const float v_new = beta2 * (float)squares.v[e] + (1 - beta2) * grad * grad;
+        const float old = master_of(&masters.v[e], &weights.v[e]);
+        const float value = old * decay - step_size * m_new / (sqrtf(v_new * v_scale) + eps);
+        store(&means.v[e], m_new, random.x[0] & 0xffff);
+        store(&squares.v[e], v_new, random.x[1] & 0xffff);
+        store(&masters.v[e], value, 0);
+        store(&weights.v[e], value, no_master ? random.x[2] & 0xffff : HALF_AWAY);
+    }
+    store_pack(m + first, means);
+    store_pack(v + first, squares);
+    if constexpr (!no_master) store_pack(master + first, masters);
+    store_pack(p + first, weights);
 }
 
 // Update number `step`
@@ -1623,21 +1629,9 @@ void adamw(floatX* p /* (n) */, Master* master /* (n), or null for NoMaster */, 
            size_t position) {
     float decay = (float)(1 - o.lr * o.weight_decay), step_size = (float)(o.lr / (1 - pow(o.beta1, (double)step)));
     float v_scale = (float)(1 / (1 - pow(o.beta2, (double)step)));
-    LAUNCH(adamw_kernel, blocks_for(n), p, master, g, m, v, n, grad_scale, decay, step_size, (float)o.beta1,
-           (float)o.beta2, v_scale, (float)o.eps, o.seed, position, (unsigned)step);
-}
-
-// Sum of squares of each run of SQUARE_SUM_RUN elements, for the global norm; the host adds them up. One warp per run.
-__global__ void square_sum_kernel(float* sums, const floatX* x, size_t n) {
-    size_t run = thread_index() / WARP;
-    int lane = threadIdx.x % WARP;
-    if (run * SQUARE_SUM_RUN >= n) return;
-    x += run * SQUARE_SUM_RUN;
-    int length = n - run * SQUARE_SUM_RUN < SQUARE_SUM_RUN ? (int)(n - run * SQUARE_SUM_RUN) : SQUARE_SUM_RUN;
-    float sum = 0;
-    for (int i = lane; i < length; i += WARP) sum += (float)x[i] * (float)x[i];
-    sum = warp_sum(sum);
-    if (lane == 0) sums[run] = sum;
+    LAUNCH_PACKS(adamw_kernel, packs_fit(n, p, master, g, m, v), blocks_for(n / P), p, master, g, m, v, n, grad_scale,
+                 decay, step_size, (float)o.beta1, (float)o.beta2, v_scale, (float)o.eps, o.seed, position,
+                 (unsigned)step);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -1702,9 +1696,9 @@ struct Olmoe {
     MicroBatch batch;                       // whose activations these are
     bool accumulate = false;                // its gradients are added to those before it, and don't take their place
     int N = 0, R = 0;                       // its tokens, and rows routed to experts
-    int num_touched = 0;                    // different ids in it
+    std::vector<TokenRun> runs;             // Scratch::runs
     std::vector<RowCounts> rows;            // (L)
-    std::vector<float> losses, router_lse, router_partial;      // (N), (L, N), (L, slabs, E) on the host
+    std::vector<float> losses, router_lse, router_sums;     // (N), (L, N), (L, E) on the host
 
     bool backward() const { return capacity.use != Use::inference; }
 };
@@ -1764,7 +1758,8 @@ void plan_scratch(Olmoe* m) {
     if (c.flash()) mem.add(2 * N, &s.tiles);
     else { mem.add(square, &s.scores); mem.add(square, &s.probs); }
     const size_t G = expert_group.size, V = N * std::min<size_t>(c.K, G), kinds = num_kinds(num_pieces((int)(E / G)));
-    mem.add(ceil_div(R, DISPATCH_SLAB) * std::max(E, G * kinds), &s.histogram); mem.add(c.L * E, &s.global_counts);
+    mem.add(SLABS * E, &s.router_partial); mem.add(ceil_div(R, DISPATCH_SLAB) * std::max(E, G * kinds), &s.histogram);
+    mem.add(c.L * E, &s.global_counts);
     if (several_ranks) {
         mem.add(R, &s.visits); mem.add(G * kinds, &s.visit_counts); mem.add(E + G * kinds, &s.arrivals);
         mem.add(V * C, &s.home_rows); mem.add(V * c.K, &s.home_experts); mem.add(V * c.K, &s.home_weights);
@@ -1776,14 +1771,14 @@ void plan_scratch(Olmoe* m) {
 
     const bool room = R >= 2 * (size_t)c.V && !launch_checks.finite;   // whose check takes all of a buffer for one type
     if (BF16 && (size_t)m->capacity.classified < N && !room) back.add(c.V * C, &s.dhead);
-    back.add(N, &s.touched, &s.touched_tokens); back.add(N + 1, &s.touched_start);
+    back.add(N, &s.sorted_tokens); back.add(N, &s.runs);
     back.add(N * C, &s.dx, &s.dbranch, &s.dattn); back.add(N * 3 * C, &s.dqkv);
-    if (c.flash()) { back.add(N * 2 * C, &s.dqk); back.add(N * c.H, &s.attn_terms); }
+    if (c.flash()) back.add(N * c.H, &s.attn_terms);
     else { back.add(N * 3 * C, &s.dqkv32); back.add(square, &s.dprobs); back.add(square, &s.dscores); }
     back.add(N * E, &s.drouter); back.add(N * E, &s.drouter_probs); back.add(R, &s.dweights);
     back_rows.add(r * C, &s.dexpert_out); back_rows.add(r * F, &s.dh); back_rows.add(r * 2 * F, &s.dgate_up);
     if (several_ranks) rows.add(c.K, &s.arrived_dweights);
-    back.add(SLABS * C, &s.partial);
+    back.add(std::max<size_t>(2 * slabs_for((int)N), 2 * N / TOKEN_RUN) * C, &s.partial);
     size_t runs = 0;
     for (const Tensor& t : m->tensors) runs += ceil_div(t.share, SQUARE_SUM_RUN);
     back.add(runs, &s.square_sums);
@@ -1818,7 +1813,7 @@ void olmoe_plan(Olmoe* m, const OlmoeConfig& config, Capacity capacity) {
     m->scratch_rows = {};
     mem.add(N, &a.inputs, &a.targets, &a.target_weights, &a.positions);
     LayerActivations& all = a.layers[0];    // what the host reads is one array for all layers, see share_activations
-    mem.add(L * N, &all.router_lse); mem.add(L * SLABS * config.E, &all.router_partial);
+    mem.add(L * N, &all.router_lse); mem.add(L * config.E, &all.router_sums);
     mem.add(L * R, &all.experts); mem.add(L * config.E, &all.counts);
     for (int l = 0; l < config.L; l++) plan_layer(m, l);
     mem.add(N * C, &a.x); mem.add(N, &a.final_r, &a.losses);
@@ -1844,7 +1839,7 @@ void share_activations(Olmoe* m) {
             a.router_logits = first.router_logits; a.router_probs = first.router_probs;
         }
         a.router_lse = first.router_lse + l * N;
-        a.router_partial = first.router_partial + (size_t)l * slabs_for(m->N) * c.E;
+        a.router_sums = first.router_sums + (size_t)l * c.E;
         a.experts = first.experts + l * N * c.K;
         a.counts = first.counts + (size_t)l * c.E;
     }
@@ -2001,17 +1996,12 @@ void attention_norm(Olmoe* m, int l) {
     rmsnorm_forward(a.attn_in, a.attn_r, a.x, m->params.layers[l].attn_norm, m->N, c.C, c.rms_norm_eps);
 }
 
-// The first layer's x and attn_in, from the ids
-void embed(Olmoe* m) {
-    embedding_forward(m->acts.layers[0].x, m->acts.inputs, m->params.embed, m->N, m->config.C);
-    attention_norm(m, 0);
-}
-
-// qkv and qk from attn_in
+// qkv and qk from attn_in, which the layer before has left
 void attention_inputs(Olmoe* m, int l) {
     const OlmoeConfig& c = m->config;
     const LayerParameters& p = m->params.layers[l];
     LayerActivations& a = m->acts.layers[l];
+    if (l == 0) attention_norm(m, l);
     matmul_forward(main_stream, a.qkv, a.attn_in, p.qkv, m->N, c.C, 3 * c.C);
     qk_norm_rope_forward(a, p, m->scratch, m->acts.positions, m->N, c);
 }
@@ -2037,7 +2027,7 @@ void route(Olmoe* m, int l) {
     LayerActivations& a = m->acts.layers[l];
     Scratch& s = m->scratch;
     matmul_forward(main_stream, a.router_logits, a.ffn_in, m->params.layers[l].router, m->N, c.C, c.E);
-    router_forward(a, m->N, c);
+    router_forward(a, s, m->N, c);
     dispatch(a.counts, a.row_of, a.assignment_of, s.histogram, a.experts, m->R, c.E);
     if (expert_group.size == 1) return;
     const int G = expert_group.size, mine = c.E / G, pieces = num_pieces(mine);
@@ -2212,7 +2202,7 @@ void olmoe_forward(Olmoe* m) {
     const OlmoeConfig& c = m->config;
     Activations& a = m->acts;
     at_phase("forward");
-    embed(m);
+    embedding_forward(a.layers[0].x, a.inputs, m->params.embed, m->N, c.C);
     for (int l = 0; l < c.L; l++) {
         at_layer(l);
         attention_block(m, l);
@@ -2251,7 +2241,8 @@ void head_backward(Olmoe* m, int first, int rows) {
     float* sums = s.dhead ? s.dhead : (float*)s.dexpert_out;
     if (narrow) matmul_backward_weight(main_stream, sums, a.dlogits, a.final_out, rows, C, V, first > 0);
     else matmul_backward_weight(main_stream, dw, a.dlogits, a.final_out, rows, C, V, m->accumulate || first > 0);
-    if (narrow && last) LAUNCH(head_gradient_kernel, blocks_for(n), dw, sums, n, m->accumulate);
+    if (narrow && last)
+        LAUNCH_PACKS(head_gradient_kernel, n % PACK == 0, blocks_for(n / P), dw, sums, n, m->accumulate);
     matmul_backward_input(main_stream, s.dbranch + (size_t)first * C, a.dlogits, m->params.lm_head, rows, C, V);
 }
 
@@ -2277,15 +2268,15 @@ void olmoe_head(Olmoe* m, bool gradient) {
 // above router_forward_kernel; with lb_global, lb is that of the tokens of all ranks.
 Losses olmoe_losses(Olmoe* m, double lb_coef = 0, double z_coef = 0) {
     const OlmoeConfig& c = m->config;
-    const size_t N = m->N, E = c.E, slabs = slabs_for(m->N);
+    const size_t N = m->N, E = c.E;
     const LayerActivations& all = m->acts.layers[0];
     at_phase("losses");
     m->losses.resize(N);
     m->router_lse.resize(c.L * N);
-    m->router_partial.resize(c.L * slabs * E);
+    m->router_sums.resize(c.L * E);
     copy_to_host(m->losses.data(), m->acts.losses, N);
     copy_to_host(m->router_lse.data(), all.router_lse, m->router_lse.size());
-    copy_to_host(m->router_partial.data(), all.router_partial, m->router_partial.size());
+    copy_to_host(m->router_sums.data(), all.router_sums, m->router_sums.size());
 
     Losses r;
     for (size_t t = 0; t < N; t++) {
@@ -2294,12 +2285,9 @@ Losses olmoe_losses(Olmoe* m, double lb_coef = 0, double z_coef = 0) {
         r.ce += m->batch.weights[t] * m->losses[t];
         r.valid++;
     }
-    std::vector<double> counts, p(c.L * E, 0);                  // (L, E) rows; sum of p over the tokens
+    std::vector<double> counts, p(m->router_sums.begin(), m->router_sums.end());    // (L, E) rows; sums of p
     for (int l = 0; l < c.L; l++) {
         counts.insert(counts.end(), m->rows[l].sent.begin(), m->rows[l].sent.end());
-        for (size_t i = 0; i < E; i++)
-            for (size_t slab = 0; slab < slabs; slab++)
-                p[l * E + i] += m->router_partial[(l * slabs + slab) * E + i];
         for (size_t t = 0; t < N; t++) r.z += (double)m->router_lse[l * N + t] * m->router_lse[l * N + t];
     }
     double tokens = (double)N;
@@ -2315,22 +2303,21 @@ Losses olmoe_losses(Olmoe* m, double lb_coef = 0, double z_coef = 0) {
 // Backward: the same blocks in reverse. dx is the gradient of the residual stream, all the way down.
 
 // The inverse of the embedding's look-up: which ids occur, and where. The host sorts by id; the sort is stable, so that
-// the positions of an id stay in order.
+// the positions of an id stay in order. An id's tokens are runs of at most TOKEN_RUN.
 void index_tokens(Olmoe* m) {
     const std::vector<int>& inputs = m->batch.inputs;
-    std::vector<int> tokens(inputs.size()), touched, start;
+    std::vector<int> tokens(inputs.size());
     std::iota(tokens.begin(), tokens.end(), 0);
     std::stable_sort(tokens.begin(), tokens.end(), [&](int a, int b) { return inputs[a] < inputs[b]; });
-    for (size_t i = 0; i < tokens.size(); i++)
-        if (i == 0 || inputs[tokens[i]] != inputs[tokens[i - 1]]) {
-            touched.push_back(inputs[tokens[i]]);
-            start.push_back((int)i);
-        }
-    start.push_back((int)tokens.size());
-    m->num_touched = (int)touched.size();
-    copy_to_device(m->scratch.touched, touched);
-    copy_to_device(m->scratch.touched_start, start);
-    copy_to_device(m->scratch.touched_tokens, tokens);
+    m->runs.clear();
+    for (int i = 0, end, lines = 0; i < m->N; i = end) {
+        const int id = inputs[tokens[i]];
+        for (end = i; end < m->N && inputs[tokens[end]] == id; end++) {}
+        for (int begin = i; begin < end; begin += TOKEN_RUN)
+            m->runs.push_back({id, begin, std::min(end, begin + TOKEN_RUN), end - i > TOKEN_RUN ? lines++ : -1});
+    }
+    copy_to_device(m->scratch.sorted_tokens, tokens);
+    copy_to_device(m->scratch.runs, m->runs);
 }
 
 // The gradient of ffn_in, a row for each visit (dhome_rows), and dweights, from dx, by the ranks that have the experts
@@ -2454,7 +2441,7 @@ void olmoe_backward(Olmoe* m, double lb_coef, double z_coef, int micro_batches, 
     if (later) complete(0);
     at_layer(-1);
     if (!m->accumulate) clear_on_device(m->grads.embed, (size_t)c.V * c.C);
-    embedding_backward(m->grads.embed, m->scratch, m->num_touched, c.C);
+    embedding_backward(m->grads.embed, m->scratch, m->runs, c.C);
     complete(-1);
     if (last) main_after_comm();
 }
@@ -2471,7 +2458,7 @@ double olmoe_grad_norm(Olmoe* m, const Tensor** bad = nullptr) {
         size_t n = t.end(rank) - t.begin(rank);
         parts.push_back((size_t)ceil_div(n, SQUARE_SUM_RUN));
         const floatX* share = t.in(m->grads) + t.begin(rank);
-        if (n > 0) LAUNCH(square_sum_kernel, blocks_for_rows(parts.back()), m->scratch.square_sums + runs, share, n);
+        if (n > 0) square_sum(m->scratch.square_sums + runs, share, n);
         runs += parts.back();
     }
     std::vector<float> sums(runs);

@@ -22,6 +22,7 @@ The checksum at the end is of all that the device computed: equal checksums mean
 // ------------------------------------------------------------------------------------------------
 // Comparing
 
+constexpr int CHUNK = WARP * PER_LANE;      // odd sizes are beside its multiples
 typedef std::vector<double> Vec;
 typedef std::vector<int> Ints;
 
@@ -468,14 +469,17 @@ static void test_linear() {
 }
 
 static void test_embedding() {
-    int shapes[][3] = {{1, 1, 1}, {40, 11, 5}, {9, 3, 2 * CHUNK + 7}, {6, 6, CHUNK}};
+    int shapes[][3] = {{1, 1, 1}, {40, 11, 5}, {9, 3, 2 * CHUNK + 7}, {6, 6, CHUNK}, {2, 1, 4200},
+                       {TOKEN_RUN + 1, 1, 8}, {3000, 1, 16}, {700, 3, 40}};
     for (auto& [N, V, C] : shapes) {
         std::string name = text("embedding N %d V %d C %d ", N, V, C);
         Vec w = random_vec((size_t)V * C), dx = random_vec((size_t)N * C), dw = random_vec((size_t)V * C);
         Ints ids = random_ints(N, V);
         ids.back() = ids[0];                                    // some id occurs twice
         Device<floatX> d_w(w), d_x((size_t)N * C), d_dx(dx), d_dw(dw);
-        Device<int> d_ids(ids), touched(N), start(N + 1), tokens(N);
+        Device<int> d_ids(ids), tokens(N);
+        Device<TokenRun> runs(N);
+        Device<float> partial((size_t)2 * SLABS * C);
         Vec x((size_t)N * C);
         for (int n = 0; n < N; n++)
             for (int i = 0; i < C; i++) {
@@ -486,18 +490,18 @@ static void test_embedding() {
         check_equal(name + "x", d_x.get(), x);
 
         Olmoe m;
-        m.batch.inputs = ids;
+        m.batch.inputs = ids; m.N = N;
         m.scratch.dx = d_dx;
-        m.scratch.touched = touched; m.scratch.touched_start = start; m.scratch.touched_tokens = tokens;
+        m.scratch.sorted_tokens = tokens; m.scratch.runs = runs; m.scratch.partial = partial;
         index_tokens(&m);
-        check_true(name + "ids", m.num_touched == (int)std::set<int>(ids.begin(), ids.end()).size());
-        embedding_backward(d_dw, m.scratch, m.num_touched, C);
+        embedding_backward(d_dw, m.scratch, m.runs, C);
         check(name + "dw +=", d_dw.get(), dw, roundings(1, 2 + sqrt(N)));
     }
 }
 
 static void test_rmsnorm() {
-    int shapes[][2] = {{1, 1}, {3, 5}, {37, 60}, {5, 2 * CHUNK + 1}, {SLABS * 16 + 37, 3}};
+    int shapes[][2] = {{1, 1}, {3, 5}, {37, 60}, {5, 2 * CHUNK + 1}, {SLABS * 16 + 37, 3},
+                       {40, 1024}, {9, 2056}, {2, 4160}};
     const float eps = 1e-3f;
     for (auto& [N, C] : shapes) {
         std::string name = text("rmsnorm N %d C %d ", N, C);
@@ -543,7 +547,7 @@ static void check_qk_norm_rope(const std::string& name, const Ints& positions, i
     Device<floatX> d_qkv(qkv), d_q_norm(q_norm), d_k_norm(k_norm), d_qk((size_t)N * 2 * C), d_dqkv(qkv.size());
     Device<floatX> d_dq_norm(dq_norm), d_dk_norm(dk_norm);
     Device<float> d_cosine(tables.cosine), d_sine(tables.sine), d_r((size_t)N * 2), d_dqkv32(dqkv32);
-    Device<float> partial((size_t)SLABS * C);
+    Device<float> partial((size_t)2 * SLABS * C);
     Device<int> d_positions(positions);
 
     Vec qk((size_t)N * 2 * C), dqkv = dqkv32, y, r;
@@ -569,10 +573,9 @@ static void check_qk_norm_rope(const std::string& name, const Ints& positions, i
     s.cosine = d_cosine; s.sine = d_sine; s.dqkv32 = d_dqkv32; s.dqkv = d_dqkv; s.partial = partial;
     qk_norm_rope_forward(a, p, s, d_positions, N, c);
     check(name + "q and k", d_qk.get(), qk, roundings(3, 9 + sqrt(C)));
-    Device<floatX> d_dqk(columns(dqkv32, N, 3 * C, 0, 2 * C));
     if (flash) {
-        d_dqkv.put(dqkv32);                                     // of which v is read
-        qk_norm_rope_backward<floatX>(s, d_dqk, nullptr, 2 * C, g, true, a, p, d_positions, N, c);
+        d_dqkv.put(dqkv32);
+        qk_norm_rope_backward<floatX>(s, d_dqkv, g, true, a, p, d_positions, N, c);
     } else {
         qk_norm_rope_backward(s, g, true, a, p, d_positions, N, c);
     }
@@ -583,7 +586,8 @@ static void check_qk_norm_rope(const std::string& name, const Ints& positions, i
 }
 
 static void test_qk_norm_rope() {
-    int shapes[][4] = {{1, 1, 2, 1}, {2, 7, 30, 3}, {1, 3, 2 * CHUNK + 4, 2}, {1, SLABS * 16 + 5, 4, 2}};
+    int shapes[][4] = {{1, 1, 2, 1}, {2, 7, 30, 3}, {1, 3, 2 * CHUNK + 4, 2}, {1, SLABS * 16 + 5, 4, 2},
+                       {1, 5, 64, 2}, {2, 9, 2048, 8}, {1, 3, 4352, 2}};
     for (auto& [B, T, C, H] : shapes) {
         Ints positions(B * T);
         for (int n = 0; n < B * T; n++) positions[n] = n % T;
@@ -595,6 +599,7 @@ static void test_qk_norm_rope() {
     check_qk_norm_rope("qk-norm and rope, any positions ", positions, 11, 12, 2);
     check_qk_norm_rope("qk-norm and rope, of flash attention ", positions, 11, 256, 2, true);
     check_qk_norm_rope("qk-norm and rope, of flash attention, odd ", positions, 11, 30, 3, true);
+    check_qk_norm_rope("qk-norm and rope, of flash attention, wide ", positions, 11, 2048, 16, true);
 }
 
 static void check_attention(const std::string& name, const Ints& lengths, int C, int H) {
@@ -654,7 +659,7 @@ struct AttentionRun {
         for (int b = 0; b < batch.B(); b++) longest = std::max(longest, batch.length(b));
         const size_t square = flash ? 0 : (size_t)H * std::min(ATTENTION_BLOCK, longest) * longest;
         Device<floatX> d_qk(qk), d_qkv(qkv), d_dout(dout), d_out(N * C), probs(square), dscores(square);
-        Device<floatX> dqk(flash ? N * 2 * C : 0), dqkv(flash ? N * 3 * C : 0);
+        Device<floatX> dqkv(flash ? N * 3 * C : 0);
         Device<float> d_lse(N * H), scores(square), dprobs(square), dqkv32(flash ? 0 : N * 3 * C);
         Device<float2> terms(flash ? N * H : 0);
         Device<AttentionTile> tiles(2 * N);
@@ -664,15 +669,15 @@ struct AttentionRun {
         a.qk = d_qk; a.qkv = d_qkv; a.attn = d_out; a.attn_lse = d_lse;
         Scratch s = {};
         s.scores = scores; s.probs = probs; s.dattn = d_dout; s.dqkv32 = dqkv32; s.dprobs = dprobs; s.dscores = dscores;
-        s.tiles = tiles; s.dqk = dqk; s.dqkv = dqkv; s.attn_terms = terms;
+        s.tiles = tiles; s.dqkv = dqkv; s.attn_terms = terms;
         copy_to_device(s.tiles, attention_tiles(batch));
         if (flash) attention_forward(a, s, batch, c); else blocked_attention_forward(a, s, batch, c);
         if (flash) attention_backward(s, a, batch, c); else blocked_attention_backward(s, a, batch, c);
         out = d_out.get(); lse = d_lse.get();
-        const Vec d = flash ? dqk.get() : dqkv32.get();
-        dq = columns(d, N, flash ? 2 * C : 3 * C, 0, C);
-        dk = columns(d, N, flash ? 2 * C : 3 * C, C, C);
-        dv = columns(flash ? dqkv.get() : d, N, 3 * C, 2 * C, C);
+        const Vec d = flash ? dqkv.get() : dqkv32.get();
+        dq = columns(d, N, 3 * C, 0, C);
+        dk = columns(d, N, 3 * C, C, C);
+        dv = columns(d, N, 3 * C, 2 * C, C);
     }
 
     Vec all() const {
@@ -763,7 +768,7 @@ static Vec random_logits(int N, int E, bool ties) {
 
 // A layer's activations and scratch memory for the router alone
 struct DeviceRouter {
-    Device<float> logits, p, lse, weights, partial, dweights, g;
+    Device<float> logits, p, lse, weights, sums, partial, dweights, g;
     Device<int> experts, counts;
     Device<floatX> dz;
     LayerActivations a = {};
@@ -771,11 +776,11 @@ struct DeviceRouter {
     OlmoeConfig c;
 
     DeviceRouter(const Vec& z, const Vec& dweights_, const Ints& counts_, int N, int E, int K, bool normalize)
-        : logits(z), p(z.size()), lse(N), weights((size_t)N * K), partial((size_t)SLABS * E), dweights(dweights_),
-          g(z.size()), experts((size_t)N * K), counts(counts_), dz(z.size()) {
-        a.router_logits = logits; a.router_probs = p; a.router_lse = lse; a.router_partial = partial;
+        : logits(z), p(z.size()), lse(N), weights((size_t)N * K), sums(E), partial((size_t)SLABS * E),
+          dweights(dweights_), g(z.size()), experts((size_t)N * K), counts(counts_), dz(z.size()) {
+        a.router_logits = logits; a.router_probs = p; a.router_lse = lse; a.router_sums = sums;
         a.experts = experts; a.weights = weights;
-        s.drouter = dz; s.drouter_probs = g; s.dweights = dweights;
+        s.drouter = dz; s.drouter_probs = g; s.dweights = dweights; s.router_partial = partial;
         c.E = E; c.K = K; c.norm_topk_prob = normalize;
     }
 };
@@ -783,7 +788,7 @@ struct DeviceRouter {
 static void test_router() {
     struct { int N, E, K; bool normalize, ties; } shapes[] = {
         {1, 1, 1, false, false}, {9, 5, 1, false, false}, {9, 5, 5, true, false}, {13, 70, 8, false, true},
-        {13, 33, 7, true, false}, {SLABS * 16 + 3, 3, 2, false, true}};
+        {13, 33, 7, true, false}, {SLABS * 16 + 3, 3, 2, false, true}, {40, 64, 8, false, true}};
     for (auto& [N, E, K, normalize, ties] : shapes) {
         const char *normalized = normalize ? " normalized" : "", *tied = ties ? " ties" : "";
         std::string name = text("router N %d E %d K %d%s%s ", N, E, K, normalized, tied);
@@ -799,14 +804,12 @@ static void test_router() {
             for (int i = 0; i < E; i++) mean[i] += p[(size_t)n * E + i];
 
         DeviceRouter d(z, dweights, counts, N, E, K, normalize);
-        router_forward(d.a, N, d.c);
+        router_forward(d.a, d.s, N, d.c);
         check_equal(name + "experts", d.experts.ints(), experts);
         check(name + "p", d.p.get(), p, roundings(0, 24 + sqrt(E)));
         check(name + "lse", d.lse.get(), lse, roundings(0, 24 + sqrt(E)));
         check(name + "weights", d.weights.get(), weights, roundings(0, 26 + sqrt(E)));
-        Vec lines = Device<float>::get_from(d.partial, (size_t)slabs_for(N) * E), sums(E);
-        for (size_t i = 0; i < lines.size(); i++) sums[i % E] += lines[i];
-        check(name + "sum of p", sums, mean, roundings(0, 24 + sqrt(E) + sqrt(N)));
+        check(name + "sum of p", d.sums.get(), mean, roundings(0, 24 + sqrt(E) + sqrt(N)));
         router_backward(d.s, d.a, d.counts, lb_scale, z_scale, N, d.c);
         check(name + "dz", d.dz.get(), dz, roundings(1, 40 + 2 * sqrt(E) + sqrt(K)));
     }
@@ -828,7 +831,8 @@ struct DeviceDispatch {
 
 static void test_dispatch() {
     struct { int N, K, E, C, used; } shapes[] = {{1, 1, 1, 1, 1}, {7, 3, 5, 6, 5}, {150, 2, 70, CHUNK + 3, 60},
-                                                 {DISPATCH_SLAB * 3 + 1, 1, 4, 2, 1}, {DISPATCH_SLAB, 4, 9, 5, 9}};
+                                                 {DISPATCH_SLAB * 3 + 1, 1, 4, 2, 1}, {DISPATCH_SLAB, 4, 9, 5, 9},
+                                                 {DISPATCH_SLAB * 35, 1, 3, 2, 3}, {9, 3, 40, 2056, 40}};
     for (auto& [N, K, E, C, used] : shapes) {
         int R = N * K;
         std::string name = text("dispatch N %d K %d E %d C %d ", N, K, E, C);
@@ -977,7 +981,7 @@ static void test_experts_odd_width() {
 }
 
 static void test_swiglu() {
-    int shapes[][2] = {{1, 1}, {6, 7}, {40, 2 * WARP + 3}};
+    int shapes[][2] = {{1, 1}, {6, 7}, {40, 2 * WARP + 3}, {5, 1024}, {3, 1040}};
     for (auto& [R, F] : shapes) {
         std::string name = text("swiglu R %d F %d ", R, F);
         Vec gate_up = random_vec((size_t)R * 2 * F, 3), dh = random_vec((size_t)R * F), weights = random_vec<float>(R);
@@ -1039,7 +1043,7 @@ static void check_cross_entropy(const std::string& name, int N, int V, const Vec
 }
 
 static void test_cross_entropy() {
-    int shapes[][2] = {{1, 1}, {9, 211}, {5, 50}, {300, 3}};
+    int shapes[][2] = {{1, 1}, {9, 211}, {5, 50}, {300, 3}, {5, 2056}, {3, 4096}};
     for (auto& [N, V] : shapes) {
         Vec equal(N, (double)0.3f);
         check_cross_entropy(text("cross entropy N %d V %d ", N, V), N, V, &equal);
@@ -1119,8 +1123,8 @@ static AdamWOptions adamw_options(double lr, double beta1, double beta2, double 
 template <typename Master, typename Moment>
 static void check_adamw(const char* how) {
     constexpr bool no_master = std::is_same<Master, NoMaster>::value, narrow = sizeof(Moment) == 2;
-    const size_t n = 2 * BLOCK + 3;
     for (int step : {1, 2, 1000}) {
+        const size_t n = 2 * BLOCK + (step == 1 ? 3 : 8);       // alone, and in packs
         std::string name = text("adamw, %s, step %d ", how, step);
         Vec value = random_vec<float>(n), g = random_vec(n), m = random_vec<Moment>(n, 0.1);
         Vec v = random_vec<Moment>(n, 0.1);
@@ -1218,7 +1222,7 @@ static double correlation_of_bits(const Vec& a, const Vec& b) {
 template <typename Master, typename Moment>
 static void check_random_rounding(const char* how) {
     constexpr bool narrow = sizeof(Moment) == 2;
-    const size_t n = 2 * BLOCK + 3;
+    const size_t n = 2 * BLOCK + 8;
     const int steps = 200;
     Device<floatX> p(Vec(n, 1.)), g(Vec(n, 0.));
     Device<Master> master(n);
@@ -1277,7 +1281,7 @@ static void test_square_sum() {
         for (size_t i = 0; i < n; i++) want[i / SQUARE_SUM_RUN] += x[i] * x[i];
         Device<floatX> d_x(x);
         Device<float> sums(want.size());
-        LAUNCH(square_sum_kernel, blocks_for_rows(want.size()), sums.p, d_x.p, n);
+        square_sum(sums, d_x, n);
         check(text("square sum n %zu", n), sums.get(), want, roundings(0, 4 + sqrt(SQUARE_SUM_RUN)));
     }
 }
@@ -1393,7 +1397,7 @@ static void vectors_router() {
               -.01133822, -.02400302, .0022551, .05734018, .02732005, -.08585617};
     Ints experts = {2, 0, 1, 0, 3, 1}, counts = {2, 2, 1, 1};
     DeviceRouter d(z, dots, counts, N, E, K, false);
-    router_forward(d.a, N, d.c);
+    router_forward(d.a, d.s, N, d.c);
     check_equal("router experts", d.experts.ints(), experts);
     check("router p", d.p.get(), p, printed(0.4) + roundings(0, 26));
     Vec w = d.weights.get(), lse = d.lse.get(), lines = Device<float>::get_from(d.partial, E);

@@ -216,7 +216,7 @@ void olmoe_decode(Olmoe* m, const Cache& cache, const int* inputs /* (n) */, con
     for (int i = 0; i < n; i++) batch_add(&batch, inputs + i, nullptr, 1, 0, positions[i]);
     olmoe_set_batch(m, batch);
     copy_to_device(cache.slots, slots, n);
-    embed(m);
+    embedding_forward(m->acts.layers[0].x, m->acts.inputs, m->params.embed, m->N, m->config.C);
     for (int l = 0; l < m->config.L; l++) {
         at_layer(l);
         decode_layer(m, cache, l);
@@ -241,7 +241,7 @@ void olmoe_prefill(Olmoe* m, const Cache& cache, const MicroBatch& prompts, cons
     olmoe_set_batch(m, prompts);
     copy_to_device(cache.slots, row_slots);
     copy_to_device(cache.last, last);
-    embed(m);
+    embedding_forward(a.layers[0].x, a.inputs, m->params.embed, m->N, c.C);
     for (int l = 0; l < L; l++) {
         at_layer(l);
         attention_inputs(m, l);

@@ -33,9 +33,10 @@ inline bool valid(dim3 grid, dim3 block) {
 constexpr unsigned UNIT = 16;
 
 // Units first .. last - 1 of a launch. Everything is passed by value: what a region of OpenMP captures by reference
-// would be loaded again in each iteration of the thread loop. ivdep: the threads of a launch are independent.
+// would be loaded again in each iteration of the thread loop. ivdep: the threads of a launch are independent. flatten:
+// lambdas in a kernel become part of it, so that the sums that they add to are in registers.
 template <class Kernel, class... Args>
-__attribute__((noinline))
+__attribute__((noinline, flatten))
 void run_units(Kernel kernel, dim3 grid, dim3 block, size_t first, size_t last, Args... args) {
     size_t units = (block.x + UNIT - 1) / UNIT, rows = (size_t)block.y * block.z;
     gridDim = grid;

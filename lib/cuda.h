@@ -392,6 +392,16 @@ __device__ inline float warp_max(float v) {
     return v;
 }
 
+// The sum of v of this lane and those before it
+__device__ inline int warp_prefix(int v) {
+    const int lane = threadIdx.x % WARP;
+    for (int o = 1; o < WARP; o *= 2) {
+        const int before = __shfl_sync(0xffffffff, v, (lane - o) & (WARP - 1));
+        if (lane >= o) v += before;
+    }
+    return v;
+}
+
 // The largest v of the warp and its index; of equal ones, the lowest index.
 __device__ inline void warp_argmax(float& v, int& index) {
     for (int o = WARP / 2; o > 0; o /= 2) {
@@ -418,3 +428,41 @@ __host__ __device__ inline Philox philox(uint64_t seed, uint64_t position, unsig
     return {{c0, c1, c2, c3}};
 }
 __host__ __device__ inline float uniform(unsigned x) { return ((float)(x >> 8) + 0.5f) * 0x1p-24f; }      // in (0, 1]
+
+// ------------------------------------------------------------------------------------------------
+// How AdamW's state is kept. In a BF16 build the weights have masters in fp32, of which they are the rounding:
+//     --master-weights fp32        float, a copy
+//                      remainder   Remainder, the lower half of the master's bits; the weight is the rounded upper half
+//                      none        NoMaster: the weight itself is updated, and rounded at random (stochastic rounding)
+//     --moments        fp32, bf16  float or __nv_bfloat16, rounded at random
+// Weights are masters rounded with halves away from zero: bits + 0x8000, of which the upper half is taken. So the
+// remainder's first bit shows whether it was rounded up, and weight and remainder together are the master's 32 bits,
+// where rounding halves to even would need one more. Rounding at random adds 16 random bits instead: up as often as the
+// lower half is large, so that the mean is right. Rounding to nearest would drop each update below half of the last
+// bit, and let v forget nothing with --beta2 0.999.
+
+struct Remainder { unsigned short bits; };
+struct NoMaster {};
+enum class Masters { none, fp32, remainder };       // none in an FP32 build: the weights are fp32
+constexpr unsigned HALF_AWAY = 0x8000;
+
+__host__ __device__ inline unsigned float_bits(float x) { unsigned u; memcpy(&u, &x, 4); return u; }
+
+__host__ __device__ inline void store(float* to, float x, unsigned) { *to = x; }
+__host__ __device__ inline void store(__nv_bfloat16* to, float x, unsigned addend) {
+    unsigned bits = float_bits(x);
+    bool nan = (bits & 0x7fffffff) > 0x7f800000;
+    *to = __ushort_as_bfloat16((unsigned short)(nan ? 0x7fff : (bits + addend) >> 16));     // a NaN stays one
+}
+__host__ __device__ inline void store(NoMaster*, float, unsigned) {}
+__host__ __device__ inline void store(Remainder* to, float x, unsigned) { to->bits = (unsigned short)float_bits(x); }
+
+// The master of weight p
+__host__ __device__ inline float master_of(const float* master, const floatX*) { return *master; }
+__host__ __device__ inline float master_of(const NoMaster*, const floatX* p) { return (float)*p; }
+__host__ __device__ inline float master_of(const Remainder* remainder, const floatX* p) {
+    unsigned bits = ((float_bits((float)*p) >> 16) - (remainder->bits >> 15)) << 16 | remainder->bits;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}

@@ -127,9 +127,11 @@ void check_results(const char* kernel, const char* names, const T& argument, con
 }
 
 // A kernel in the main stream, in blocks of BLOCK threads
-#define LAUNCH(kernel, blocks, ...) do { kernel<<<blocks, BLOCK, 0, main_stream.stream>>>(__VA_ARGS__); \
-    launched(#kernel, main_stream.stream); \
-    if (launch_checks.finite) check_results(#kernel, #__VA_ARGS__, __VA_ARGS__); } while (0)
+#define LAUNCH_NAMED(name, kernel, blocks, ...) do { \
+    kernel<<<blocks, BLOCK, 0, main_stream.stream>>>(__VA_ARGS__); \
+    launched(name, main_stream.stream); \
+    if (launch_checks.finite) check_results(name, #__VA_ARGS__, __VA_ARGS__); } while (0)
+#define LAUNCH(kernel, ...) LAUNCH_NAMED(#kernel, kernel, __VA_ARGS__)
 
 // A kernel with its own number of threads and bytes of shared memory, whose arguments are one struct: what it writes is
 // checked by the caller.
