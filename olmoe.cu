@@ -62,7 +62,6 @@ constexpr bool BF16 = false;
 #define NCCL_BY_MPI 0                       // 1: collectives go through MPI (cpu/), so it has to start the ranks
 #endif
 
-constexpr int PER_LANE = WARP == 1 ? 64 : 16;   // columns that a lane keeps in registers while it adds up rows
 constexpr int TOKEN_RUN = 64;               // tokens of the same id whose gradients one warp adds up
 constexpr int TILE_ROWS = 128;              // queries, or keys, of a block of flash attention
 constexpr int DISPATCH_SLAB = 256;          // assignments to experts that one warp counts and places
@@ -611,12 +610,12 @@ __global__ void rmsnorm_backward_kernel(Out<floatX> dx, Out<float> partial, In<f
     LineOfSums dw(partial + slab * C, columns);
     for (size_t row = N * slab / slabs; row < N * (slab + 1) / slabs; row++) {
         const Row in(x + row * C, columns), g(dy + row * C, columns);
-        Row stream(dx + row * C, columns);
         float dot = 0, scale = r[row];
         columns.all([&](auto at) { dot += (g[at] * load_floats<P>(w + at.column) * in[at]).sum(); });
         const float term2 = warp_sum(dot) / C * scale * scale;
         columns.all([&](auto at) {
-            stream.set(at, stream[at] + (g[at] * load_floats<P>(w + at.column) - in[at] * term2) * scale);
+            const Floats<P> branch = (g[at] * load_floats<P>(w + at.column) - in[at] * term2) * scale;
+            store_pack(dx + row * C + at.column, load_floats<P>(dx + row * C + at.column) + branch);
             dw.add(at, g[at] * in[at] * scale);
         });
     }
@@ -870,14 +869,14 @@ struct FlashArguments {
 // Where in these the block's sequence and head begin. Kernels build it again where they can, because in their loops all
 // registers are taken: what is kept there, spills.
 template <int D> struct FlashHead {
-    size_t q, k, v, dq, o, lse;             // in qk, in qk, in qkv, in dqkv, in o and dO, in lse and terms
+    size_t q, k, v, o, lse;                 // in qk, in qk, in qkv and dqkv, in o and dO, in lse and terms
     int T, row, C;                          // row: of the sequence, where the block's tile begins
 
     __device__ explicit FlashHead(const FlashArguments& f) {
         const int4 tile = *(const int4*)(f.tiles + blockIdx.x);
         const size_t first = tile.x, column = (size_t)blockIdx.y * D;
         T = tile.y; row = tile.z; C = f.H * D;
-        q = first * 2 * C + column; k = q + C; dq = first * 3 * C + column; v = dq + 2 * C; o = first * C + column;
+        q = first * 2 * C + column; k = q + C; v = first * 3 * C + 2 * C + column; o = first * C + column;
         lse = first * f.H + (size_t)blockIdx.y * T;
     }
 };
@@ -1013,6 +1012,7 @@ template <int D> __global__ void __launch_bounds__(DQ_THREADS) flash_dq_kernel(F
     constexpr unsigned TERMS = V + 2 * TILE;
     const FlashHead<D> h(f);
     const auto load_kv = [&](unsigned which, int key) {
+        const FlashHead<D> h(f);            // again: with all of it kept, registers would spill
         load_tile<D, KEYS, THREADS>(K + which, f.qk + h.k, 2 * h.C, key, h.T);
         load_tile<D, KEYS, THREADS>(V + which, f.qkv + h.v, 3 * h.C, key, h.T);
         copy_commit();
@@ -1047,7 +1047,7 @@ template <int D> __global__ void __launch_bounds__(DQ_THREADS) flash_dq_kernel(F
     const FlashHead<D> out(f);
     put_rows<D>(Q, dq, 1 / sqrtf((float)D), first, 0);
     __syncthreads();
-    store_tile<D, TILE_ROWS, THREADS>(f.dqkv + out.dq, Q, 3 * out.C, out.row, out.T);
+    store_tile<D, TILE_ROWS, THREADS>(f.dqkv + out.v - 2 * out.C, Q, 3 * out.C, out.row, out.T);
 }
 
 // dV = P^T dO,   dK = dS^T Q / sqrt(D). A block has 128 keys and goes over tiles of 64 queries, from the diagonal on.
@@ -1114,7 +1114,7 @@ template <int D> __global__ void __launch_bounds__(DKV_THREADS) flash_dkv_kernel
     put_rows<D>(K, dk, 1 / sqrtf((float)D), first, half * D / 2);   // K and V were last read before a barrier
     put_rows<D>(V, dv, 1, first, half * D / 2);
     __syncthreads();
-    store_tile<D, TILE_ROWS, THREADS>(f.dqkv + h.dq + h.C, K, 3 * h.C, h.row, h.T);
+    store_tile<D, TILE_ROWS, THREADS>(f.dqkv + h.v - h.C, K, 3 * h.C, h.row, h.T);
     store_tile<D, TILE_ROWS, THREADS>(f.dqkv + h.v, V, 3 * h.C, h.row, h.T);
 }
 
