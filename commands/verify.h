@@ -200,13 +200,13 @@ void verify_tolerances(Verify* v) {
     v->atol = for_bf16 ? 0 : r.number("atol", 0);
 }
 
-// In BF16, where the file reports how far PyTorch's own bf16 runs are from it: 1.25 times the worse of its two
-// attentions
-double peers_limit(const Verify& v, const std::string& what, double otherwise) {
+// In BF16, where the file reports how far PyTorch's own bf16 runs are from it: 1.25 times, or so many, the worse of its
+// two attentions
+double peers_limit(const Verify& v, const std::string& what, double otherwise, double times = 1.25) {
     const std::string eager = "bf16_eager_" + what, sdpa = "bf16_sdpa_" + what;
     const Reference& r = v.reference;
     if (!BF16 || v.asked >= 0 || !r.has(eager) || !r.has(sdpa)) return otherwise;
-    return 1.25 * std::max(r.number(eager, 0), r.number(sdpa, 0));
+    return times * std::max(r.number(eager, 0), r.number(sdpa, 0));
 }
 
 void verify_line(Verify* v, const std::string& name, double error, double tolerance, const std::string& worst) {
@@ -312,6 +312,8 @@ void verify_routers(Verify* v) {
     v->rtol = v->tolerance;
 }
 
+// The worst of many tensors depends on luck more than all together: the gradient of an expert that few tokens chose has
+// the error of their router's weight. So three times PyTorch's worst is allowed.
 void verify_gradients(Verify* v) {
     const Reference& r = v->reference;
     const Olmoe& m = v->model;
@@ -321,11 +323,13 @@ void verify_gradients(Verify* v) {
         if (t) for (float x : floats_of(*t)) square += (double)x * x;
         largest = std::max(largest, sqrt(square));
     }
+    v->rtol = std::max(v->tolerance, peers_limit(*v, "worst_grad", 0, 3));
     for (size_t i = 0; i < r.tensors.size(); i++) {
         if (!r.grads[i]) continue;
         const floatX* ours = element_at(m.tensors, m.grads, r.tensors[i].offset);
         verify_tensor(v, r.grads[i]->name, device_floats(ours, r.tensors[i].count), floats_of(*r.grads[i]), largest);
     }
+    v->rtol = v->tolerance;
 }
 
 // The losses of the batch and their gradients; then, where the file has `losses`, AdamW steps on it
