@@ -3355,6 +3355,14 @@ static void check_ranks_model(const RanksModel& r) {
     // Reading the logits waits for all streams, and would hide a missing wait for the counts of all ranks.
     if (!r.lb_global) check(name + "logits", model.logits(), want_logits, model_tolerance(c, 1e-5));
     model.backward(rows_of(self), 1, true);
+    // Read before anything else that waits for the collectives, which would hide a missing wait for the last sums.
+    Vec got, want;
+    for (const Tensor& t : model.m.tensors) {                   // under ZeRO-1 a rank's share of the sums
+        const size_t begin = t.update_begin(), n = t.update_count();
+        append(&got, Device<floatX>::get_from(t.in(model.m.grads) + begin, n));
+        append(&want, slice(want_grads, t.offset + begin, n));
+    }
+    check(name + "gradients", got, want, model_tolerance(c, 1e-4), false);
     std::vector<double> visits(W * W, 0);                       // of the tokens of one rank to another
     for (const LayerActivations& a : model.m.acts.layers) {
         const Vec experts = Device<int>::get_from(a.experts, (size_t)model.m.R);
@@ -3372,13 +3380,6 @@ static void check_ranks_model(const RanksModel& r) {
             bytes += visits[g * W + self] * (2 * c.C * sizeof(floatX) + 4 * c.K);
         }
     check_true(name + "bytes of rows", traffic[ROWS] - traffic_before == bytes);
-    Vec got, want;
-    for (const Tensor& t : model.m.tensors) {                   // under ZeRO-1 a rank's share of the sums
-        const size_t begin = t.update_begin(), n = t.update_count();
-        append(&got, Device<floatX>::get_from(t.in(model.m.grads) + begin, n));
-        append(&want, slice(want_grads, t.offset + begin, n));
-    }
-    check(name + "gradients", got, want, model_tolerance(c, 1e-4), false);
 }
 
 static void ranks_model() {
