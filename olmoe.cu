@@ -975,14 +975,8 @@ template <int D> __global__ void flash_delta_kernel(FlashArguments f) {
     const FlashHead<D> h(f);
     for (int r = threadIdx.x / LANES; r < TILE_ROWS; r += BLOCK / LANES) {
         const int row = h.row + r;
-        alignas(16) floatX o[8] = {}, dO[8] = {};
-        if (row < h.T) {
-            const size_t at = (size_t)row * h.C + threadIdx.x % LANES * 8;
-            *(uint4*)o = *(const uint4*)(f.o + h.o + at);
-            *(uint4*)dO = *(const uint4*)(f.dO + h.o + at);
-        }
-        float sum = 0;
-        UNROLL for (int i = 0; i < 8; i++) sum += (float)o[i] * (float)dO[i];
+        const size_t at = h.o + (size_t)row * h.C + threadIdx.x % LANES * 8;
+        float sum = row < h.T ? (load_floats<8>(f.o + at) * load_floats<8>(f.dO + at)).sum() : 0;
         UNROLL for (int i = LANES / 2; i > 0; i /= 2) sum += __shfl_xor_sync(0xffffffff, sum, i);
         if (threadIdx.x % LANES == 0 && row < h.T) f.terms[h.lse + row] = {f.lse[h.lse + row] * LOG2E, sum};
     }

@@ -51,10 +51,8 @@ __global__ void cache_store_kernel(floatX* keys, floatX* values, const floatX* q
 template <int COLUMNS> __device__ inline float product(const floatX* a, const floatX* b, int n) {
     float sum = 0;
     if constexpr (COLUMNS * sizeof(floatX) == 16) {
-        alignas(16) floatX x[COLUMNS], y[COLUMNS];
-        *(uint4*)x = *(const uint4*)a;
-        *(uint4*)y = *(const uint4*)b;
-        UNROLL for (int i = 0; i < COLUMNS; i++) sum += (float)x[i] * (float)y[i];
+        const Floats<COLUMNS> x = load_floats<COLUMNS>(a), y = load_floats<COLUMNS>(b);
+        UNROLL for (int i = 0; i < COLUMNS; i++) sum += x[i] * y[i];
     } else {
         for (int i = 0; i < n; i++) sum += (float)a[i] * (float)b[i];
     }
@@ -62,11 +60,10 @@ template <int COLUMNS> __device__ inline float product(const floatX* a, const fl
 }
 
 // sum_i += p v_i, for the first n of a lane's columns
-template <int COLUMNS> __device__ inline void add_scaled(float (&sum)[COLUMNS], float p, const floatX* v, int n) {
+template <int COLUMNS> __device__ inline void add_scaled(Floats<COLUMNS>& sum, float p, const floatX* v, int n) {
     if constexpr (COLUMNS * sizeof(floatX) == 16) {
-        alignas(16) floatX x[COLUMNS];
-        *(uint4*)x = *(const uint4*)v;
-        UNROLL for (int i = 0; i < COLUMNS; i++) sum[i] += p * (float)x[i];
+        const Floats<COLUMNS> x = load_floats<COLUMNS>(v);
+        UNROLL for (int i = 0; i < COLUMNS; i++) sum[i] += p * x[i];
     } else if (n >= COLUMNS) {
         for (int i = 0; i < COLUMNS; i++) sum[i] += p * (float)v[i];
     } else {
@@ -113,7 +110,7 @@ __global__ void attention_cached_kernel(float* partial, float2* terms, const flo
 
     for (int begin = 0; begin < D; begin += WARP * COLUMNS) {
         const int c = begin + lane * COLUMNS;
-        float total[COLUMNS] = {};
+        Floats<COLUMNS> total = {};
         UNROLL for (int i = 0; i < CACHE_PART / WARP; i++)
             for (int at = 0; at < WARP && i * WARP + at <= last; at += CACHE_KEYS)
                 UNROLL for (int j = 0; j < CACHE_KEYS; j++) {
@@ -123,8 +120,7 @@ __global__ void attention_cached_kernel(float* partial, float2* terms, const flo
                 }
         float* to = partial + warp * D + c;
         if constexpr (COLUMNS * sizeof(floatX) == 16) {
-            UNROLL for (int i = 0; i < COLUMNS; i += 4)
-                if (c < D) *(float4*)(to + i) = {total[i], total[i + 1], total[i + 2], total[i + 3]};
+            if (c < D) store_pack(to, total);
         } else {
             for (int i = 0; i < COLUMNS; i++) if (c + i < D) to[i] = total[i];
         }

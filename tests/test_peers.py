@@ -198,6 +198,22 @@ def test_ragged_bf16(peers, tmp_path, number):
     print(olmoe("verify", "--model", model, "--reference", full, *rtol, program=PROGRAMS["bf16"]))
 
 
+@pytest.mark.skipif("bf16" not in PROGRAMS, reason="OLMOE_BF16 names no program")
+@pytest.mark.parametrize("worst, agrees", [(0.04, False), (0.08, True)])
+def test_limit_of_a_gradient_in_bf16(peers, tmp_path, worst, agrees):
+    """A gradient that is 1/6 off, where PyTorch's own bf16 run is `worst` off: three times that is allowed."""
+    model, name = os.path.join(ROOT, "tests", "fixtures", "bf16"), "grad.lm_head.weight"
+    with peers.safe_open(os.path.join(model, "reference.safetensors"), "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        metadata = {**file.metadata(), **{f"bf16_{a}_worst_grad": str(worst) for a in ("eager", "sdpa")}}
+    tensors[name] = tensors[name] * 1.2
+    peers.write_safetensors(str(tmp_path / "edited.safetensors"), tensors, metadata)
+    words = [PROGRAMS["bf16"], "verify", "--model", model, "--reference", str(tmp_path / "edited.safetensors")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600)
+    assert [line.split()[0] for line in done.stdout.splitlines() if "FAILED" in line] == ([] if agrees else [name])
+    assert done.returncode == (0 if agrees else 1), done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("number", range(2))
 def test_prompts_of_several_lengths(peers, tmp_path, number):
     """Prompts in one batch, drawn tokens after them: their log-probabilities are those of transformers, which reads
