@@ -2669,8 +2669,8 @@ static void batch_rows() {
                            && capacity.recompute == 2 && capacity.classified == 0 && capacity.positions == 0);
 }
 
-// The message with which body() ends the program, and "" where it does not. body() runs in a process of its own and
-// must not touch the device.
+// The message with which body() ends the program, and "" where it does not. body() runs in a process of its own, where
+// a GPU must not be touched; the CPU machine works there on one core.
 template <typename Body> static std::string error_message(Body body) {
     int ends[2];
     if (pipe(ends) != 0) die("test: no pipe");

@@ -9,6 +9,8 @@
 #include <chrono>
 #include <map>
 #include <mutex>
+#include <omp.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string>
@@ -28,6 +30,11 @@ __attribute__((constructor)) static void sleep_soon(int, char** argv, char**) {
     path[length] = 0;
     setenv("GOMP_SPINCOUNT", "1000", 1);
     execv(path, argv);                      // returns only if it fails: then all is as it was
+}
+
+// fork takes the calling thread alone along, and libgomp in the child would wait for the others: the child works alone.
+__attribute__((constructor)) static void alone_after_fork() {
+    pthread_atfork(nullptr, nullptr, [] { omp_set_num_threads(1); });
 }
 
 struct CUstream_st { std::vector<Gemm> products; };

@@ -2,6 +2,8 @@
 // and threads.
 #include <cuda_runtime.h>
 #include <cstdio>
+#include <sys/wait.h>
+#include <unistd.h>
 #include <vector>
 
 template <typename T, int N> struct Pair { T a[N]; };
@@ -30,6 +32,36 @@ template <typename T> void add(T* y, T value, int n) {
 static int failures = 0;
 static void check(const std::vector<int>& got, int want, const char* what) {
     for (int x : got) if (x != want) { printf("FAILED %s: %d instead of %d\n", what, x, want); failures++; return; }
+}
+
+// A launch, a copy and a fill, each long enough for all cores, twice: the machine measures a kernel's first launch.
+static void on_all_cores(const char* what) {
+    const int n = 1 << 21;
+    int* y;
+    cudaMalloc(&y, n * sizeof(int));
+    cudaMemset(y, 0, n * sizeof(int));
+    for (int repeat = 0; repeat < 2; repeat++) inner::count<<<ceil_div(n, 256), 256>>>(y, n);
+    std::vector<int> got(n);
+    cudaMemcpy(got.data(), y, n * sizeof(int), cudaMemcpyDeviceToHost);
+    check(got, 2, what);
+    cudaFree(y);
+}
+
+// The threads that shared the parent's work are not in a child: it works alone, and the parent on all cores again.
+static void fork_between_launches() {
+    on_all_cores("before a fork");
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        alarm(60);                          // not for ever, where it waits for threads that it has not
+        on_all_cores("in a child");
+        fflush(stdout);
+        _exit(failures > 0);
+    }
+    int status = 1;
+    waitpid(child, &status, 0);
+    check({status}, 0, "how a child ended");
+    on_all_cores("after a fork");
 }
 
 int main() {
@@ -63,6 +95,7 @@ int main() {
             check(each, 3, "each thread ran in each of three launches");
             cudaFree(z);
         }
+    fork_between_launches();
     printf(failures ? "%d failed\n" : "launches ok\n", failures);
     return failures > 0;
 }
