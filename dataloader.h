@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <stdexcept>
 #include <string>
 #include <vector>
 #include <fcntl.h>
@@ -24,6 +25,8 @@
 #include <zlib.h>
 
 #include "lib/file_kinds.h"
+#include "lib/files.h"
+#include "tokenizer.h"
 
 [[noreturn]] void die(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
@@ -508,11 +511,9 @@ inline void dataloader_row(DataLoader* d, size_t instance, int32_t* inputs, int3
     for (int t = 0; t < d->T; t++) targets[t] = hit || t + 1 == d->T ? -100 : inputs[t + 1];
 }
 
-// The next global batch of G instances. This rank gets those at position + rank, position + rank + world, and so on, as
-// inputs and targets (G / world, T). What is left of an epoch after its floor(instances / G) batches is dropped.
-inline void dataloader_next(DataLoader* d, int G, int rank, int world, int32_t* inputs, int32_t* targets) {
-    if (world < 1 || rank < 0 || rank >= world || G < 1 || G % world != 0)
-        die("data: a global batch of %d sequences cannot be divided among %d ranks", G, world);
+// The next global batch of G instances, by their numbers. What is left of an epoch after its floor(instances / G)
+// batches is dropped.
+inline std::vector<size_t> dataloader_draw(DataLoader* d, int G) {
     if ((size_t)G > d->instances)
         die("data: a global batch of %d sequences, but only %zu of %d tokens in the data; "
             "lower --global-batch or give more data", G, d->instances, d->T);
@@ -528,12 +529,21 @@ inline void dataloader_next(DataLoader* d, int G, int rank, int world, int32_t* 
         pcg64_shuffle(&g, &d->shuffled);
         d->shuffled_epoch = d->epoch;
     }
-    for (size_t row = 0; row < (size_t)(G / world); row++) {
-        size_t p = (size_t)d->position + rank + world * row;
-        size_t instance = d->order == DataOrder::global ? d->shuffled[p] : p;
-        dataloader_row(d, instance, inputs + row * d->T, targets + row * d->T);
-    }
+    std::vector<size_t> numbers;
+    for (size_t p = (size_t)d->position; p < (size_t)d->position + G; p++)
+        numbers.push_back(d->order == DataOrder::global ? d->shuffled[p] : p);
     d->position += G;
+    return numbers;
+}
+
+// The next global batch of G instances. This rank gets those at position + rank, position + rank + world, and so on, as
+// inputs and targets (G / world, T).
+inline void dataloader_next(DataLoader* d, int G, int rank, int world, int32_t* inputs, int32_t* targets) {
+    if (world < 1 || rank < 0 || rank >= world || G < 1 || G % world != 0)
+        die("data: a global batch of %d sequences cannot be divided among %d ranks", G, world);
+    const std::vector<size_t> numbers = dataloader_draw(d, G);
+    for (size_t row = 0; row < (size_t)(G / world); row++)
+        dataloader_row(d, numbers[rank + world * row], inputs + row * d->T, targets + row * d->T);
 }
 
 // For validation: instances first, first + 1, ... in the order of the files. Fills inputs and targets (n, T) and
@@ -573,18 +583,212 @@ inline size_t dataloader_tokens(const DataLoader* d) {
     return tokens;
 }
 
+// FNV-1a of more bytes, after those that `hash` is of
+constexpr uint64_t FNV_BASIS = 0xcbf29ce484222325;
+inline uint64_t fnv1a(uint64_t hash, const unsigned char* bytes, size_t n) {
+    for (size_t i = 0; i < n; i++) hash = (hash ^ bytes[i]) * 0x100000001b3;
+    return hash;
+}
+
 // A number that differs between data sets, so that a run is not resumed on other data: FNV-1a over every file's number
 // of tokens and about 4096 blocks of 4 KB, spread evenly over the set (small sets are read whole), but not over paths.
 inline uint64_t dataloader_fingerprint(const DataLoader* d) {
-    uint64_t hash = 0xcbf29ce484222325;
-    auto add = [&hash](const unsigned char* bytes, size_t n) {
-        for (size_t i = 0; i < n; i++) hash = (hash ^ bytes[i]) * 0x100000001b3;
-    };
+    uint64_t hash = FNV_BASIS;
     for (const TokenFile& f : d->files) {
         uint64_t tokens = f.tokens;
-        add((const unsigned char*)&tokens, sizeof tokens);
+        hash = fnv1a(hash, (const unsigned char*)&tokens, sizeof tokens);
         for (std::string_view block : token_file_blocks(f, blocks_per_file(*d)))
-            add((const unsigned char*)block.data(), block.size());
+            hash = fnv1a(hash, (const unsigned char*)block.data(), block.size());
     }
     return hash;
+}
+
+// ------------------------------------------------------------------------------------------------
+// Rows of conversations and preferences, for fine-tuning: a line of JSON each. docs/tour.md has their forms.
+
+// Why a row can't be used: it is left out, with a line.
+struct RowError : std::runtime_error { using std::runtime_error::runtime_error; };
+
+// The text of a JSON value: a string, or where there may be `parts` a list of them, [{"type": "text", "text": ...}]
+inline std::string text_of(const Json& j, const std::string& name, bool parts) {
+    if (j.is_string()) return j;
+    if (!parts || !j.is_array())
+        throw RowError(name + " is no text" + (parts ? " and no list of parts" : "") + ": " + json_shown(j));
+    std::string joined;
+    for (const Json& part : j) {
+        const Json type = part.is_object() && part.contains("type") ? part["type"] : part;
+        if (type != "text" || !part.is_object())
+            throw RowError("a part of " + name + " is not of type \"text\": " + json_shown(type));
+        if (!part.contains("text")) throw RowError("a part of " + name + " has no \"text\": " + json_shown(part));
+        joined += text_of(part["text"], "the text of a part", false);
+    }
+    return joined;
+}
+
+// A list of {"role": "system" | "user" | "assistant", "content": text}, one or more
+inline std::vector<ChatMessage> messages_of(const Json& list, const std::string& name = "messages") {
+    std::vector<ChatMessage> messages;
+    if (!list.is_array() || list.empty()) throw RowError(name + " is no list of messages");
+    for (const Json& message : list) {
+        for (const char* key : {"role", "content"})
+            if (!message.is_object() || !message.contains(key))
+                throw RowError(std::string("a message has no \"") + key + "\": " + json_shown(message));
+        messages.push_back({text_of(message["role"], "a message's role", false),
+                            text_of(message["content"], "a message's content", true)});
+        const std::string& role = messages.back().role;
+        if (role != "system" && role != "user" && role != "assistant")
+            throw RowError("the role " + json_shown(role) + " is not one of system, user, assistant");
+    }
+    return messages;
+}
+
+enum class RowKind { sft, dpo, kto };
+
+// What rows are read for. Which ids are targets:
+//   assistant  what the assistant says, and the EOS after it
+//   olmoe      as open-instruct trained OLMoE: all but the messages of others, whose spans it counts in a text without
+//              BOS and masks in one with it. So each span is masked one id early
+struct RowFormat {
+    RowKind kind = RowKind::sft;
+    bool olmoe_mask = false;
+    int T = 0;                          // ids of a sequence, at most
+    const Tokenizer* tokenizer = nullptr;
+};
+
+// A sequence of ids, BOS first; targets[i]: does the model's -log p of ids[i], at position i - 1, count?
+struct RowSequence {
+    std::vector<int> ids;
+    std::vector<uint8_t> targets;
+    int prompt = 0;                     // of KTO's: ids before the completion
+};
+
+// The sequence of a conversation, whose first `context` messages are masked, whoever speaks. The template is that of
+// OLMoE's fine-tuning (spec section 7.2):
+//     BOS <|user|>\n CONTENT \n <|assistant|>\n CONTENT EOS \n ...
+// without white space at the ends of contents, and at the end of all. It is encoded between one EOS and the next, which
+// is what encoding all of it gives: EOS is an added token, and no id holds both it and text.
+inline RowSequence row_of_messages(const std::vector<ChatMessage>& messages, size_t context, const RowFormat& f) {
+    const int eos = f.tokenizer->eos;
+    RowSequence r;
+    r.ids = {eos};                      // BOS is the EOS
+    r.targets = {f.olmoe_mask};
+    std::string open;                   // what follows the last EOS
+    auto others = [&](size_t i) { return i < context || messages[i].role != "assistant"; };
+    auto tokens = [&] { return (int)(r.ids.size() + tokenizer_encode(*f.tokenizer, open).size()); };    // so far
+    auto close = [&] {
+        tokenizer_encode(*f.tokenizer, open, &r.ids);
+        r.targets.resize(r.ids.size(), f.olmoe_mask);
+        open.clear();
+    };
+    struct Span { int begin, end; };
+    std::vector<Span> spans;            // olmoe: those that are masked, counted without BOS; assistant: the targets'
+    for (size_t i = 0; i < messages.size(); i++) {
+        const int begin = i == 0 || !f.olmoe_mask ? 0 : tokens() - 1;
+        const bool answer = messages[i].role == "assistant";
+        open += "<|" + messages[i].role + "|>\n";
+        const int content = answer ? tokens() : 0;
+        if (answer && i >= context && r.prompt == 0) r.prompt = content;
+        open += strip(messages[i].content);
+        if (answer) {
+            close();
+            r.ids.push_back(eos);
+            r.targets.push_back(f.olmoe_mask);
+            if (!f.olmoe_mask && !others(i)) spans.push_back({content, (int)r.ids.size()});
+        }
+        open += "\n";
+        if (!f.olmoe_mask || !others(i)) continue;
+        const std::string before = open;
+        if (i + 1 < messages.size() && messages[i + 1].role == "assistant") open += "<|assistant|>\n";
+        spans.push_back({begin, tokens() - 1});
+        open = before;
+    }
+    open = strip(open, false);
+    close();
+    for (const Span& s : spans)
+        for (int i = s.begin; i < std::min(s.end, (int)r.ids.size()); i++) r.targets[i] = !f.olmoe_mask;
+    return r;
+}
+
+// The sequence of two texts, as they are: BOS, both, EOS unless it is there. As many ids as `prompt` alone has, and BOS,
+// are its.
+inline RowSequence row_of_texts(const std::string& prompt, const std::string& completion, const RowFormat& f) {
+    auto white = [](const std::string& s, size_t i) { return i < s.size() && strchr(" \n\t", s[i]) && s[i]; };
+    const bool joined = white(prompt, prompt.size() - 1) || white(completion, 0);
+    RowSequence r;
+    r.ids = {f.tokenizer->eos};
+    tokenizer_encode(*f.tokenizer, prompt + (joined ? "" : " ") + completion, &r.ids);
+    if (r.ids.size() == 1 || r.ids.back() != f.tokenizer->eos) r.ids.push_back(f.tokenizer->eos);
+    r.prompt = std::min(1 + (int)tokenizer_encode(*f.tokenizer, prompt).size(), (int)r.ids.size());
+    r.targets.assign(r.ids.size(), 1);
+    std::fill_n(r.targets.begin(), r.prompt - f.olmoe_mask, 0);
+    return r;
+}
+
+// KTO's mismatched sequence (spec section 9.3): the prompt of one row and the completion of another, each whole, cut at T.
+// All of the completion are targets, with olmoe's mask from one id earlier.
+inline RowSequence row_mismatched(const int* prompt, int n, const int* completion, int m, const RowFormat& f) {
+    RowSequence r;
+    r.ids.assign(prompt, prompt + n);
+    r.ids.insert(r.ids.end(), completion, completion + m);
+    r.prompt = n;
+    r.targets.assign(r.ids.size(), 1);
+    std::fill_n(r.targets.begin(), n - f.olmoe_mask, 0);
+    r.ids.resize(std::min<size_t>(f.T, r.ids.size()));
+    r.targets.resize(r.ids.size());
+    return r;
+}
+
+// Targets among the first T ids; the first id has no predecessor
+inline int num_targets(const uint8_t* targets, size_t n, int T) {
+    n = std::min<size_t>(n, T);
+    return n > 1 ? (int)std::count(targets + 1, targets + n, 1) : 0;
+}
+
+struct RowData {
+    std::vector<RowSequence> sides;     // one; of DPO chosen and rejected
+    bool label = false;                 // of KTO: desirable
+};
+
+// A row from its line. Sequences are cut at T ids, but KTO's, which are still to be joined with others. Throws RowError.
+inline RowData row_read(const std::string& line, const RowFormat& f) {
+    const Json j = json_parse(line);
+    if (j.is_discarded()) throw RowError("not JSON");
+    if (!j.is_object()) throw RowError("not a JSON object");
+    auto field = [&](const char* name) -> const Json& {
+        if (!j.contains(name)) throw RowError(std::string("no \"") + name + "\"");
+        return j[name];
+    };
+    auto text = [&](const char* name) { return text_of(field(name), name, false); };
+    RowData row;
+    if (f.kind == RowKind::sft && j.contains("messages")) {
+        row.sides = {row_of_messages(messages_of(j["messages"]), 0, f)};
+    } else if (f.kind == RowKind::sft) {
+        if (!j.contains("prompt")) throw RowError("neither \"messages\" nor \"prompt\" and \"completion\"");
+        row.sides = {row_of_texts(text("prompt"), text("completion"), f)};
+    } else if (f.kind == RowKind::dpo) {
+        if (field("chosen").is_array() != field("rejected").is_array())
+            throw RowError("one of \"chosen\" and \"rejected\" is a text, the other one messages");
+        for (const char* name : {"chosen", "rejected"})
+            row.sides.push_back(j[name].is_array() ? row_of_messages(messages_of(j[name], name), 0, f)
+                                                   : row_of_texts(text("prompt"), text(name), f));
+    } else {
+        if (!field("label").is_boolean()) throw RowError("label is neither true nor false: " + json_shown(j["label"]));
+        row.label = j["label"];
+        if (field("prompt").is_array() != field("completion").is_array())
+            throw RowError("one of \"prompt\" and \"completion\" is a text, the other one messages");
+        if (j["prompt"].is_array()) {
+            std::vector<ChatMessage> all = messages_of(j["prompt"], "prompt");
+            const size_t context = all.size();
+            for (const ChatMessage& m : messages_of(j["completion"], "completion")) all.push_back(m);
+            row.sides = {row_of_messages(all, context, f)};
+        } else {
+            row.sides = {row_of_texts(text("prompt"), text("completion"), f)};
+        }
+    }
+    for (RowSequence& s : row.sides) {
+        if (f.kind == RowKind::kto) continue;
+        s.ids.resize(std::min<size_t>(f.T, s.ids.size()));
+        s.targets.resize(s.ids.size());
+    }
+    return row;
 }

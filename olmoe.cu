@@ -171,6 +171,7 @@ struct OlmoeConfig {
     float initializer_range = 0.02f;
     std::vector<int> eos_token_ids = {50279};     // any of them ends a text
     int pad_token_id = 1;                   // -1: none
+    std::vector<std::string> frozen;        // groups of tensors that a run does not train; in no file
 
     // Is attention flash attention, or else blocked?
     bool flash() const { return TENSOR_CORES && BF16 && (C / H == 64 || C / H == 128); }
@@ -203,7 +204,7 @@ struct TensorRow {
     std::vector<const char*> names; // Hugging Face's, without ".weight"; several are stacked; # is an expert's number
     std::vector<int64_t> shape;     // of each of them, row-major
     Kind kind;
-    const char* group;              // under which `olmoe info` counts it
+    const char* group;              // under which `olmoe info` counts it, and --freeze names it
 };
 
 // The tensors of the model, in their order in memory and in files; those of the layers are together. Whatever is done
@@ -237,6 +238,7 @@ struct Tensor : TensorRow {
     size_t offset, count;                   // this rank's first element, and their number
     size_t share;                           // elements of a rank's even share; the last ranks' may be smaller or empty
     size_t state;                           // where in AdamW's arrays the first element is that this rank updates
+    bool frozen;                            // has neither gradient nor state
 
     bool expert() const { return kind == Kind::experts; }
     const Group& group_of_ranks() const { return expert() ? replica_group : world; }        // the ranks that hold it
@@ -246,7 +248,9 @@ struct Tensor : TensorRow {
     size_t end(int rank) const { return std::min((rank + 1) * share, count); }
     // Those that this rank updates
     size_t update_begin() const { return shard_optimizer ? begin(group_of_ranks().rank) : 0; }
-    size_t update_count() const { return shard_optimizer ? end(group_of_ranks().rank) - update_begin() : count; }
+    size_t update_count() const {
+        return frozen ? 0 : shard_optimizer ? end(group_of_ranks().rank) - update_begin() : count;
+    }
     // Its pointer in the parameters or in the gradients
     floatX*& in(Parameters& p) const {
         if (auto once = std::get_if<floatX* Parameters::*>(&where)) return p.**once;
@@ -263,7 +267,8 @@ std::vector<Tensor> model_tensors(const OlmoeConfig& c) {
     std::vector<Tensor> tensors;
     size_t base = 0, state = 0;
     auto add = [&](const TensorRow& row, int layer) {
-        Tensor t = {row, layer, base, row.names.size(), 0, 0, 0, state};
+        const bool frozen = std::count(c.frozen.begin(), c.frozen.end(), row.group) > 0;
+        Tensor t = {row, layer, base, row.names.size(), 0, 0, 0, state, frozen};
         for (int64_t n : row.shape) t.whole *= (size_t)n;
         if (t.expert()) t.whole *= c.E;
         t.count = t.expert() ? t.whole / expert_group.size : t.whole;
@@ -300,6 +305,7 @@ struct MicroBatch {
     std::vector<int> targets;               // (N) the token to predict at each position, or IGNORED
     std::vector<double> weights;            // (N) the factor of its -log p in the loss, as 1 / number of tokens
     std::vector<int> positions;             // (N) of a token in its sequence, for RoPE
+    double all_tokens = 0;                  // of all ranks' micro-batches; 0: N of each
 
     int B() const { return (int)starts.size() - 1; }
     int N() const { return starts.back(); }
@@ -492,10 +498,11 @@ void matmul_backward_input(const Stream& s, floatX* dx, const floatX* dy, const 
     gemm(s, dx, I, dy, O, false, w, I, false, N, I, O, 1, beta);
 }
 
-// dW (O, I) = dy^T x, or dW += dy^T x with `add`, as for all gradients of parameters: after a step's first micro-batch
+// dW (O, I) = dy^T x, or dW += dy^T x with `add`, as for all gradients of parameters: after a step's first micro-batch.
+// Null, as all of them: a frozen tensor has no gradient.
 template <typename T>
 void matmul_backward_weight(const Stream& s, T* dw, const floatX* dy, const floatX* x, int N, int I, int O, bool add) {
-    gemm(s, dw, I, dy, O, true, x, I, false, O, I, N, 1, add ? 1.f : 0.f);
+    if (dw) gemm(s, dw, I, dy, O, true, x, I, false, O, I, N, 1, add ? 1.f : 0.f);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -540,6 +547,7 @@ void embedding_forward(floatX* x /* (N, C) */, const int* ids /* (N) */, const f
 // runs: s.runs, on the host
 void embedding_backward(floatX* dw /* (V, C) += */, const Scratch& s, const std::vector<TokenRun>& runs, int C) {
     const int n = (int)runs.size();
+    if (!dw) return;
     LAUNCH_PACKS(embedding_backward_kernel, C % PACK == 0, blocks_for_rows(n), dw, s.partial, s.dx, s.runs,
                  s.sorted_tokens, n, C);
     for (int i = 0, of_id; i < n; i += of_id) {
@@ -1452,7 +1460,8 @@ void swiglu_backward(Scratch& s, float* dweights /* (N, K) */, const LayerActiva
 void experts_backward(Scratch& s, LayerParameters& g, bool add, float* dweights /* (N, K) */, const LayerActivations& a,
                       const LayerParameters& p, const RowCounts& rows, int piece, const OlmoeConfig& c) {
     const size_t C = c.C, F = c.F;
-    for (size_t e = rows.pieces[piece].begin; e < rows.pieces[piece].end && !add; e++)
+    const bool trained = g.down;            // if so, gate_up too: they are of one group
+    for (size_t e = rows.pieces[piece].begin; e < rows.pieces[piece].end && trained && !add; e++)
         if (rows.here[e] == 0) {            // no matmul sets its gradient
             clear_on_device(g.gate_up + e * 2 * F * C, 2 * F * C);
             clear_on_device(g.down + e * C * F, C * F);
@@ -1464,8 +1473,9 @@ void experts_backward(Scratch& s, LayerParameters& g, bool add, float* dweights 
     swiglu_backward(s, dweights, a, rows.pieces[piece], c.F);
     for_experts(rows, piece, [&](const Stream& stream, size_t e, size_t first, int n) {
         const floatX *dy = s.dexpert_out + first * C, *dgate_up = s.dgate_up + first * 2 * F;
-        matmul_backward_weight(stream, g.down + e * C * F, dy, s.weighted_h + first * F, n, F, C, add);
         matmul_backward_input(stream, s.dexpert_in + first * C, dgate_up, p.gate_up + e * 2 * F * C, n, C, 2 * F);
+        if (!trained) return;
+        matmul_backward_weight(stream, g.down + e * C * F, dy, s.weighted_h + first * F, n, F, C, add);
         matmul_backward_weight(stream, g.gate_up + e * 2 * F * C, dgate_up, a.expert_in + first * C, n, C, 2 * F, add);
     });
 }
@@ -1575,9 +1585,14 @@ template <int P> __global__ void head_gradient_kernel(Out<floatX> dw, In<float> 
 // too:
 //     p <- p (1 - lr wd);   m <- b1 m + (1-b1) g;   v <- b2 v + (1-b2) g^2
 //     p <- p - lr m / (1-b1^s) / (sqrt(v / (1-b2^s)) + eps)
-// g is the gradient times grad_scale, which clips the global norm.
+// g is the gradient times grad_scale, which clips the global norm. RMSprop, as torch has it, is a case of it: b1 = 0, v
+// uncorrected, and the decay a part of the gradient:
+//     g <- g + wd p;   v <- a v + (1-a) g^2;   p <- p - lr g / (sqrt(v) + eps)
+
+constexpr double RMSPROP_ALPHA = 0.99;      // torch's, which OLMoE's KTO used
 
 struct AdamWOptions {
+    bool rmsprop = false;
     double lr = 4e-4, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1, grad_clip = 1.0;
     uint64_t seed = 6198;                   // of rounding at random
 };
@@ -1586,8 +1601,8 @@ struct AdamWOptions {
 // position: of p[0] in the model.
 template <int P, typename Master, typename Moment>
 __global__ void adamw_kernel(Out<floatX> p, Out<Master> master, In<floatX> g, Out<Moment> m, Out<Moment> v, size_t n,
-                             float grad_scale, float decay, float step_size, float beta1, float beta2, float v_scale,
-                             float eps, uint64_t seed, size_t position, unsigned step) {
+                             float grad_scale, float decay, float l2, float step_size, float beta1, float beta2,
+                             float v_scale, float eps, uint64_t seed, size_t position, unsigned step) {
     constexpr bool no_master = std::is_same<Master, NoMaster>::value;
     constexpr bool at_random = sizeof(Moment) == 2 || (BF16 && no_master);
     const size_t first = thread_index() * P;
@@ -1600,10 +1615,10 @@ __global__ void adamw_kernel(Out<floatX> p, Out<Master> master, In<floatX> g, Ou
     UNROLL for (int e = 0; e < P; e++) {
         Philox random = {};
         if constexpr (at_random) random = philox(seed, position + first + e, step);
-        const float grad = gradients[e] * grad_scale;
+        const float old = master_of(&masters.v[e], &weights.v[e]);
+        const float grad = gradients[e] * grad_scale + l2 * old;
         const float m_new = beta1 * (float)means.v[e] + (1 - beta1) * grad;
         const float v_new = beta2 * (float)squares.v[e] + (1 - beta2) * grad * grad;
-        const float old = master_of(&masters.v[e], &weights.v[e]);
         const float value = old * decay - step_size * m_new / (sqrtf(v_new * v_scale) + eps);
         store(&means.v[e], m_new, random.x[0] & 0xffff);
         store(&squares.v[e], v_new, random.x[1] & 0xffff);
@@ -1621,10 +1636,13 @@ template <typename Master, typename Moment>
 void adamw(floatX* p /* (n) */, Master* master /* (n), or null for NoMaster */, const floatX* g /* (n) */,
            Moment* m /* (n) */, Moment* v /* (n) */, size_t n, int64_t step, float grad_scale, const AdamWOptions& o,
            size_t position) {
-    float decay = (float)(1 - o.lr * o.weight_decay), step_size = (float)(o.lr / (1 - pow(o.beta1, (double)step)));
-    float v_scale = (float)(1 / (1 - pow(o.beta2, (double)step)));
+    const bool plain = o.rmsprop;
+    const double beta1 = plain ? 0 : o.beta1, beta2 = plain ? RMSPROP_ALPHA : o.beta2;
+    const float decay = (float)(plain ? 1 : 1 - o.lr * o.weight_decay), l2 = plain ? (float)o.weight_decay : 0;
+    const float step_size = (float)(o.lr / (1 - pow(beta1, (double)step)));
+    const float v_scale = (float)(plain ? 1 : 1 / (1 - pow(beta2, (double)step)));
     LAUNCH_PACKS(adamw_kernel, packs_fit(n, p, master, g, m, v), blocks_for(n / P), p, master, g, m, v, n, grad_scale,
-                 decay, step_size, (float)o.beta1, (float)o.beta2, v_scale, (float)o.eps, o.seed, position,
+                 decay, l2, step_size, (float)beta1, (float)beta2, v_scale, (float)o.eps, o.seed, position,
                  (unsigned)step);
 }
 
@@ -1695,6 +1713,11 @@ struct Olmoe {
     std::vector<float> losses, router_lse, router_sums;     // (N), (L, N), (L, E) on the host
 
     bool backward() const { return capacity.use != Use::inference; }
+    // Tokens that the load-balancing loss is over
+    double lb_tokens() const {
+        if (!lb_global) return N;
+        return batch.all_tokens > 0 ? batch.all_tokens : (double)N * world.size;
+    }
 };
 
 // A micro-batch's losses; loss = ce + lb + z is what was differentiated.
@@ -1774,7 +1797,7 @@ void plan_scratch(Olmoe* m) {
     if (several_ranks) rows.add(c.K, &s.arrived_dweights);
     back.add(std::max<size_t>(2 * slabs_for((int)N), 2 * N / TOKEN_RUN) * C, &s.partial);
     size_t runs = 0;
-    for (const Tensor& t : m->tensors) runs += ceil_div(t.share, SQUARE_SUM_RUN);
+    for (const Tensor& t : m->tensors) runs += t.frozen ? 0 : ceil_div(t.share, SQUARE_SUM_RUN);
     back.add(runs, &s.square_sums);
 }
 
@@ -1790,7 +1813,7 @@ void olmoe_plan(Olmoe* m, const OlmoeConfig& config, Capacity capacity) {
     m->grads.layers.resize(config.L);
     for (const Tensor& t : m->tensors) {
         m->params_memory.add(t.allocated(), &t.in(m->params));
-        if (m->backward()) m->grads_memory.add(t.allocated(), &t.in(m->grads));
+        if (m->backward() && !t.frozen) m->grads_memory.add(t.allocated(), &t.in(m->grads));
     }
     if (capacity.use == Use::training) {
         const size_t n = num_updated(m->tensors), moment = m->narrow_moments ? 2 : 4;
@@ -2233,9 +2256,9 @@ void head_backward(Olmoe* m, int first, int rows) {
     Scratch& s = m->scratch;
     floatX* dw = m->grads.lm_head;
     float* sums = s.dhead ? s.dhead : (float*)s.dexpert_out;
-    if (narrow) matmul_backward_weight(main_stream, sums, a.dlogits, a.final_out, rows, C, V, first > 0);
+    if (narrow && dw) matmul_backward_weight(main_stream, sums, a.dlogits, a.final_out, rows, C, V, first > 0);
     else matmul_backward_weight(main_stream, dw, a.dlogits, a.final_out, rows, C, V, m->accumulate || first > 0);
-    if (narrow && last)
+    if (narrow && last && dw)
         LAUNCH_PACKS(head_gradient_kernel, n % PACK == 0, blocks_for(n / P), dw, sums, n, m->accumulate);
     matmul_backward_input(main_stream, s.dbranch + (size_t)first * C, a.dlogits, m->params.lm_head, rows, C, V);
 }
@@ -2284,8 +2307,8 @@ Losses olmoe_losses(Olmoe* m, double lb_coef = 0, double z_coef = 0) {
         counts.insert(counts.end(), m->rows[l].sent.begin(), m->rows[l].sent.end());
         for (size_t t = 0; t < N; t++) r.z += (double)m->router_lse[l * N + t] * m->router_lse[l * N + t];
     }
-    double tokens = (double)N;
-    if (m->lb_global && lb_coef != 0) { host_sum(&counts); host_sum(&p); tokens *= world.size; }
+    const double tokens = m->lb_tokens();
+    if (m->lb_global && lb_coef != 0) { host_sum(&counts); host_sum(&p); }
     for (size_t i = 0; i < c.L * E; i++) r.lb += counts[i] * (p[i] / tokens);
     r.lb *= lb_coef * E / (c.L * tokens * c.K);
     r.z *= z_coef / ((double)c.L * N * c.K);
@@ -2379,7 +2402,7 @@ void attention_block_backward(Olmoe* m, int l) {
     rmsnorm_backward(s.dx, g.attn_norm, m->accumulate, s.partial, s.dbranch, a.x, p.attn_norm, a.attn_r, N, C);
 }
 
-// The tensors of a layer (-1 and L: those before and after the layers) by the ranks that hold them: all ranks, or of
+// What is trained of a layer (-1 and L: before and after the layers) by the ranks that hold it: all ranks, or of
 // experts replica_group. Calls body(group, tensors, are they experts, layer or -1 for messages) where a group has
 // several ranks.
 template <typename Body> void for_groups(const Olmoe& m, int layer, Body body) {
@@ -2387,7 +2410,8 @@ template <typename Body> void for_groups(const Olmoe& m, int layer, Body body) {
     for (bool experts : {false, true}) {
         const Group& group = experts ? replica_group : world;
         std::vector<const Tensor*> tensors;
-        for (size_t i = first; i < last; i++) if (m.tensors[i].expert() == experts) tensors.push_back(&m.tensors[i]);
+        for (size_t i = first; i < last; i++)
+            if (m.tensors[i].expert() == experts && !m.tensors[i].frozen) tensors.push_back(&m.tensors[i]);
         if (group.size > 1 && !tensors.empty()) body(group, tensors, experts, layer < m.config.L ? layer : -1);
     }
 }
@@ -2417,9 +2441,10 @@ void reduce_gradients(Olmoe* m, int layer) {
 // the layer below: an exchange after a sum in the same stream would wait for it, and the main stream for the exchange.
 void olmoe_backward(Olmoe* m, double lb_coef, double z_coef, int micro_batches, bool last = false) {
     const OlmoeConfig& c = m->config;
-    const double N = m->N, LNK = c.L * N * c.K * micro_batches * world.size;
-    const double lb_tokens = m->lb_global ? N * world.size : N;
-    const float lb_scale = (float)(lb_coef * c.E / (LNK * lb_tokens)), z_scale = (float)(2 * z_coef / LNK);
+    const double N = m->N, LK = (double)c.L * c.K * micro_batches, lb_tokens = m->lb_tokens();
+    const double lb_ranks = m->lb_global ? 1 : world.size;
+    const float lb_scale = (float)(lb_coef * c.E / (LK * lb_ranks * lb_tokens * lb_tokens));
+    const float z_scale = (float)(2 * z_coef / (LK * world.size * N));
     at_phase("backward");
     index_tokens(m);
     const bool later = expert_group.size > 1;
@@ -2434,7 +2459,7 @@ void olmoe_backward(Olmoe* m, double lb_coef, double z_coef, int micro_batches, 
     }
     if (later) complete(0);
     at_layer(-1);
-    if (!m->accumulate) clear_on_device(m->grads.embed, (size_t)c.V * c.C);
+    if (!m->accumulate && m->grads.embed) clear_on_device(m->grads.embed, (size_t)c.V * c.C);
     embedding_backward(m->grads.embed, m->scratch, m->runs, c.C);
     complete(-1);
     if (last) main_after_comm();
@@ -2449,7 +2474,7 @@ double olmoe_grad_norm(Olmoe* m, const Tensor** bad = nullptr) {
     size_t runs = 0;
     for (const Tensor& t : m->tensors) {
         int rank = t.group_of_ranks().rank;
-        size_t n = t.end(rank) - t.begin(rank);
+        size_t n = t.frozen ? 0 : t.end(rank) - t.begin(rank);
         parts.push_back((size_t)ceil_div(n, SQUARE_SUM_RUN));
         const floatX* share = t.in(m->grads) + t.begin(rank);
         if (n > 0) square_sum(m->scratch.square_sums + runs, share, n);
@@ -2491,7 +2516,7 @@ void gather_parameters(Olmoe* m, int layer) {
     });
 }
 
-// One AdamW step, step = 1, 2, ...; clips as torch.nn.utils.clip_grad_norm_ does.
+// One step of AdamW or RMSprop, step = 1, 2, ...; clips as torch.nn.utils.clip_grad_norm_ does.
 void olmoe_update(Olmoe* m, int64_t step, double grad_norm, const AdamWOptions& o) {
     float grad_scale = o.grad_clip > 0 ? (float)std::min(1.0, o.grad_clip / (grad_norm + 1e-6)) : 1.f;
     for (int layer = -1; layer <= m->config.L; layer++) {
@@ -2523,6 +2548,7 @@ void olmoe_update(Olmoe* m, int64_t step, double grad_norm, const AdamWOptions& 
 #include "commands/verify.h"    // olmoe verify: a comparison with a reference file
 #include "commands/tokenize.h"  // olmoe tokenize: text files -> token files
 #include "commands/info.h"      // olmoe info: parameters, FLOPs, memory and traffic of a shape
+#include "lib/rows.h"           // files of conversations and preferences -> rows, kept in a run's directory
 
 // ------------------------------------------------------------------------------------------------
 // Learning rate
@@ -2535,8 +2561,13 @@ struct Schedule {
 
 // Learning rate of step s = 1, 2, ..., as OLMo counts: the tokens of step s are already seen. Warm-up is linear from
 // 0.1 lr. The cosine and the line end at min_lr after `total` steps; anneal is a line from lr to 0 without warm-up
-// (OLMoE's last 100 B tokens).
+// (OLMoE's last 100 B tokens). hf-linear is transformers' get_linear_schedule_with_warmup, a line from 0 to lr and to 0,
+// which counts the updates before this one: the first has rate 0.
 double learning_rate(const Schedule& s, double step) {
+    if (s.kind == "hf-linear") {
+        const double done = step - 1;
+        return done < s.warmup ? s.lr * done / s.warmup : s.lr * std::max(0.0, (s.total - done) / (s.total - s.warmup));
+    }
     if (s.kind == "anneal") return s.lr * std::max(0.0, 1 - step / s.total);
     if (step < s.warmup) return s.lr * (0.1 + 0.9 * step / s.warmup);
     if (s.kind == "constant") return s.lr;
@@ -2551,16 +2582,17 @@ double learning_rate(const Schedule& s, double step) {
 // train_options in lib/run.h says what each is. Defaults are OLMoE-1B-7B's (configs/OLMoE-1B-7B-0924.yml of
 // allenai/OLMoE), as far as they don't depend on the machine.
 struct TrainOptions {
-    std::string config, model, out, tokenizer, prompt, trace, rendezvous;
-    std::vector<std::string> data, val;
+    std::string config, model, out, tokenizer, prompt, trace, rendezvous, reference, ce_divisor = "all";
+    std::vector<std::string> data, val, freeze;
     Optional resume;
-    Steps steps = "1000", warmup = "2500", decay_steps;
-    Choice schedule = "cosine", order = "global", ce_divisor = "all", lb = "rank";
-    Choice master_weights = "fp32", moments = "fp32", token_type = "uint16";
+    Steps steps, warmup = "2500", decay_steps;
+    Choice objective = "pretrain", schedule = "cosine", order = "global", lb = "rank", optimizer = "adamw";
+    Choice master_weights = "fp32", moments = "fp32", token_type = "uint16", label_mask = "assistant";
     int64_t B = 4, T = 0, global_batch = 0, seed = 6198, recompute = 0, ep = 1, zero = 0;
     int64_t save_every = 0, keep_last = 0, keep_every = 0, val_every = 0, val_batches = 0, sample_every = 0;
     int64_t sample_tokens = 200, log_every = 1;
     double lr = 4e-4, min_lr = -1, lb_coef = 0.01, z_coef = 0.001, skip_spikes = 0, peak_tflops = 0, timeout = 600;
+    double epochs = 0, beta = 0.1;
     AdamWOptions adamw;
     bool no_filter = false, profile = false;
 };
@@ -2585,11 +2617,15 @@ struct TrainingRun;
 // What a run trains for; `pretraining` below is one. In each step run_step asks for the micro-batches, and in each
 // micro-batch, between the layers' forward and backward, for the losses and the head's backward.
 struct Objective {
+    const char* name;
+    bool of_rows;                           // of conversations or preferences, `rows`; else of token files
+    RowKind rows;
     // This rank's in the next step, as many as on each other rank; with --lb global of as many tokens, too
     std::vector<MicroBatch> (*micro_batches)(TrainingRun* run);
     // The residual stream after the layers is there: fills in the losses, dx, and the gradients of the head, as
-    // olmoe_head does. Where weights depend on losses, olmoe_head without a gradient comes first.
-    void (*gradient)(TrainingRun* run);
+    // olmoe_head does. Where weights depend on losses, olmoe_head without a gradient comes first. Returns the loss, or
+    // NaN where it is the sum of weights times -log p.
+    double (*gradient)(TrainingRun* run);
 };
 
 struct TrainingRun {
@@ -2602,7 +2638,13 @@ struct TrainingRun {
     bool has_tokenizer = false;
     ModelFiles came_with;                   // for the checkpoints
     DomainTable domains;                    // of the validation file, where its documents have few
-    double tokens_per_step = 0;
+    Rows rows, val_rows;                    // of fine-tuning, in the place of token files; `data` has their order
+    ReferenceLogps reference, val_reference;
+    std::string reference_fingerprint;
+    RowStep row_step;
+    int micro_batch = 0;                    // of the step, at work
+    std::vector<double> measures;           // of this rank's rows in the step
+    double tokens_per_step = 0;             // of token files
     int64_t steps = 0;                      // the run ends after so many
     int micro_batches = 1;                  // of this rank in a step
 
@@ -2624,7 +2666,8 @@ struct TrainingRun {
 struct StepResult {
     Losses losses;                          // of all ranks
     Balance balance;                        // of all ranks' micro-batches
-    double norm = 0, lr = 0, seconds = 0;
+    std::vector<double> measures;           // of all ranks
+    double norm = 0, lr = 0, seconds = 0, tokens = 0, length = 0;   // tokens of the step; of its sequences, FLOPs' mean
     bool skipped = false;
     double sent[TRAFFICS] = {};             // bytes that this rank gave to collectives
 
@@ -2632,6 +2675,59 @@ struct StepResult {
     double ce() const { return losses.valid ? losses.nll / losses.valid : 0; }
 };
 
+// ------------------------------------------------------------------------------------------------
+// What preference tuning minimises. logp is the sum of log p over a sequence's targets, r = logp - logp_reference its
+// log-ratio, s the sigmoid. A slope is the loss's derivative by a logp; what it makes of logits is olmoe_head's.
+//
+//   DPO (Rafailov et al. 2023), of a pair:    loss = -log s(beta (r_chosen - r_rejected))
+//                                             dloss/dr_chosen = -beta s(-beta (r_chosen - r_rejected)) = -dloss/dr_rejected
+//   KTO (Ethayarajh et al. 2024), of a row:   loss = 1 - s(x),   x = beta (r - kl) if desirable, else beta (kl - r)
+//                                             dloss/dr = -+beta s(x) (1 - s(x))
+//   kl = max(0, mean of r over the step's mismatched rows), a constant
+
+double sigmoid(double x) { return 1 / (1 + exp(-x)); }
+
+double kto_kl(const std::vector<double>& logps, const double* reference) {
+    double sum = 0;
+    for (size_t i = 0; i < logps.size(); i++) sum += logps[i] - reference[i];
+    return std::max(0.0, sum / (double)logps.size());
+}
+
+// The slopes of the sequences of rows `numbers`, and their part of the measures; each row counts `weight` in the loss.
+std::vector<double> preferences(const TrainOptions& o, const Rows& rows, const std::vector<size_t>& numbers,
+                                const std::vector<double>& logps, const ReferenceLogps& reference, double kl,
+                                double weight, std::vector<double>* sums) {
+    std::vector<double> slopes, &sum = *sums;
+    const size_t sides = rows.sides();
+    for (size_t i = 0; i < numbers.size(); i++) {
+        auto ratio = [&](size_t side) { return logps[i * sides + side] - reference.rows[numbers[i] * sides + side]; };
+        if (sides == 2) {
+            const double x = o.beta * (ratio(0) - ratio(1)), slope = o.beta * sigmoid(-x) * weight;
+            sum[LOSS] += weight * (std::max(-x, 0.0) + log1p(exp(-fabs(x))));
+            sum[CHOSEN] += logps[2 * i]; sum[REJECTED] += logps[2 * i + 1]; sum[CHOSENS]++; sum[REJECTEDS]++;
+            sum[MARGIN] += x; sum[ACCURATE] += x > 0;
+            slopes.insert(slopes.end(), {-slope, slope});
+        } else {
+            const double sign = rows.labels[numbers[i]] ? 1 : -1, s = sigmoid(sign * o.beta * (ratio(0) - kl));
+            sum[LOSS] += weight * (1 - s);
+            sum[sign > 0 ? CHOSEN : REJECTED] += o.beta * ratio(0); sum[sign > 0 ? CHOSENS : REJECTEDS]++;
+            slopes.push_back(-sign * o.beta * s * (1 - s) * weight);
+        }
+    }
+    return slopes;
+}
+
+// The loss is what the weights say.
+double weighted_gradient(TrainingRun* run) {
+    olmoe_head(&run->model, true);
+    return NAN;
+}
+
+double divisor_of(const std::string& choice, double all, double valid) {
+    return choice == "all" ? all : choice == "valid" ? std::max(1.0, valid) : atof(choice.c_str());
+}
+
+#include "lib/finetune.h"       // sft, dpo, kto: rows dealt to ranks, what the reference says of them, validation on rows
 #include "lib/run.h"            // a run's options, table, report, and its checkpoints: saving and resuming
 
 // Every target counts the same: 1 / all positions of the step, or 1 / those with a target.
@@ -2640,20 +2736,17 @@ std::vector<MicroBatch> pretraining_micro_batches(TrainingRun* run) {
     const size_t rows = (size_t)o.B * o.T;
     std::vector<int> inputs(rows * run->micro_batches), targets(inputs.size());
     dataloader_next(&run->data, (int)o.global_batch, world.rank, world.size, inputs.data(), targets.data());
-    double weight = 1 / run->tokens_per_step;
-    if (o.ce_divisor == "valid") {
-        auto valid = std::count_if(targets.begin(), targets.end(), [](int t) { return t != IGNORED; });
-        weight = 1 / std::max(1.0, host_sum((double)valid));
-    }
+    double valid = 0;
+    if (o.ce_divisor == "valid")
+        valid = host_sum((double)std::count_if(targets.begin(), targets.end(), [](int t) { return t != IGNORED; }));
+    const double weight = 1 / divisor_of(o.ce_divisor, run->tokens_per_step, valid);
     std::vector<MicroBatch> batches;
     for (int i = 0; i < run->micro_batches; i++)
         batches.push_back(batch_of_rows(&inputs[i * rows], &targets[i * rows], (int)o.B, (int)o.T, weight));
     return batches;
 }
 
-void pretraining_gradient(TrainingRun* run) { olmoe_head(&run->model, true); }
-
-static const Objective pretraining = {pretraining_micro_batches, pretraining_gradient};
+static const Objective pretraining = {"pretrain", false, RowKind::sft, pretraining_micro_batches, weighted_gradient};
 
 // Options, ranks, files; nothing of the device. The ranks meet before the files are opened: an error that all of
 // them find is then one line.
@@ -2671,10 +2764,11 @@ void run_open(TrainingRun* run, int argc, char** argv) {
     layout_set(ranks.rank, ranks.size, (int)o.ep, o.zero == 1);
 
     config_read(&run->config, o.config.empty() ? o.model : o.config);
+    run->objective = o.objective == "pretrain" ? &pretraining : finetune_objective(o.objective);
     run_check_options(run);
-    run->objective = &pretraining;
     const OlmoeConfig& c = run->config;
     run_open_files(run);
+    if (run->objective->of_rows) return;    // run_start opens them, when the ranks share OUT
     const DataOrder order = o.order == "global" ? DataOrder::global : DataOrder::sequential;
     dataloader_open(&run->data, o.data, (int)o.T, c.V, order, o.seed, !o.no_filter, o.token_type);
     if (o.global_batch > (int64_t)run->data.instances)
@@ -2686,6 +2780,7 @@ void run_open(TrainingRun* run, int argc, char** argv) {
         dataloader_check(&run->val, instances, ranks_alive);
     }
     if (o.val.size() == 1) domains_open(&run->domains, run->val.files[0], c);
+    run_set_steps(run);
 }
 
 // Device, memory, and weights: random, of a model, or of a checkpoint
@@ -2696,19 +2791,27 @@ void run_start(TrainingRun* run) {
     device_open();
     comm_open();
     output_lock(o.out);
+    if (run->objective->of_rows) {
+        output_check(o.out);
+        finetune_open(run);
+        run_set_steps(run);
+    }
     run->from = checkpoint_to_resume(*run);
     output_check(o.out);
 
     run->peak = machine_peak(o.peak_tflops);
     const int prompt = run->has_tokenizer ? (int)sample_prompt(run->tokenizer, o.prompt).size() : 0;
     const int positions = std::min(run->config.max_T, prompt + (int)o.sample_tokens);
-    Capacity capacity = capacity_of_rows(run->config, o.B, o.T, Use::training, (int)o.recompute);
+    const int64_t sequences = o.B * sides_of(*run->objective);
+    Capacity capacity = capacity_of_rows(run->config, sequences, o.T, Use::training, (int)o.recompute);
     if (run->has_tokenizer) capacity.positions = positions;
     olmoe_plan(&m, run->config, capacity);
     if (run->has_tokenizer) cache_plan(&run->cache, &m, 1, positions);
     olmoe_allocate(&m);
     m.lb_global = o.lb == "global";
     if (!run->from.empty()) run_resume(run);
+    if (run->objective->of_rows) finetune_reference(run);
+    if (!run->from.empty()) run_load(run);
     else if (!o.model.empty()) olmoe_load(&m, o.model);
     else olmoe_init(&m, o.seed);
     run->first_step = run->step;
@@ -2724,6 +2827,8 @@ void run_agree(TrainingRun* run, StepResult* r, const std::string& not_finite) {
     Losses& l = r->losses;
     std::vector<double>& counts = r->balance.counts;
     std::vector<double> sums = {l.loss, l.lb, l.z, l.nll, (double)l.valid, (double)stop_requested};
+    r->measures = run->measures;
+    sums.insert(sums.end(), r->measures.begin(), r->measures.end());
     const size_t n = sums.size();
     sums.resize(n + world.size, 0);
     sums[n + world.rank] = !not_finite.empty();
@@ -2733,6 +2838,7 @@ void run_agree(TrainingRun* run, StepResult* r, const std::string& not_finite) {
     l.ce = l.loss - l.lb - l.z;
     std::copy(sums.end() - counts.size(), sums.end(), counts.begin());
     run->stop = sums[5] > 0;
+    std::copy_n(sums.begin() + 6, r->measures.size(), r->measures.begin());
     for (int rank = 0; rank < world.size; rank++) {
         if (sums[n + rank] == 0) continue;
         if (rank == world.rank)
@@ -2755,15 +2861,18 @@ StepResult run_step(TrainingRun* run) {
     at_step(text("step %ld", run->step));
     if (!o.trace.empty() && run->step == run->first_step + 1) trace_begin();    // its first two micro-batches
 
+    run->measures.assign(MEASURES, 0.0);
     const std::vector<MicroBatch> batches = run->objective->micro_batches(run);
     const int parts = (int)batches.size() * world.size;         // the step takes the mean of their auxiliary losses
     std::string not_finite;
     for (size_t i = 0; i < batches.size(); i++) {
         olmoe_set_batch(m, batches[i], i > 0);
         olmoe_forward(m);
-        run->objective->gradient(run);
+        run->micro_batch = (int)i;
+        const double own = run->objective->gradient(run);
         olmoe_backward(m, o.lb_coef, o.z_coef, (int)batches.size(), i + 1 == batches.size());
-        const Losses l = olmoe_losses(m, o.lb_coef / parts, o.z_coef / parts);
+        Losses l = olmoe_losses(m, o.lb_coef / parts, o.z_coef / parts);
+        if (!std::isnan(own)) l.loss += own - l.ce;
         if (!std::isfinite(l.loss) && not_finite.empty()) not_finite = find_non_finite(m);
         r.losses.add(l);
         r.balance.add(*m);
@@ -2789,6 +2898,8 @@ StepResult run_step(TrainingRun* run) {
     if (!r.skipped) olmoe_update(m, ++run->updates, r.norm, optimizer);
     cudaCheck(cudaStreamSynchronize(main_stream.stream));
     at_step("");
+    r.tokens = run->objective->of_rows ? run->row_step.tokens : run->tokens_per_step;
+    r.length = run->objective->of_rows ? run->row_step.squares / run->row_step.tokens : (double)o.T;
     if (o.profile && run->step == run->steps) cudaCheck(cudaProfilerStop());
     r.seconds = seconds_now() - start;
     for (int i = 0; i < TRAFFICS; i++) r.sent[i] = traffic[i] - before[i];
@@ -2836,8 +2947,10 @@ Validation validate(TrainingRun* run, bool by_domain) {
 void run_validate(TrainingRun* run, Json* line) {
     const bool by_domain = run->step == run->steps && run->domains.names.size() > 1;
     at_step("validation");
-    if (!run->o.val.empty()) {
-        run->balance.reset(run->config);    // of the validation data alone
+    if (!run->o.val.empty()) run->balance.reset(run->config);   // of the validation data alone
+    if (!run->o.val.empty() && run->objective->of_rows) {
+        finetune_validate(run, line);
+    } else if (!run->o.val.empty()) {
         const Validation v = validate(run, by_domain);
         const bool in_bits = v.bits_per_byte > 0 && std::isfinite(v.loss);
         const std::string bits = in_bits ? text(", %.4f bits per byte", v.bits_per_byte) : "";

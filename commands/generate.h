@@ -601,40 +601,6 @@ void add_prompt(GenerateCommand* g, const std::vector<int>& ids, const std::stri
     }
 }
 
-// The text of a JSON value: a string, or where there may be `parts` a list of them, [{"type": "text", "text": ...}]
-std::string json_words(const Json& j, const std::string& where, const char* name, bool parts) {
-    if (j.is_string()) return j;
-    const char* at = where.c_str();
-    if (!parts || !j.is_array())
-        die("%s: %s is no text%s: %s", at, name, parts ? " and no list of parts" : "", json_shown(j).c_str());
-    std::string joined;
-    for (const Json& part : j) {
-        const Json type = part.is_object() && part.contains("type") ? part["type"] : part;
-        if (type != "text" || !part.is_object())
-            die("%s: a part of %s is not of type \"text\": %s", at, name, json_shown(type).c_str());
-        if (!part.contains("text")) die("%s: a part of %s has no \"text\": %s", at, name, json_shown(part).c_str());
-        joined += json_words(part["text"], where, "the text of a part", false);
-    }
-    return joined;
-}
-
-std::vector<ChatMessage> json_messages(const Json& list, const std::string& where) {
-    const char* at = where.c_str();
-    std::vector<ChatMessage> messages;
-    if (!list.is_array() || list.empty()) die("%s: messages is no list of messages", at);
-    for (const Json& message : list) {
-        for (const char* name : {"role", "content"})
-            if (!message.is_object() || !message.contains(name))
-                die("%s: a message has no \"%s\": %s", at, name, json_shown(message).c_str());
-        messages.push_back({json_words(message["role"], where, "a message's role", false),
-                            json_words(message["content"], where, "a message's content", true)});
-        const std::string& role = messages.back().role;
-        if (role != "system" && role != "user" && role != "assistant")
-            die("%s: the role %s is not one of system, user, assistant", at, json_shown(role).c_str());
-    }
-    return messages;
-}
-
 // A line of --input; `where` names it in messages
 void add_line(GenerateCommand* g, const std::string& line, const std::string& where) {
     const bool texts = g->o.tokenizer;
@@ -649,10 +615,11 @@ void add_line(GenerateCommand* g, const std::string& line, const std::string& wh
                 die("%s: the id %s is none from 0 to %d", at, json_shown(id).c_str(), g->config.V - 1);
             tokens.push_back(id);
         }
-    } else if (texts && j.is_object() && j.contains("messages")) {
-        tokens = chat_ids(*g, json_messages(j["messages"], where));
-    } else if (texts && j.is_object() && j.contains("prompt")) {
-        tokens = text_ids(*g, json_words(j["prompt"], where, "prompt", false));
+    } else if (texts && j.is_object() && (j.contains("messages") || j.contains("prompt"))) {
+        try {
+            tokens = j.contains("messages") ? chat_ids(*g, messages_of(j["messages"]))
+                                            : text_ids(*g, text_of(j["prompt"], "prompt", false));
+        } catch (const RowError& e) { die("%s: %s", at, e.what()); }
     } else {
         die("%s: not a JSON object with %s", at,
             texts ? "\"prompt\", \"ids\" or \"messages\"" : "\"ids\" (there is no tokenizer)");

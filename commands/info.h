@@ -110,7 +110,7 @@ struct PlannedTimes {                       // seconds of a step
 
 PlannedTimes plan_times(const Olmoe& m, const InfoOptions& o, const PlannedTraffic& sent, double tokens) {
     const OlmoeConfig& c = m.config;
-    const double flops = flops_per_token(c, (int)o.T);
+    const double flops = flops_per_token(c, (double)o.T);
     const double dense = world.size, copies = replica_group.size, G = expert_group.size;
     auto seconds = [&](double bytes, double ranks) {
         return bytes / (1e9 * (ranks <= o.per_node ? o.node_bandwidth : o.network_bandwidth));
@@ -212,7 +212,7 @@ Json info_json(const Olmoe& m, const InfoOptions& o) {
     memory["sum"] = (int64_t)memory_sum(m);
     Json j = {{"config", config_json(c, BF16)}, {"precision", BF16 ? "BF16" : "FP32"},
               {"parameters", num_parameters(c)}, {"active_parameters", num_active_parameters(c)},
-              {"flops_per_token", (int64_t)flops_per_token(c, (int)o.T)}, {"seq", o.T},
+              {"flops_per_token", (int64_t)flops_per_token(c, (double)o.T)}, {"seq", o.T},
               {"groups", groups}, {"tensors", tensors_json(c)}, {"memory", memory},
               {"overhead_estimate", (int64_t)overhead_estimate()}};
     if (!o.model.empty()) j["dtypes"] = parameters_by_dtype(o.model, c);
@@ -241,7 +241,7 @@ int command_info(int argc, char** argv) {
     box_shapes(&box, c);
     box.rule();
     box.add("FLOP a token", text("%s forward and backward at T = %ld, causal",
-                                 human(flops_per_token(c, (int)o.T), "FLOP").c_str(), o.T));
+                                 human(flops_per_token(c, (double)o.T), "FLOP").c_str(), o.T));
     box.rule();
     box.add("training", text("%s, %ld x %ld tokens a micro-batch, --recompute %ld", BF16 ? "BF16" : "FP32", o.B, o.T,
                              o.recompute));

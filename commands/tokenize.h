@@ -43,32 +43,6 @@
 // ------------------------------------------------------------------------------------------------
 // Reading text
 
-// Bytes of the white space character that s[begin, end) begins with, or with front = false ends with; 0 where there is
-// none. White space is Python's: that of ASCII, and that of Unicode in UTF-8.
-inline size_t white_space(const std::string& s, size_t begin, size_t end, bool front) {
-    static const char* const wide[] = {
-        "\xc2\x85", "\xc2\xa0", "\xe1\x9a\x80", "\xe2\x80\x80", "\xe2\x80\x81", "\xe2\x80\x82", "\xe2\x80\x83",
-        "\xe2\x80\x84", "\xe2\x80\x85", "\xe2\x80\x86", "\xe2\x80\x87", "\xe2\x80\x88", "\xe2\x80\x89", "\xe2\x80\x8a",
-        "\xe2\x80\xa8", "\xe2\x80\xa9", "\xe2\x80\xaf", "\xe2\x81\x9f", "\xe3\x80\x80"};
-    if (begin == end) return 0;
-    unsigned char c = (unsigned char)s[front ? begin : end - 1];
-    if (c == ' ' || (c >= 9 && c <= 13) || (c >= 28 && c <= 31)) return 1;
-    if (c < 128) return 0;
-    for (const char* w : wide) {
-        size_t n = strlen(w);
-        if (end - begin >= n && s.compare(front ? begin : end - n, n, w) == 0) return n;
-    }
-    return 0;
-}
-
-// Python's str.strip, which dolma applies to every document. A piece is stripped only at an end of its document.
-inline std::string strip(const std::string& s, bool front = true, bool back = true) {
-    size_t begin = 0, end = s.size();
-    while (size_t n = front ? white_space(s, begin, end, true) : 0) begin += n;
-    while (size_t n = back ? white_space(s, begin, end, false) : 0) end -= n;
-    return s.substr(begin, end - begin);
-}
-
 // The next `bytes` or so of a document that is a whole file. Pieces are cut before white space that follows something
 // else. The tokens of the pieces are then those of the document: in the pattern of byte-level BPE, and in OLMoE's
 // added tokens, a word that begins with something else holds no white space. False where reading failed; sets `last`

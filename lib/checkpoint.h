@@ -310,7 +310,12 @@ inline Texts checkpoint_texts(const OlmoeConfig& c, bool bf16, const ModelFiles&
 
 // A tensor as files have it: Hugging Face's name, a row-major shape, and its elements [offset, offset + count) in the
 // flat order of all parameters
-struct HfTensor { std::string name; std::vector<int64_t> shape; size_t offset, count; };
+struct HfTensor {
+    std::string name;
+    std::vector<int64_t> shape;
+    size_t offset, count;
+    bool frozen = false;            // not trained: it has no state
+};
 
 // All of them, in the flat order, which they tile. The includer defines it.
 std::vector<HfTensor> hf_tensors(const OlmoeConfig& c);
@@ -582,6 +587,8 @@ inline std::vector<StateInfo> optimizer_states(bool masters) {
     return states;
 }
 
+inline bool has_state(const HfTensor& t, State state) { return state == State::weights || !t.frozen; }
+
 // Elements [offset, offset + count) of a state, which one rank writes at byte `at` of a file.
 struct SavedPiece {
     int rank;
@@ -610,19 +617,21 @@ inline void plan_text(SavePlan* plan, const std::string& file, const std::string
     plan->files.push_back({file, contents, contents.size(), plan->pieces.size(), plan->pieces.size()});
 }
 
-// A file with tensors [first, last) of each of the states.
+// A file with tensors [first, last) of each of the states that they have.
 inline void plan_tensors(SavePlan* plan, const std::string& file, const std::vector<StateInfo>& states,
                          size_t first, size_t last, const char* dtype, const Savers& savers) {
     std::vector<TensorInfo> infos;
     for (const StateInfo& s : states)
         for (size_t i = first; i < last; i++)
-            infos.push_back({s.prefix + plan->tensors[i].name, dtype, plan->tensors[i].shape});
+            if (has_state(plan->tensors[i], s.state))
+                infos.push_back({s.prefix + plan->tensors[i].name, dtype, plan->tensors[i].shape});
     plan_text(plan, file, safetensors_header(infos));
 
     SavedFile& f = plan->files.back();
     for (const StateInfo& s : states)
         for (size_t i = first; i < last; i++) {
             const HfTensor& t = plan->tensors[i];
+            if (!has_state(t, s.state)) continue;
             for (size_t offset = t.offset, end = offset + t.count, n; offset < end; offset += n) {
                 auto [rank, run] = savers.owner(offset);
                 if (rank < 0 || rank >= savers.size || run <= offset)
@@ -948,7 +957,9 @@ inline void checkpoint_optimizer_read(
     const std::function<bool(size_t offset, size_t count)>& wanted = [](size_t, size_t) { return true; }) {
     std::vector<Safetensors> files(1);
     safetensors_open(&files[0], dir + "/optimizer.safetensors");
-    const std::vector<HfTensor> tensors = hf_tensors(c);
+    std::vector<HfTensor> tensors = hf_tensors(c);
+    auto frozen = [](const HfTensor& t) { return t.frozen; };
+    tensors.erase(std::remove_if(tensors.begin(), tensors.end(), frozen), tensors.end());
     const std::vector<StateInfo> states = optimizer_states(files[0].find("master." + tensors[0].name) != nullptr);
     std::vector<TensorInfo> expected;
     for (const StateInfo& s : states)

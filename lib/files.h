@@ -60,3 +60,13 @@ template <class J> J json_parse_as(const std::string& source) {
         return J(J::value_t::discarded);
     }
 }
+
+using Json = nlohmann::ordered_json;                    // an object keeps its order
+
+inline Json json_parse(const std::string& source) { return json_parse_as<Json>(source); }
+
+// A value for an error message: as JSON, so that it stays on one line, and cut where it is long.
+inline std::string json_shown(const Json& j) {
+    std::string s = j.dump(-1, ' ', true, Json::error_handler_t::replace);
+    return s.size() <= 80 ? s : s.substr(0, 77) + "...";
+}

@@ -146,12 +146,12 @@ inline void options_parse(int argc, char** argv, const char* usage, const std::v
 }
 
 // A number of steps, or of tokens where a T follows it ("5e12T"), in steps of tokens_per_step
-inline double steps_of(const char* option, const Steps& given, double tokens_per_step) {
+inline double steps_of(const char* option, const Steps& given, double tokens_per_step, bool fractions = false) {
     char* end;
     double number = strtod(given.c_str(), &end);
-    bool tokens = strcmp(end, "T") == 0, whole = number == std::floor(number);
+    bool tokens = strcmp(end, "T") == 0, whole = fractions || number == std::floor(number);
     if (end == given.c_str() || (*end && !tokens) || !(number >= 0 && number <= 1e18) || (!tokens && !whole))
-        die("option --%s: '%s' is not a whole number of steps, or of tokens with a T after it (5e12T)", option,
-            given.c_str());
+        die("option --%s: '%s' is not a %s of steps, or of tokens with a T after it (5e12T)", option,
+            given.c_str(), fractions ? "number" : "whole number");
     return tokens ? number / tokens_per_step : number;
 }

@@ -264,7 +264,7 @@ __global__ void sum_slabs_kernel(Out<T> out, In<float> lines, int C, int slabs, 
 template <typename T>
 void sum_slabs(T* out /* (C) */, const float* lines /* (slabs, C) */, int C, int slabs, bool add) {
     const int warps = ceil_div(C, WARP == 1 ? 1 : 8);
-    LAUNCH_PACKS(sum_slabs_kernel, C % PACK == 0, blocks_for_rows(warps), out, lines, C, slabs, add);
+    if (out) LAUNCH_PACKS(sum_slabs_kernel, C % PACK == 0, blocks_for_rows(warps), out, lines, C, slabs, add);
 }
 
 constexpr int SQUARE_SUM_RUN = 4096;

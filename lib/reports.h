@@ -20,13 +20,13 @@ size_t num_active_parameters(const OlmoeConfig& c) {
     return n;
 }
 
-// Forward and backward: 2 FLOP a weight and token forward, twice that backward; causal attention counted as half of its
-// square
-double flops_per_token(const OlmoeConfig& c, int T) {
-    double weights = 0;
+// Forward and backward: 2 FLOP a weight and token forward, twice that backward, of a frozen one once; causal attention
+// counted as half of its square
+double flops_per_token(const OlmoeConfig& c, double T) {
+    double flops = 6.0 * c.L * c.C * T;
     for (const Tensor& t : model_tensors(c))
-        if (t.kind != Kind::lookup) weights += (double)(t.expert() ? t.whole / c.E * c.K : t.whole);
-    return 6.0 * weights + 6.0 * c.L * c.C * (double)T;
+        if (t.kind != Kind::lookup) flops += (t.frozen ? 4.0 : 6.0) * (t.expert() ? t.whole / c.E * c.K : t.whole);
+    return flops;
 }
 
 // ------------------------------------------------------------------------------------------------

@@ -13,25 +13,36 @@
 
 std::vector<Option> train_options(TrainOptions* o) {
     return with_launch_checks({
+        {"objective", &o->objective, "pretrain|sft|dpo|kto",
+         "train on token files; or fine-tune on rows: conversations, pairs of a better and a worse one, judged ones"},
         {"config", &o->config, "FILE", "start from random weights in the shape of this config.json"},
         {"model", &o->model, "DIR", "start from the weights of a Hugging Face directory"},
-        {"data", &o->data, "FILES", "token files to train on (.npy of uint16 or uint32, or llm.c's .bin)"},
-        {"val", &o->val, "FILES", "token files to validate on"},
+        {"data", &o->data, "FILES", "token files to train on (.npy of uint16 or uint32, or llm.c's .bin); or files of rows "
+         "(.jsonl, gzipped or not)"},
+        {"val", &o->val, "FILES", "files of the same kind to validate on"},
         {"token-type", &o->token_type, "uint16|uint32", "what token files without a header hold"},
         {"out", &o->out, "DIR", "directory for log.jsonl and checkpoints"},
         {"resume", &o->resume, "[DIR]", "go on from the newest complete checkpoint in --out, or from DIR"},
         {"tokenizer", &o->tokenizer, "NAME",
          "to print sampled text, and for the checkpoints: bytes, a tokenizer.json, or a directory that holds one"},
+        {"reference", &o->reference, "DIR", "dpo, kto: the model that log-ratios refer to; without it, that of --model"},
+        {"beta", &o->beta, "X", "dpo, kto: what a log-ratio counts", 0, 1e6},
+        {"label-mask", &o->label_mask, "assistant|olmoe", "targets of rows: what the assistant says and the EOS after it; "
+         "or as OLMoE was trained, from one token earlier, and the assistant's header where the assistant spoke before"},
         {"steps", &o->steps, "S", "stop after step S (a T after a number means tokens: 5e12T)"},
-        {"batch", &o->B, "B", "sequences of a micro-batch of a rank", 1, 1 << 20},
-        {"seq", &o->T, "T", "tokens of a sequence; 0: max_position_embeddings of the config", 0, 1 << 20},
+        {"epochs", &o->epochs, "E", "in the place of --steps: so many times what the data have", 0, 1e9},
+        {"batch", &o->B, "B", "sequences (conversations, pairs, rows) of a micro-batch of a rank", 1, 1 << 20},
+        {"seq", &o->T, "T", "tokens of a sequence, of rows at most; 0: max_position_embeddings of the config", 0, 1 << 20},
         {"global-batch", &o->global_batch, "G",
          "sequences of a step, accumulated over ranks and micro-batches; 0: ranks x --batch", 0, 1 << 24},
         {"lr", &o->lr, "X", "peak learning rate", 0, 1e3},
         {"min-lr", &o->min_lr, "X", "learning rate that cosine and linear end at; -1: 0.1 lr", -1, 1e3},
         {"warmup", &o->warmup, "S", "steps of linear warm-up from 0.1 lr"},
-        {"schedule", &o->schedule, "cosine|linear|constant|anneal", "course of the learning rate after the warm-up"},
+        {"schedule", &o->schedule, "cosine|linear|constant|anneal|hf-linear",
+         "course of the learning rate after the warm-up; hf-linear: from 0 and to 0, as in transformers, warm-up included"},
         {"decay-steps", &o->decay_steps, "S", "step at which the schedule ends, if not at --steps"},
+        {"optimizer", &o->optimizer, "adamw|rmsprop", "rmsprop: torch's, with alpha 0.99"},
+        {"freeze", &o->freeze, "GROUPS", "what is not trained: embedding, norms, attention, router, experts, head"},
         {"beta1", &o->adamw.beta1, "X", "AdamW", 0, 0.999999},
         {"beta2", &o->adamw.beta2, "X", "AdamW", 0, 0.999999},
         {"eps", &o->adamw.eps, "X", "AdamW", 0, 1},
@@ -44,8 +55,9 @@ std::vector<Option> train_options(TrainOptions* o) {
         {"lb", &o->lb, "rank|global",
          "load-balancing loss of each rank's micro-batch, as OLMoE trained, or over those of all ranks"},
         {"z-coef", &o->z_coef, "X", "weight of the router z-loss", 0, 1e3},
-        {"ce-divisor", &o->ce_divisor, "all|valid",
-         "the sum of the cross entropy is divided by all positions, as OLMoE did, or by those with a target"},
+        {"ce-divisor", &o->ce_divisor, "all|valid|NUMBER",
+         "the sum of a step's cross entropy is divided by all positions, as OLMoE's pretraining did, by those with a target, "
+         "or by a number"},
         {"seed", &o->seed, "N", "of initialisation and data order", 0, 9e15},
         {"order", &o->order, "global|sequential",
          "sequences shuffled over the whole data set, or in the order of the files"},
@@ -81,23 +93,70 @@ std::vector<Option> train_options(TrainOptions* o) {
     });
 }
 
+// The defaults of fine-tuning: OLMoE's (spec sections 9.1 to 9.3), for the objective that the command line names. --warmup
+// and --steps follow from the data.
+void finetune_defaults(TrainOptions* o, int argc, char** argv) {
+    std::string objective;
+    for (int i = 2; i < argc; i++) {
+        const std::string word = argv[i], name = "--objective";
+        if (word == name && i + 1 < argc) objective = argv[i + 1];
+        if (word.rfind(name + "=", 0) == 0) objective = word.substr(name.size() + 1);
+    }
+    if (objective != "sft" && objective != "dpo" && objective != "kto") return;
+    o->schedule = "hf-linear";
+    o->warmup = "";
+    o->ce_divisor = "valid";
+    o->lr = objective == "sft" ? 2e-5 : 5e-7;
+    o->lb_coef = o->z_coef = 0;
+    o->adamw.beta2 = 0.999;
+    o->adamw.weight_decay = 0;
+}
+
+// What only one kind of objective has
+void train_check_objective(const TrainOptions& o) {
+    const bool pretrain = o.objective == "pretrain", preferences = o.objective == "dpo" || o.objective == "kto";
+    if (!o.reference.empty() && !preferences) die("--reference is for --objective dpo and kto");
+    if (preferences && o.beta == 0) die("--beta 0: the loss would not depend on the model; give a larger one");
+    if (preferences && o.model.empty() && o.reference.empty())
+        die("--objective %s needs --model DIR, or --reference DIR for the log-ratios", o.objective.c_str());
+    if (pretrain && o.label_mask != "assistant") die("--label-mask is for the objectives on rows: sft, dpo, kto");
+    for (const std::string* steps : {(const std::string*)&o.steps, (const std::string*)&o.warmup,
+                                     (const std::string*)&o.decay_steps})
+        if (!pretrain && steps->find('T') != std::string::npos)
+            die("'%s': rows differ in length, so that a number of tokens is no number of steps", steps->c_str());
+    char* end;
+    const double divisor = strtod(o.ce_divisor.c_str(), &end);
+    const bool number = !o.ce_divisor.empty() && !*end && divisor > 0 && std::isfinite(divisor);
+    if (o.ce_divisor != "all" && o.ce_divisor != "valid" && !number)
+        die("option --ce-divisor: '%s' is not one of all, valid and a number above 0", o.ce_divisor.c_str());
+    if (!o.steps.empty() && o.epochs > 0) die("--steps and --epochs both say how long the run is; give one of them");
+}
+
 void train_options_parse(TrainOptions* o, int argc, char** argv) {
+    finetune_defaults(o, argc, argv);
     options_parse(argc, argv, "train --config FILE | --model DIR  --data FILES [--val FILES] --out DIR [options]",
                   train_options(o));
     if (o->config.empty() == o->model.empty())
         die("train needs either --config FILE (random weights) or --model DIR (a Hugging Face directory)");
+    if (o->data.empty() && o->objective != "pretrain")
+        die("train needs --data FILES of rows (.jsonl): docs/tour.md has their forms");
     if (o->data.empty())
         die("train needs --data FILES; make them with: olmoe tokenize --tokenizer NAME --out FILE.npy TEXTS");
     if (o->out.empty()) die("train needs --out DIR for its log and checkpoints");
     // A limit of infinity is none. Of moments that are 0, eps 0 makes an update of 0 and not 0 / 0.
     for (double* limit : {&o->adamw.grad_clip, &o->skip_spikes}) if (std::isinf(*limit)) *limit = 0;
     o->adamw.eps = std::max(o->adamw.eps, 1e-30);
+    o->adamw.rmsprop = o->optimizer == "rmsprop";
+    train_check_objective(*o);
+    if (o->reference.empty() && (o->objective == "dpo" || o->objective == "kto")) o->reference = o->model;
 }
+
+int sides_of(const Objective& objective) { return objective.of_rows && objective.rows == RowKind::dpo ? 2 : 1; }
 
 // The options against one another and the config
 void run_check_options(TrainingRun* run) {
     TrainOptions& o = run->o;
-    const OlmoeConfig& c = run->config;
+    OlmoeConfig& c = run->config;
     const std::string many = world.size > 1 ? text("%d ranks x ", world.size) : "";
     if (c.E % o.ep != 0) die("the model's %d experts can't be divided among --ep %ld ranks", c.E, o.ep);
     o.adamw.seed = (uint64_t)o.seed;
@@ -108,13 +167,49 @@ void run_check_options(TrainingRun* run) {
         die("--global-batch %ld is not a multiple of %s--batch %ld", o.global_batch, many.c_str(), o.B);
     run->micro_batches = (int)(o.global_batch / (o.B * world.size));
     run->tokens_per_step = (double)o.global_batch * o.T;
-    run->steps = (int64_t)steps_of("steps", o.steps, run->tokens_per_step);
+    freeze(&c, o.freeze);
+    if (o.reference.empty()) return;
+    OlmoeConfig reference;
+    config_read(&reference, o.reference);
+    if (config_json(reference, BF16) != config_json(c, BF16))
+        die("--reference %s has another config.json than the model", o.reference.c_str());
+}
+
+// How long the run is, and the course of its learning rate: when the number of instances is known
+void run_set_steps(TrainingRun* run) {
+    const TrainOptions& o = run->o;
+    const bool of_rows = run->objective->of_rows, fractions = o.schedule == "hf-linear";
+    const double epoch = (double)((int64_t)run->data.instances / o.global_batch), tokens = run->tokens_per_step;
+    if (o.epochs > 0 || (o.steps.empty() && of_rows)) run->steps = (int64_t)ceil((o.epochs > 0 ? o.epochs : 1) * epoch);
+    else run->steps = (int64_t)steps_of("steps", o.steps.empty() ? Steps("1000") : o.steps, tokens);
     Schedule& s = run->schedule;
     s.kind = o.schedule;
     s.lr = o.lr;
     s.min_lr = o.min_lr < 0 ? 0.1 * o.lr : o.min_lr;
-    s.warmup = o.schedule == "anneal" ? 0 : steps_of("warmup", o.warmup, run->tokens_per_step);
-    s.total = o.decay_steps.empty() ? run->steps : steps_of("decay-steps", o.decay_steps, run->tokens_per_step);
+    s.total = o.decay_steps.empty() ? run->steps : steps_of("decay-steps", o.decay_steps, tokens, fractions);
+    if (o.schedule == "anneal") s.warmup = 0;
+    else if (!o.warmup.empty()) s.warmup = steps_of("warmup", o.warmup, tokens, fractions);
+    else s.warmup = s.total * (o.objective == "sft" ? 0.03 : o.objective == "dpo" ? 0.1 : 0);
+}
+
+// The chat template of fine-tuning, for transformers, where there is a tokenizer.json and no template came with it. It is
+// the text of chat_prompt.
+void chat_template_add(Texts* files, const Tokenizer& t) {
+    auto named = [&](const char* name) {
+        return std::find_if(files->begin(), files->end(), [&](auto& file) { return file.first == name; });
+    };
+    if (named("tokenizer.json") == files->end() || named("chat_template.jinja") != files->end()) return;
+    auto found = named("tokenizer_config.json");
+    Json config = found == files->end() ? Json({{"tokenizer_class", "PreTrainedTokenizerFast"}}) : json_parse(found->second);
+    if (!config.is_object() || config.contains("chat_template")) return;
+    for (const char* name : {"bos_token", "eos_token"})
+        if (config.value(name, Json()).is_null()) config[name] = tokenizer_decode(t, t.eos);
+    config["chat_template"] =
+        "{{ eos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] }}"
+        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}";
+    if (found == files->end()) files->push_back({"tokenizer_config.json", json_text(config)});
+    else found->second = json_text(config);
 }
 
 // The tokenizer, and the files that go into the checkpoints: now, because later they may be gone. With --tokenizer it
@@ -125,9 +220,15 @@ void run_open_files(TrainingRun* run) {
     Texts own;                              // the tokenizer.json of --tokenizer
     run->has_tokenizer = !o.tokenizer.empty();
     if (run->has_tokenizer) tokenizer_open(&t, o.tokenizer);
+    else if (run->objective->of_rows) {
+        if (o.model.empty() || access((o.model + "/tokenizer.json").c_str(), F_OK) != 0)
+            die("rows need a tokenizer, and %s has none: give --tokenizer NAME",
+                o.model.empty() ? "a config" : o.model.c_str());
+        tokenizer_open(&t, o.model);
+    }
     if (t.vocab > run->config.V)
         die("the tokenizer's %d ids don't fit the model's vocabulary of %d", t.vocab, run->config.V);
-    if (!t.path.empty()) files_add(&own, t.path, "tokenizer.json");
+    if (run->has_tokenizer && !t.path.empty()) files_add(&own, t.path, "tokenizer.json");
 
     std::string models, from = o.tokenizer.empty() ? o.model : "";
     std::error_code ignored;
@@ -137,10 +238,43 @@ void run_open_files(TrainingRun* run) {
     if (!o.model.empty()) run->came_with = model_files_read(o.model, from);
     Texts& files = run->came_with.files;
     if (o.model.empty() || from.empty()) files.insert(files.end(), own.begin(), own.end());
+    if (run->objective->of_rows) chat_template_add(&files, t);
 }
 
 // ------------------------------------------------------------------------------------------------
 // The screen and the log
+
+// The data and the steps of a run on token files
+void box_tokens(Box* box, const TrainingRun& run) {
+    const TrainOptions& o = run.o;
+    auto size_of = [](const DataLoader& d) { return human((double)dataloader_tokens(&d)) + " tokens"; };
+    box->add("data", text("%s: %s, %s sequences of %ld", join(o.data).c_str(), size_of(run.data).c_str(),
+                          human((double)run.data.instances).c_str(), o.T));
+    box->add("validation", o.val.empty() ? "none" : join(o.val) + ": " + size_of(run.val));
+    box->add("order", o.order + (o.no_filter ? "" : ", repetitive sequences without targets"));
+    box->add("step", text("%s tokens: %ld sequences of %ld in micro-batches of %s%ld",
+                          human(run.tokens_per_step).c_str(), o.global_batch, o.T,
+                          world.size > 1 ? text("%d x ", world.size).c_str() : "", o.B));
+    box->add("steps", text("%ld (%s tokens, %.2f epochs)", run.steps, human(run.steps * run.tokens_per_step).c_str(),
+                           run.steps * (double)o.global_batch / run.data.instances));
+}
+
+// The same on rows
+void box_rows(Box* box, const TrainingRun& run) {
+    const TrainOptions& o = run.o;
+    auto size_of = [](const Rows& r) {
+        return text("%s rows of %s tokens", human((double)r.count).c_str(),
+                    human((double)r.starts[r.count * r.sides()]).c_str());
+    };
+    box->add("objective", o.objective + ", targets of " + o.label_mask
+             + (o.reference.empty() ? "" : text(", beta %g, reference %s", o.beta, o.reference.c_str())));
+    box->add("data", join(o.data) + ": " + size_of(run.rows));
+    box->add("validation", o.val.empty() ? "none" : join(o.val) + ": " + size_of(run.val_rows));
+    box->add("step", text("%ld rows of at most %ld tokens, in micro-batches of %s%ld", o.global_batch, o.T,
+                          world.size > 1 ? text("%d x ", world.size).c_str() : "", o.B));
+    box->add("steps", text("%ld (%.2f epochs), order %s", run.steps,
+                           run.steps * (double)o.global_batch / run.data.instances, o.order.c_str()));
+}
 
 // What a run is and does, in a box
 void run_table(const TrainingRun& run) {
@@ -164,21 +298,16 @@ void run_table(const TrainingRun& run) {
     box.add("peak", text("%s (%s)", human(run.peak.flops, "FLOP/s").c_str(), run.peak.source.c_str()));
     box_memory(&box, run.model);
     box.rule();
-    auto size_of = [](const DataLoader& d) { return human((double)dataloader_tokens(&d)) + " tokens"; };
-    box.add("data", text("%s: %s, %s sequences of %ld", join(o.data).c_str(), size_of(run.data).c_str(),
-                         human((double)run.data.instances).c_str(), o.T));
-    box.add("validation", o.val.empty() ? "none" : join(o.val) + ": " + size_of(run.val));
-    box.add("order", o.order + (o.no_filter ? "" : ", repetitive sequences without targets"));
-    box.add("step", text("%s tokens: %ld sequences of %ld in micro-batches of %s%ld",
-                         human(run.tokens_per_step).c_str(), o.global_batch, o.T,
-                         world.size > 1 ? text("%d x ", world.size).c_str() : "", o.B));
-    box.add("steps", text("%ld (%s tokens, %.2f epochs)", run.steps, human(run.steps * run.tokens_per_step).c_str(),
-                          run.steps * (double)o.global_batch / run.data.instances));
-    box.add("learning rate", text("%g, %s to %g at step %.0f, warm-up %.0f%s", s.lr, s.kind.c_str(),
+    if (run.objective->of_rows) box_rows(&box, run);
+    else box_tokens(&box, run);
+    box.add("learning rate", text("%g, %s to %g at step %.10g, warm-up %.10g%s", s.lr, s.kind.c_str(),
                                   learning_rate(s, s.total), s.total, s.warmup,
                                   s.warmup > 0 && s.warmup >= run.steps ? ": longer than the run" : ""));
-    box.add("AdamW", text("betas %g %g, eps %g, weight decay %g, clip %g", o.adamw.beta1, o.adamw.beta2, o.adamw.eps,
-                          o.adamw.weight_decay, o.adamw.grad_clip));
+    const std::string averages = o.adamw.rmsprop ? text("alpha %g", RMSPROP_ALPHA)
+                                                 : text("betas %g %g", o.adamw.beta1, o.adamw.beta2);
+    box.add(o.adamw.rmsprop ? "RMSprop" : "AdamW", text("%s, eps %g, weight decay %g, clip %g", averages.c_str(),
+                                                        o.adamw.eps, o.adamw.weight_decay, o.adamw.grad_clip));
+    if (!o.freeze.empty()) box.add("frozen", join(o.freeze));
     const char* over = world.size == 1 ? "" : run.model.lb_global ? " over all ranks" : " rank by rank";
     box.add("auxiliary losses", text("load balancing %g%s, router z %g; cross entropy divided by %s targets",
                                      o.lb_coef, over, o.z_coef, o.ce_divisor.c_str()));
@@ -193,16 +322,19 @@ void run_table(const TrainingRun& run) {
 // A line on the screen, now and then; returns the step's line for the log.
 Json run_report(const TrainingRun& run, const StepResult& r) {
     const Losses& l = r.losses;
-    const double rate = run.tokens_per_step / r.seconds;
-    const double mfu = rate * flops_per_token(run.config, (int)run.o.T) / (run.peak.flops * world.size);
+    const double rate = r.tokens / r.seconds;
+    const double mfu = rate * flops_per_token(run.config, r.length) / (run.peak.flops * world.size);
+    Json objective = Json::object();
+    const std::string of_rows = run.objective->of_rows ? finetune_report(run, r, &objective) : "";
     const LayerBalance balance = whole_balance(r.balance);
     const bool last = run.step == run.steps || run.stop;
     const bool due = run.o.log_every > 0 && run.step % run.o.log_every == 0;
     if (due || last || run.step == run.first_step + 1) {
         const int64_t done = run.step - run.first_step, left = run.steps - run.step;
-        printf("step %*ld/%ld | loss %.4f ce %.4f lb %.5f z %.5f | norm %.3f%s | max/mean %.2f | lr %.2e | %.1f ms | "
+        const std::string shown = of_rows.empty() ? text("ce %.4f lb %.5f z %.5f", r.ce(), l.lb, l.z) : of_rows;
+        printf("step %*ld/%ld | loss %.4f %s | norm %.3f%s | max/mean %.2f | lr %.2e | %.1f ms | "
                "%s tok/s | MFU %.0f%% | eta %s\n", (int)std::to_string(run.steps).size(), run.step, run.steps, l.loss,
-               r.ce(), l.lb, l.z, r.norm, r.skipped ? " SKIPPED" : "", balance.max_over_mean, r.lr, 1000 * r.seconds,
+               shown.c_str(), r.norm, r.skipped ? " SKIPPED" : "", balance.max_over_mean, r.lr, 1000 * r.seconds,
                human(rate).c_str(), 100 * mfu, human_time((seconds_now() - run.started) / done * left).c_str());
     }
     Json line = {{"step", run.step}, {"loss", digits(l.loss)}, {"ce_loss", digits(r.ce())}, {"lb_loss", digits(l.lb)},
@@ -213,6 +345,7 @@ Json run_report(const TrainingRun& run, const StepResult& r) {
         const char* names[TRAFFICS] = {"gradients", "parameters", "rows", "counts", "sums"};
         for (int i = 0; i < TRAFFICS; i++) line["sent_bytes"][names[i]] = (int64_t)r.sent[i];
     }
+    line.update(objective);
     if (r.skipped) line["skipped"] = true;
     return line;
 }
@@ -253,14 +386,23 @@ Json trainer_state(const TrainingRun& run) {
     s["load_balancing"] = std::string(o.lb);
     s["order"] = std::string(o.order);
     s["repetition_filter"] = !o.no_filter;
-    s["data_fingerprint"] = text("%016lx", dataloader_fingerprint(&run.data));
+    const bool of_rows = run.objective->of_rows;
+    s["data_fingerprint"] = text("%016lx", of_rows ? run.rows.fingerprint : dataloader_fingerprint(&run.data));
+    if (of_rows) {
+        s["objective"] = std::string(o.objective);
+        s["label_mask"] = std::string(o.label_mask);
+        s["reference_fingerprint"] = run.reference_fingerprint;
+    }
+    if (!o.freeze.empty()) s["freeze"] = run.config.frozen;
     s["precision"] = BF16 ? "BF16" : "FP32";
     s["schedule"] = {{"kind", schedule.kind}, {"lr", schedule.lr}, {"min_lr", schedule.min_lr},
                      {"warmup_steps", schedule.warmup}, {"decay_steps", schedule.total}};
     s["adamw"] = {{"beta1", optimizer.beta1}, {"beta2", optimizer.beta2}, {"eps", optimizer.eps},
                   {"weight_decay", optimizer.weight_decay}, {"grad_clip", optimizer.grad_clip},
                   {"master_weights", std::string(o.master_weights)}, {"moments", std::string(o.moments)}};
-    s["losses"] = {{"lb_coef", o.lb_coef}, {"z_coef", o.z_coef}, {"ce_divisor", std::string(o.ce_divisor)}};
+    if (optimizer.rmsprop) s["adamw"]["rmsprop"] = true;
+    s["losses"] = {{"lb_coef", o.lb_coef}, {"z_coef", o.z_coef}, {"ce_divisor", o.ce_divisor}};
+    if (!o.reference.empty()) s["losses"]["beta"] = o.beta;
     s["skip_spikes"] = {{"deviations", o.skip_spikes}, {"losses", run.spikes.losses}, {"norms", run.spikes.norms}};
     return s;
 }
@@ -276,6 +418,7 @@ void log_open(TrainingRun* run) {
     for (const char* progress : {"step", "updates", "epoch", "position"}) recipe.erase(progress);
     first.update(recipe);
     first["steps"] = run->steps;
+    if (run->objective->of_rows) first["dropped_rows"] = run->rows.dropped;
     log_line(*run, {{"config", first}});
 }
 
@@ -332,18 +475,18 @@ std::string checkpoint_to_resume(const TrainingRun& run) {
     return from;
 }
 
-// Weights, moments and masters, step and data position of the checkpoint `from`; refuses one of another run. What is
-// different and may be, the recipe, goes to `changed`.
+// Step and data position of the checkpoint `from`; refuses one of another run. What is different and may be, the recipe,
+// goes to `changed`.
 void run_resume(TrainingRun* run) {
     const std::string& dir = run->from;
     const Json now = trainer_state(*run), s = checkpoint_trainer_state(dir, run_would_save(*run));
     try {
-        for (const char* what : {"precision", "seed", "seq", "global_batch", "order", "repetition_filter",
-                                 "data_fingerprint"})
-            if (s.at(what) != now.at(what))
+        for (const char* what : {"objective", "precision", "seed", "seq", "global_batch", "order", "repetition_filter",
+                                 "label_mask", "data_fingerprint", "reference_fingerprint", "freeze"})
+            if (s.value(what, Json()) != now.value(what, Json()))
                 die("%s: the checkpoint's %s is %s, this run's is %s; they must be equal to resume; "
-                    "to start anew choose another --out", dir.c_str(), what, s.at(what).dump().c_str(),
-                    now.at(what).dump().c_str());
+                    "to start anew choose another --out", dir.c_str(), what, s.value(what, Json()).dump().c_str(),
+                    now.value(what, Json()).dump().c_str());
         run->step = s.at("step");
         run->updates = s.at("updates");
         run->spikes.losses = s.at("skip_spikes").at("losses").get<std::vector<double>>();
@@ -355,10 +498,14 @@ void run_resume(TrainingRun* run) {
     } catch (const Json::exception& e) {
         die("%s/trainer_state.json: %s", dir.c_str(), e.what());
     }
-    olmoe_load(&run->model, dir);
-    olmoe_load_state(&run->model, dir);
     auto existing = checkpoint_list(run->o.out);                // (step, directory), newest first
     if (run->o.resume != "newest" && !existing.empty() && existing[0].first > run->step)
         die("%s holds checkpoints of later steps than %s; choose another --out, or remove them", run->o.out.c_str(),
             dir.c_str());
+}
+
+// Weights, moments and masters of the checkpoint that run_resume has read
+void run_load(TrainingRun* run) {
+    olmoe_load(&run->model, run->from);
+    olmoe_load_state(&run->model, run->from);
 }

@@ -19,7 +19,6 @@
 #include <nlohmann/json.hpp>
 #include "files.h"
 
-using Json = nlohmann::ordered_json;
 
 // ------------------------------------------------------------------------------------------------
 // Small files
@@ -37,20 +36,12 @@ inline bool file_contents(std::string* contents, const std::string& path) {
     return n == 0;
 }
 
-inline Json json_parse(const std::string& source) { return json_parse_as<Json>(source); }
-
 inline Json json_read(const std::string& path) {
     std::string contents;
     if (!file_contents(&contents, path)) die("cannot read %s: %s", path.c_str(), strerror(errno));
     Json j = json_parse(contents);
     if (!j.is_object()) die("%s: not a JSON object; the file is damaged, or another kind of file", path.c_str());
     return j;
-}
-
-// A value for an error message: as JSON, so that it stays on one line, and cut where it is long.
-inline std::string json_shown(const Json& j) {
-    std::string s = j.dump(-1, ' ', true, Json::error_handler_t::replace);
-    return s.size() <= 80 ? s : s.substr(0, 77) + "...";
 }
 
 inline std::string json_text(const Json& j) { return j.dump(2, ' ', false, Json::error_handler_t::replace) + "\n"; }
@@ -264,8 +255,9 @@ struct TensorInfo { std::string name, dtype; std::vector<int64_t> shape; };
 
 // What a safetensors file begins with: the length of the header and the header. The data of the tensors follow, in
 // their order.
-inline std::string safetensors_header(const std::vector<TensorInfo>& tensors) {
-    std::string header = "{\"__metadata__\":{\"format\":\"pt\"}", length;    // transformers needs this entry
+inline std::string safetensors_header(const std::vector<TensorInfo>& tensors,
+                                      const Json& metadata = {{"format", "pt"}}) {      // which transformers needs
+    std::string header = "{\"__metadata__\":" + metadata.dump(), length;
     size_t offset = 0;
     for (const TensorInfo& t : tensors) {
         size_t end = dtype_bytes(t.dtype);

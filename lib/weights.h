@@ -5,6 +5,19 @@
 #include <thread>
 #include "checkpoint.h"
 
+// Groups of the table of tensors that are not trained
+void freeze(OlmoeConfig* c, const std::vector<std::string>& groups) {
+    std::set<std::string> known;
+    for (const TensorRow& row : tensor_table(*c)) known.insert(row.group);
+    std::string list;
+    for (const std::string& group : known) list += (list.empty() ? "" : ", ") + group;
+    for (const std::string& group : std::set<std::string>(groups.begin(), groups.end())) {
+        if (!known.count(group)) die("--freeze %s: the groups are %s", group.c_str(), list.c_str());
+        c->frozen.push_back(group);
+    }
+    if (c->frozen.size() == known.size()) die("--freeze leaves nothing to train");
+}
+
 // For micro-batches of B rows of T tokens
 Capacity capacity_of_rows(const OlmoeConfig& c, int64_t B, int64_t T, Use use, int recompute = 0) {
     if (B * T * c.K > INT32_MAX / 2)
@@ -33,7 +46,8 @@ std::vector<HfTensor> hf_tensors(const OlmoeConfig& c) {
         for (size_t i = 0; i < parts; i++) {
             std::string name = t.names[i % t.names.size()];
             if (t.expert()) name.replace(name.find('#'), 1, std::to_string(i / t.names.size()));
-            files.push_back({prefix + name + ".weight", t.shape, t.base + i * (t.whole / parts), t.whole / parts});
+            files.push_back({prefix + name + ".weight", t.shape, t.base + i * (t.whole / parts), t.whole / parts,
+                             t.frozen});
         }
     }
     return files;
