@@ -709,8 +709,8 @@ inline RowSequence row_of_messages(const std::vector<ChatMessage>& messages, siz
     return r;
 }
 
-// The sequence of two texts, as they are: BOS, both, EOS unless it is there. As many ids as `prompt` alone has, and BOS,
-// are its.
+// The sequence of two texts, as they are: BOS, both, EOS unless it is there. BOS and as many ids as `prompt` alone has
+// are the prompt's.
 inline RowSequence row_of_texts(const std::string& prompt, const std::string& completion, const RowFormat& f) {
     auto white = [](const std::string& s, size_t i) { return i < s.size() && strchr(" \n\t", s[i]) && s[i]; };
     const bool joined = white(prompt, prompt.size() - 1) || white(completion, 0);
@@ -724,8 +724,8 @@ inline RowSequence row_of_texts(const std::string& prompt, const std::string& co
     return r;
 }
 
-// KTO's mismatched sequence (spec section 9.3): the prompt of one row and the completion of another, each whole, cut at T.
-// All of the completion are targets, with olmoe's mask from one id earlier.
+// KTO's mismatched sequence (spec section 9.3): the prompt of one row and the completion of another, each whole; cut at
+// T. All of the completion are targets, with olmoe's mask from one id earlier.
 inline RowSequence row_mismatched(const int* prompt, int n, const int* completion, int m, const RowFormat& f) {
     RowSequence r;
     r.ids.assign(prompt, prompt + n);
@@ -749,7 +749,8 @@ struct RowData {
     bool label = false;                 // of KTO: desirable
 };
 
-// A row from its line. Sequences are cut at T ids, but KTO's, which are still to be joined with others. Throws RowError.
+// A row from its line. Sequences are cut at T ids, but KTO's, which are still to be joined with others. Throws
+// RowError.
 inline RowData row_read(const std::string& line, const RowFormat& f) {
     const Json j = json_parse(line);
     if (j.is_discarded()) throw RowError("not JSON");
@@ -758,19 +759,19 @@ inline RowData row_read(const std::string& line, const RowFormat& f) {
         if (!j.contains(name)) throw RowError(std::string("no \"") + name + "\"");
         return j[name];
     };
-    auto text = [&](const char* name) { return text_of(field(name), name, false); };
+    auto words = [&](const char* name) { return text_of(field(name), name, false); };
     RowData row;
     if (f.kind == RowKind::sft && j.contains("messages")) {
         row.sides = {row_of_messages(messages_of(j["messages"]), 0, f)};
     } else if (f.kind == RowKind::sft) {
         if (!j.contains("prompt")) throw RowError("neither \"messages\" nor \"prompt\" and \"completion\"");
-        row.sides = {row_of_texts(text("prompt"), text("completion"), f)};
+        row.sides = {row_of_texts(words("prompt"), words("completion"), f)};
     } else if (f.kind == RowKind::dpo) {
         if (field("chosen").is_array() != field("rejected").is_array())
             throw RowError("one of \"chosen\" and \"rejected\" is a text, the other one messages");
         for (const char* name : {"chosen", "rejected"})
             row.sides.push_back(j[name].is_array() ? row_of_messages(messages_of(j[name], name), 0, f)
-                                                   : row_of_texts(text("prompt"), text(name), f));
+                                                   : row_of_texts(words("prompt"), words(name), f));
     } else {
         if (!field("label").is_boolean()) throw RowError("label is neither true nor false: " + json_shown(j["label"]));
         row.label = j["label"];
@@ -782,7 +783,7 @@ inline RowData row_read(const std::string& line, const RowFormat& f) {
             for (const ChatMessage& m : messages_of(j["completion"], "completion")) all.push_back(m);
             row.sides = {row_of_messages(all, context, f)};
         } else {
-            row.sides = {row_of_texts(text("prompt"), text("completion"), f)};
+            row.sides = {row_of_texts(words("prompt"), words("completion"), f)};
         }
     }
     for (RowSequence& s : row.sides) {

@@ -305,7 +305,7 @@ struct MicroBatch {
     std::vector<int> targets;               // (N) the token to predict at each position, or IGNORED
     std::vector<double> weights;            // (N) the factor of its -log p in the loss, as 1 / number of tokens
     std::vector<int> positions;             // (N) of a token in its sequence, for RoPE
-    double all_tokens = 0;                  // of all ranks' micro-batches; 0: N of each
+    double world_N = 0;                  // of all ranks' micro-batches; 0: N of each
 
     int B() const { return (int)starts.size() - 1; }
     int N() const { return starts.back(); }
@@ -1636,11 +1636,11 @@ template <typename Master, typename Moment>
 void adamw(floatX* p /* (n) */, Master* master /* (n), or null for NoMaster */, const floatX* g /* (n) */,
            Moment* m /* (n) */, Moment* v /* (n) */, size_t n, int64_t step, float grad_scale, const AdamWOptions& o,
            size_t position) {
-    const bool plain = o.rmsprop;
-    const double beta1 = plain ? 0 : o.beta1, beta2 = plain ? RMSPROP_ALPHA : o.beta2;
-    const float decay = (float)(plain ? 1 : 1 - o.lr * o.weight_decay), l2 = plain ? (float)o.weight_decay : 0;
+    const bool rms = o.rmsprop;
+    const double beta1 = rms ? 0 : o.beta1, beta2 = rms ? RMSPROP_ALPHA : o.beta2;
+    const float decay = (float)(rms ? 1 : 1 - o.lr * o.weight_decay), l2 = rms ? (float)o.weight_decay : 0;
     const float step_size = (float)(o.lr / (1 - pow(beta1, (double)step)));
-    const float v_scale = (float)(plain ? 1 : 1 / (1 - pow(beta2, (double)step)));
+    const float v_scale = (float)(rms ? 1 : 1 / (1 - pow(beta2, (double)step)));
     LAUNCH_PACKS(adamw_kernel, packs_fit(n, p, master, g, m, v), blocks_for(n / P), p, master, g, m, v, n, grad_scale,
                  decay, l2, step_size, (float)beta1, (float)beta2, v_scale, (float)o.eps, o.seed, position,
                  (unsigned)step);
@@ -1714,10 +1714,7 @@ struct Olmoe {
 
     bool backward() const { return capacity.use != Use::inference; }
     // Tokens that the load-balancing loss is over
-    double lb_tokens() const {
-        if (!lb_global) return N;
-        return batch.all_tokens > 0 ? batch.all_tokens : (double)N * world.size;
-    }
+    double lb_tokens() const { return !lb_global ? N : batch.world_N > 0 ? batch.world_N : (double)N * world.size; }
 };
 
 // A micro-batch's losses; loss = ce + lb + z is what was differentiated.
@@ -2441,10 +2438,9 @@ void reduce_gradients(Olmoe* m, int layer) {
 // the layer below: an exchange after a sum in the same stream would wait for it, and the main stream for the exchange.
 void olmoe_backward(Olmoe* m, double lb_coef, double z_coef, int micro_batches, bool last = false) {
     const OlmoeConfig& c = m->config;
-    const double N = m->N, LK = (double)c.L * c.K * micro_batches, lb_tokens = m->lb_tokens();
-    const double lb_ranks = m->lb_global ? 1 : world.size;
-    const float lb_scale = (float)(lb_coef * c.E / (LK * lb_ranks * lb_tokens * lb_tokens));
-    const float z_scale = (float)(2 * z_coef / (LK * world.size * N));
+    const double LK = (double)c.L * c.K * micro_batches, lb_N = m->lb_tokens(), lb_of = m->lb_global ? 1 : world.size;
+    const float lb_scale = (float)(lb_coef * c.E / (LK * lb_of * lb_N * lb_N));
+    const float z_scale = (float)(2 * z_coef / (LK * world.size * m->N));
     at_phase("backward");
     index_tokens(m);
     const bool later = expert_group.size > 1;
@@ -2561,8 +2557,8 @@ struct Schedule {
 
 // Learning rate of step s = 1, 2, ..., as OLMo counts: the tokens of step s are already seen. Warm-up is linear from
 // 0.1 lr. The cosine and the line end at min_lr after `total` steps; anneal is a line from lr to 0 without warm-up
-// (OLMoE's last 100 B tokens). hf-linear is transformers' get_linear_schedule_with_warmup, a line from 0 to lr and to 0,
-// which counts the updates before this one: the first has rate 0.
+// (OLMoE's last 100 B tokens). hf-linear is transformers' get_linear_schedule_with_warmup, a line from 0 to lr and one
+// to 0, which counts the updates before this one: the first has rate 0.
 double learning_rate(const Schedule& s, double step) {
     if (s.kind == "hf-linear") {
         const double done = step - 1;
@@ -2638,12 +2634,9 @@ struct TrainingRun {
     bool has_tokenizer = false;
     ModelFiles came_with;                   // for the checkpoints
     DomainTable domains;                    // of the validation file, where its documents have few
-    Rows rows, val_rows;                    // of fine-tuning, in the place of token files; `data` has their order
-    ReferenceLogps reference, val_reference;
-    std::string reference_fingerprint;
-    RowStep row_step;
+    Finetuning rows;                        // in the place of token files; `data` has their order
     int micro_batch = 0;                    // of the step, at work
-    std::vector<double> measures;           // of this rank's rows in the step
+    std::vector<double> measures;           // Measure: of this rank's rows in the step
     double tokens_per_step = 0;             // of token files
     int64_t steps = 0;                      // the run ends after so many
     int micro_batches = 1;                  // of this rank in a step
@@ -2680,7 +2673,8 @@ struct StepResult {
 // log-ratio, s the sigmoid. A slope is the loss's derivative by a logp; what it makes of logits is olmoe_head's.
 //
 //   DPO (Rafailov et al. 2023), of a pair:    loss = -log s(beta (r_chosen - r_rejected))
-//                                             dloss/dr_chosen = -beta s(-beta (r_chosen - r_rejected)) = -dloss/dr_rejected
+//                                             dloss/dr_chosen = -dloss/dr_rejected
+//                                                             = -beta s(-beta (r_chosen - r_rejected))
 //   KTO (Ethayarajh et al. 2024), of a row:   loss = 1 - s(x),   x = beta (r - kl) if desirable, else beta (kl - r)
 //                                             dloss/dr = -+beta s(x) (1 - s(x))
 //   kl = max(0, mean of r over the step's mismatched rows), a constant
@@ -2723,11 +2717,7 @@ double weighted_gradient(TrainingRun* run) {
     return NAN;
 }
 
-double divisor_of(const std::string& choice, double all, double valid) {
-    return choice == "all" ? all : choice == "valid" ? std::max(1.0, valid) : atof(choice.c_str());
-}
-
-#include "lib/finetune.h"       // sft, dpo, kto: rows dealt to ranks, what the reference says of them, validation on rows
+#include "lib/finetune.h"       // sft, dpo, kto: rows dealt to ranks, what the reference says of them, validation
 #include "lib/run.h"            // a run's options, table, report, and its checkpoints: saving and resuming
 
 // Every target counts the same: 1 / all positions of the step, or 1 / those with a target.
@@ -2791,11 +2781,7 @@ void run_start(TrainingRun* run) {
     device_open();
     comm_open();
     output_lock(o.out);
-    if (run->objective->of_rows) {
-        output_check(o.out);
-        finetune_open(run);
-        run_set_steps(run);
-    }
+    if (run->objective->of_rows) run_open_rows(run);
     run->from = checkpoint_to_resume(*run);
     output_check(o.out);
 
@@ -2898,8 +2884,9 @@ StepResult run_step(TrainingRun* run) {
     if (!r.skipped) olmoe_update(m, ++run->updates, r.norm, optimizer);
     cudaCheck(cudaStreamSynchronize(main_stream.stream));
     at_step("");
-    r.tokens = run->objective->of_rows ? run->row_step.tokens : run->tokens_per_step;
-    r.length = run->objective->of_rows ? run->row_step.squares / run->row_step.tokens : (double)o.T;
+    const RowStep& rows = run->rows.step;
+    r.tokens = run->objective->of_rows ? rows.tokens : run->tokens_per_step;
+    r.length = run->objective->of_rows ? rows.squares / rows.tokens : (double)o.T;
     if (o.profile && run->step == run->steps) cudaCheck(cudaProfilerStop());
     r.seconds = seconds_now() - start;
     for (int i = 0; i < TRAFFICS; i++) r.sent[i] = traffic[i] - before[i];
@@ -2947,10 +2934,10 @@ Validation validate(TrainingRun* run, bool by_domain) {
 void run_validate(TrainingRun* run, Json* line) {
     const bool by_domain = run->step == run->steps && run->domains.names.size() > 1;
     at_step("validation");
-    if (!run->o.val.empty()) run->balance.reset(run->config);   // of the validation data alone
-    if (!run->o.val.empty() && run->objective->of_rows) {
-        finetune_validate(run, line);
-    } else if (!run->o.val.empty()) {
+    const bool any = !run->o.val.empty(), of_rows = run->objective->of_rows;
+    if (any) run->balance.reset(run->config);                   // of the validation data alone
+    if (any && of_rows) finetune_validate(run, line);
+    if (any && !of_rows) {
         const Validation v = validate(run, by_domain);
         const bool in_bits = v.bits_per_byte > 0 && std::isfinite(v.loss);
         const std::string bits = in_bits ? text(", %.4f bits per byte", v.bits_per_byte) : "";

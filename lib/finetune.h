@@ -1,5 +1,5 @@
-// Fine-tuning on rows: SFT, DPO and KTO. How the rows of a step are dealt to ranks and micro-batches, what the reference
-// model thinks of them, and what is reported. The losses are in olmoe.cu.
+// Fine-tuning on rows: SFT, DPO and KTO. How the rows of a step are dealt to ranks and micro-batches, what the
+// reference model says of them, and what is reported. The losses are in olmoe.cu.
 //
 // Included once, by olmoe.cu, after TrainingRun.
 #pragma once
@@ -8,8 +8,8 @@
 // ------------------------------------------------------------------------------------------------
 // A step's rows, dealt to ranks and micro-batches
 
-// The first of n rows in order of length gets the rank with the fewest tokens so far, and so on; each rank gets n / ranks
-// rows (the first ranks one more), in their order in the step. One rank: the order of the step.
+// The longest of n rows goes to the rank with the fewest tokens so far, then the next one, and so on; each rank gets
+// n / ranks rows (the first ranks one more), in their order in the step. One rank: the order of the step.
 Deal rows_deal(const std::vector<int>& lengths /* (n) tokens of each row */, int B) {
     const size_t n = lengths.size(), ranks_n = (size_t)world.size;
     std::vector<size_t> order(n);
@@ -66,7 +66,7 @@ std::vector<MicroBatch> block_batches(const RowBlock& block, const Deal& deal, d
         for (size_t row : deal.mine[i]) for (const RowSequence& s : block[row]) batch_add(&batch, s, weight);
         const int nothing = 0;
         if (batch.B() == 0) batch_add(&batch, &nothing, nullptr, 1);    // it joins the others' exchanges
-        batch.all_tokens = deal.tokens[i];
+        batch.world_N = deal.tokens[i];
         batches.push_back(batch);
     }
     return batches;
@@ -145,14 +145,15 @@ uint64_t weights_fingerprint(const std::string& dir, const OlmoeConfig& c) {
     weights_open(&w, dir, c);
     uint64_t hash = FNV_BASIS;
     for (const SafeTensor* t : w.tensors)
-        for (size_t at : {(size_t)0, t->bytes / 2}) hash = fnv1a(hash, t->data + at, std::min<size_t>(4096, t->bytes - at));
+        for (size_t at : {(size_t)0, t->bytes / 2})
+            hash = fnv1a(hash, t->data + at, std::min<size_t>(4096, t->bytes - at));
     weights_close(&w);
     return hash;
 }
 
 // The blocks of rows that validation goes through: as many rows as a step has, in the order of the files
 std::vector<std::vector<size_t>> validation_blocks(const TrainingRun& run) {
-    size_t n = run.val_rows.count;
+    size_t n = run.rows.validation.count;
     if (run.o.val_batches > 0) n = std::min(n, (size_t)(run.o.val_batches * run.o.B));
     std::vector<std::vector<size_t>> blocks;
     for (size_t i = 0; i < n; i++) {
@@ -164,7 +165,7 @@ std::vector<std::vector<size_t>> validation_blocks(const TrainingRun& run) {
 
 std::string reference_key(const TrainingRun& run, const Rows& rows) {
     const TrainOptions& o = run.o;
-    return Json({{"data", text("%016lx", rows.fingerprint)}, {"reference", run.reference_fingerprint},
+    return Json({{"data", text("%016lx", rows.fingerprint)}, {"reference", run.rows.reference_fingerprint},
                  {"precision", BF16 ? "BF16" : "FP32"}, {"global_batch", o.global_batch}, {"seed", o.seed},
                  {"order", std::string(o.order)}}).dump();
 }
@@ -259,15 +260,15 @@ RowFormat row_format(const TrainingRun& run) {
 void finetune_open(TrainingRun* run) {
     const TrainOptions& o = run->o;
     DataLoader& d = run->data;
-    rows_open(&run->rows, o.out, "rows", o.data, row_format(*run));
-    if (!o.val.empty()) rows_open(&run->val_rows, o.out, "val-rows", o.val, row_format(*run));
-    d.instances = run->rows.count;
+    rows_open(&run->rows.training, o.out, "rows", o.data, row_format(*run));
+    if (!o.val.empty()) rows_open(&run->rows.validation, o.out, "val-rows", o.val, row_format(*run));
+    d.instances = run->rows.training.count;
     d.order = o.order == "global" ? DataOrder::global : DataOrder::sequential;
     d.seed = o.seed;
     if (o.global_batch > (int64_t)d.instances)
         die("--global-batch %ld is more than the %zu rows; use a smaller one", o.global_batch, d.instances);
     if (run->objective->rows != RowKind::sft)
-        run->reference_fingerprint = text("%016lx", weights_fingerprint(o.reference, run->config));
+        run->rows.reference_fingerprint = text("%016lx", weights_fingerprint(o.reference, run->config));
 }
 
 // The reference's log-probabilities of all rows that the run's steps and validations visit
@@ -276,23 +277,30 @@ void finetune_reference(TrainingRun* run) {
     DataLoader order = run->data;
     dataloader_seek(&order, 0, 0);
     std::vector<std::vector<size_t>> blocks;
-    for (int64_t step = 0; step < run->steps; step++) blocks.push_back(dataloader_draw(&order, (int)run->o.global_batch));
+    for (int64_t step = 0; step < run->steps; step++)
+        blocks.push_back(dataloader_draw(&order, (int)run->o.global_batch));
     bool loaded = false;
     at_step("reference");
-    reference_fill(run, &run->reference, run->rows, "reference", blocks, &loaded);
+    reference_fill(run, &run->rows.reference, run->rows.training, "reference", blocks, &loaded);
     if (!run->o.val.empty())
-        reference_fill(run, &run->val_reference, run->val_rows, "val-reference", validation_blocks(*run), &loaded);
+        reference_fill(run, &run->rows.validation_reference, run->rows.validation, "val-reference",
+                       validation_blocks(*run), &loaded);
     at_step("");
 }
 
 // ------------------------------------------------------------------------------------------------
 // A step
 
+// What the sum of -log p is divided by, of --ce-divisor
+double divisor_of(const std::string& choice, double all, double valid) {
+    return choice == "all" ? all : choice == "valid" ? std::max(1.0, valid) : atof(choice.c_str());
+}
+
 // Draws the step's rows and deals them: this rank's micro-batches, whose targets weigh `weight(targets, tokens)` each.
 template <typename Weight> std::vector<MicroBatch> rows_next(TrainingRun* run, Weight weight) {
-    RowStep& s = run->row_step;
+    RowStep& s = run->rows.step;
     s.rows = dataloader_draw(&run->data, (int)run->o.global_batch);
-    const RowBlock block = block_of_rows(run->rows, s.rows);
+    const RowBlock block = block_of_rows(run->rows.training, s.rows);
     const std::vector<int> lengths = block_lengths(block);
     s.deal = rows_deal(lengths, (int)run->o.B);
     s.tokens = s.squares = 0;
@@ -301,7 +309,7 @@ template <typename Weight> std::vector<MicroBatch> rows_next(TrainingRun* run, W
         for (const RowSequence& q : row) {
             s.tokens += (double)q.ids.size();
             s.squares += (double)q.ids.size() * (double)q.ids.size();
-            targets += num_targets(q.targets.data(), q.ids.size(), run->rows.format.T);
+            targets += num_targets(q.targets.data(), q.ids.size(), run->rows.training.format.T);
         }
     return block_batches(block, s.deal, weight(targets, s.tokens));
 }
@@ -319,20 +327,20 @@ std::vector<MicroBatch> dpo_micro_batches(TrainingRun* run) {
 // The estimate of KL comes before any backward.
 std::vector<MicroBatch> kto_micro_batches(TrainingRun* run) {
     std::vector<MicroBatch> batches = dpo_micro_batches(run);
-    const RowStep& step = run->row_step;
-    run->row_step.kl = kto_kl(block_logps(run, block_mismatched(run->rows, step.rows)),
-                              &run->reference.mismatched[(run->step - 1) * step.rows.size()]);
+    const RowStep& step = run->rows.step;
+    run->rows.step.kl = kto_kl(block_logps(run, block_mismatched(run->rows.training, step.rows)),
+                              &run->rows.reference.mismatched[(run->step - 1) * step.rows.size()]);
     return batches;
 }
 
 double preference_gradient(TrainingRun* run) {
     Olmoe* m = &run->model;
-    const RowStep& step = run->row_step;
+    const RowStep& step = run->rows.step;
     std::vector<size_t> numbers;
     for (size_t place : step.deal.mine[run->micro_batch]) numbers.push_back(step.rows[place]);
     olmoe_head(m, false);
     const double before = run->measures[LOSS];
-    head_of_slopes(m, preferences(run->o, run->rows, numbers, batch_logps(m), run->reference, step.kl,
+    head_of_slopes(m, preferences(run->o, run->rows.training, numbers, batch_logps(m), run->rows.reference, step.kl,
                                   1 / (double)step.rows.size(), &run->measures));
     return run->measures[LOSS] - before;
 }
@@ -352,7 +360,7 @@ const Objective* finetune_objective(const std::string& name) {
 
 // The loss over the validation rows, and what else the step's line has, with val_ before it
 void finetune_validate(TrainingRun* run, Json* line) {
-    const Rows& rows = run->val_rows;
+    const Rows& rows = run->rows.validation;
     std::vector<double> sums(MEASURES, 0.0);
     double targets = 0, n = 0, kl = 0;
     size_t first = 0;
@@ -367,9 +375,9 @@ void finetune_validate(TrainingRun* run, Json* line) {
             double block_kl = 0;
             if (rows.format.kind == RowKind::kto)
                 block_kl = kto_kl(block_logps(run, block_mismatched(rows, numbers), &run->balance),
-                                  &run->val_reference.mismatched[first]);
+                                  &run->rows.validation_reference.mismatched[first]);
             kl += block_kl * (double)numbers.size();
-            preferences(run->o, rows, numbers, logps, run->val_reference, block_kl, 1, &sums);
+            preferences(run->o, rows, numbers, logps, run->rows.validation_reference, block_kl, 1, &sums);
         }
         n += (double)numbers.size();
         first += numbers.size();
@@ -397,9 +405,9 @@ std::string finetune_report(const TrainingRun& run, const StepResult& r, Json* l
         return text("logp %.2f %.2f, margin %.4f, accuracy %.3f", chosen, rejected, margin, accuracy);
     }
     if (run.objective->rows == RowKind::kto) {
-        line->update({{"kl", digits(run.row_step.kl)}, {"chosen_reward", digits(chosen)},
+        line->update({{"kl", digits(run.rows.step.kl)}, {"chosen_reward", digits(chosen)},
                       {"rejected_reward", digits(rejected)}});
-        return text("kl %.4f, rewards %.4f %.4f", run.row_step.kl, chosen, rejected);
+        return text("kl %.4f, rewards %.4f %.4f", run.rows.step.kl, chosen, rejected);
     }
     return text("%ld targets, %.4f a target", r.losses.valid, r.ce());
 }

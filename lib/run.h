@@ -11,38 +11,45 @@
 // ------------------------------------------------------------------------------------------------
 // Options
 
-std::vector<Option> train_options(TrainOptions* o) {
-    return with_launch_checks({
+// What fine-tuning has beside the options of any training
+std::vector<Option> finetune_options(TrainOptions* o) {
+    return {
         {"objective", &o->objective, "pretrain|sft|dpo|kto",
          "train on token files; or fine-tune on rows: conversations, pairs of a better and a worse one, judged ones"},
+        {"reference", &o->reference, "DIR", "dpo, kto: the model that log-ratios refer to, if not that of --model"},
+        {"beta", &o->beta, "X", "dpo, kto: what a log-ratio counts", 0, 1e6},
+        {"label-mask", &o->label_mask, "assistant|olmoe", "targets of rows: what the assistant says, and EOS; "
+         "or as OLMoE was trained: from one token earlier, and headers of an assistant that no one else spoke before"},
+        {"optimizer", &o->optimizer, "adamw|rmsprop", "rmsprop: torch's, with alpha 0.99"},
+        {"freeze", &o->freeze, "GROUPS", "what is not trained: embedding, norms, attention, router, experts, head"},
+    };
+}
+
+std::vector<Option> train_options(TrainOptions* o) {
+    std::vector<Option> options = {
         {"config", &o->config, "FILE", "start from random weights in the shape of this config.json"},
         {"model", &o->model, "DIR", "start from the weights of a Hugging Face directory"},
-        {"data", &o->data, "FILES", "token files to train on (.npy of uint16 or uint32, or llm.c's .bin); or files of rows "
-         "(.jsonl, gzipped or not)"},
+        {"data", &o->data, "FILES", "token files to train on (.npy of uint16 or uint32, or llm.c's .bin); "
+         "or files of rows (.jsonl, gzipped or not)"},
         {"val", &o->val, "FILES", "files of the same kind to validate on"},
         {"token-type", &o->token_type, "uint16|uint32", "what token files without a header hold"},
         {"out", &o->out, "DIR", "directory for log.jsonl and checkpoints"},
         {"resume", &o->resume, "[DIR]", "go on from the newest complete checkpoint in --out, or from DIR"},
         {"tokenizer", &o->tokenizer, "NAME",
          "to print sampled text, and for the checkpoints: bytes, a tokenizer.json, or a directory that holds one"},
-        {"reference", &o->reference, "DIR", "dpo, kto: the model that log-ratios refer to; without it, that of --model"},
-        {"beta", &o->beta, "X", "dpo, kto: what a log-ratio counts", 0, 1e6},
-        {"label-mask", &o->label_mask, "assistant|olmoe", "targets of rows: what the assistant says and the EOS after it; "
-         "or as OLMoE was trained, from one token earlier, and the assistant's header where the assistant spoke before"},
         {"steps", &o->steps, "S", "stop after step S (a T after a number means tokens: 5e12T)"},
         {"epochs", &o->epochs, "E", "in the place of --steps: so many times what the data have", 0, 1e9},
         {"batch", &o->B, "B", "sequences (conversations, pairs, rows) of a micro-batch of a rank", 1, 1 << 20},
-        {"seq", &o->T, "T", "tokens of a sequence, of rows at most; 0: max_position_embeddings of the config", 0, 1 << 20},
+        {"seq", &o->T, "T", "tokens of a sequence, of rows at most; 0: max_position_embeddings of the config",
+         0, 1 << 20},
         {"global-batch", &o->global_batch, "G",
          "sequences of a step, accumulated over ranks and micro-batches; 0: ranks x --batch", 0, 1 << 24},
         {"lr", &o->lr, "X", "peak learning rate", 0, 1e3},
         {"min-lr", &o->min_lr, "X", "learning rate that cosine and linear end at; -1: 0.1 lr", -1, 1e3},
         {"warmup", &o->warmup, "S", "steps of linear warm-up from 0.1 lr"},
         {"schedule", &o->schedule, "cosine|linear|constant|anneal|hf-linear",
-         "course of the learning rate after the warm-up; hf-linear: from 0 and to 0, as in transformers, warm-up included"},
+         "course of the learning rate after the warm-up; hf-linear: from 0 to lr and to 0, as in transformers"},
         {"decay-steps", &o->decay_steps, "S", "step at which the schedule ends, if not at --steps"},
-        {"optimizer", &o->optimizer, "adamw|rmsprop", "rmsprop: torch's, with alpha 0.99"},
-        {"freeze", &o->freeze, "GROUPS", "what is not trained: embedding, norms, attention, router, experts, head"},
         {"beta1", &o->adamw.beta1, "X", "AdamW", 0, 0.999999},
         {"beta2", &o->adamw.beta2, "X", "AdamW", 0, 0.999999},
         {"eps", &o->adamw.eps, "X", "AdamW", 0, 1},
@@ -56,8 +63,8 @@ std::vector<Option> train_options(TrainOptions* o) {
          "load-balancing loss of each rank's micro-batch, as OLMoE trained, or over those of all ranks"},
         {"z-coef", &o->z_coef, "X", "weight of the router z-loss", 0, 1e3},
         {"ce-divisor", &o->ce_divisor, "all|valid|NUMBER",
-         "the sum of a step's cross entropy is divided by all positions, as OLMoE's pretraining did, by those with a target, "
-         "or by a number"},
+         "the sum of a step's cross entropy is divided by all positions, as in OLMoE's pretraining, by those with a "
+         "target, or by a number"},
         {"seed", &o->seed, "N", "of initialisation and data order", 0, 9e15},
         {"order", &o->order, "global|sequential",
          "sequences shuffled over the whole data set, or in the order of the files"},
@@ -90,11 +97,14 @@ std::vector<Option> train_options(TrainOptions* o) {
         {"peak-tflops", &o->peak_tflops, "X",
          "the device's peak, of which MFU is a share; 0: what NVIDIA publishes for its name, dense BF16 or FP32 as the "
          "build, or else a large product's, measured", 0, 1e9},
-    });
+    };
+    const std::vector<Option> more = finetune_options(o);
+    options.insert(options.begin(), more.begin(), more.end());
+    return with_launch_checks(options);
 }
 
-// The defaults of fine-tuning: OLMoE's (spec sections 9.1 to 9.3), for the objective that the command line names. --warmup
-// and --steps follow from the data.
+// The defaults of fine-tuning, OLMoE's, for the objective that the command line names. --warmup and --steps follow from
+// the data.
 void finetune_defaults(TrainOptions* o, int argc, char** argv) {
     std::string objective;
     for (int i = 2; i < argc; i++) {
@@ -114,10 +124,10 @@ void finetune_defaults(TrainOptions* o, int argc, char** argv) {
 
 // What only one kind of objective has
 void train_check_objective(const TrainOptions& o) {
-    const bool pretrain = o.objective == "pretrain", preferences = o.objective == "dpo" || o.objective == "kto";
-    if (!o.reference.empty() && !preferences) die("--reference is for --objective dpo and kto");
-    if (preferences && o.beta == 0) die("--beta 0: the loss would not depend on the model; give a larger one");
-    if (preferences && o.model.empty() && o.reference.empty())
+    const bool pretrain = o.objective == "pretrain", pairs = o.objective == "dpo" || o.objective == "kto";
+    if (!o.reference.empty() && !pairs) die("--reference is for --objective dpo and kto");
+    if (pairs && o.beta == 0) die("--beta 0: the loss would not depend on the model; give a larger one");
+    if (pairs && o.model.empty() && o.reference.empty())
         die("--objective %s needs --model DIR, or --reference DIR for the log-ratios", o.objective.c_str());
     if (pretrain && o.label_mask != "assistant") die("--label-mask is for the objectives on rows: sft, dpo, kto");
     for (const std::string* steps : {(const std::string*)&o.steps, (const std::string*)&o.warmup,
@@ -192,15 +202,16 @@ void run_set_steps(TrainingRun* run) {
     else s.warmup = s.total * (o.objective == "sft" ? 0.03 : o.objective == "dpo" ? 0.1 : 0);
 }
 
-// The chat template of fine-tuning, for transformers, where there is a tokenizer.json and no template came with it. It is
-// the text of chat_prompt.
+// The chat template of fine-tuning, for transformers, where there is a tokenizer.json and no template came with it. It
+// renders the text of chat_prompt.
 void chat_template_add(Texts* files, const Tokenizer& t) {
     auto named = [&](const char* name) {
         return std::find_if(files->begin(), files->end(), [&](auto& file) { return file.first == name; });
     };
     if (named("tokenizer.json") == files->end() || named("chat_template.jinja") != files->end()) return;
     auto found = named("tokenizer_config.json");
-    Json config = found == files->end() ? Json({{"tokenizer_class", "PreTrainedTokenizerFast"}}) : json_parse(found->second);
+    Json config = {{"tokenizer_class", "PreTrainedTokenizerFast"}};
+    if (found != files->end()) config = json_parse(found->second);
     if (!config.is_object() || config.contains("chat_template")) return;
     for (const char* name : {"bos_token", "eos_token"})
         if (config.value(name, Json()).is_null()) config[name] = tokenizer_decode(t, t.eos);
@@ -210,6 +221,13 @@ void chat_template_add(Texts* files, const Tokenizer& t) {
         "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}";
     if (found == files->end()) files->push_back({"tokenizer_config.json", json_text(config)});
     else found->second = json_text(config);
+}
+
+// Rows are kept in OUT, where the ranks share them: they are opened when that is there.
+void run_open_rows(TrainingRun* run) {
+    output_check(run->o.out);
+    finetune_open(run);
+    run_set_steps(run);
 }
 
 // The tokenizer, and the files that go into the checkpoints: now, because later they may be gone. With --tokenizer it
@@ -268,8 +286,8 @@ void box_rows(Box* box, const TrainingRun& run) {
     };
     box->add("objective", o.objective + ", targets of " + o.label_mask
              + (o.reference.empty() ? "" : text(", beta %g, reference %s", o.beta, o.reference.c_str())));
-    box->add("data", join(o.data) + ": " + size_of(run.rows));
-    box->add("validation", o.val.empty() ? "none" : join(o.val) + ": " + size_of(run.val_rows));
+    box->add("data", join(o.data) + ": " + size_of(run.rows.training));
+    box->add("validation", o.val.empty() ? "none" : join(o.val) + ": " + size_of(run.rows.validation));
     box->add("step", text("%ld rows of at most %ld tokens, in micro-batches of %s%ld", o.global_batch, o.T,
                           world.size > 1 ? text("%d x ", world.size).c_str() : "", o.B));
     box->add("steps", text("%ld (%.2f epochs), order %s", run.steps,
@@ -387,11 +405,11 @@ Json trainer_state(const TrainingRun& run) {
     s["order"] = std::string(o.order);
     s["repetition_filter"] = !o.no_filter;
     const bool of_rows = run.objective->of_rows;
-    s["data_fingerprint"] = text("%016lx", of_rows ? run.rows.fingerprint : dataloader_fingerprint(&run.data));
+    s["data_fingerprint"] = text("%016lx", of_rows ? run.rows.training.fingerprint : dataloader_fingerprint(&run.data));
     if (of_rows) {
         s["objective"] = std::string(o.objective);
         s["label_mask"] = std::string(o.label_mask);
-        s["reference_fingerprint"] = run.reference_fingerprint;
+        s["reference_fingerprint"] = run.rows.reference_fingerprint;
     }
     if (!o.freeze.empty()) s["freeze"] = run.config.frozen;
     s["precision"] = BF16 ? "BF16" : "FP32";
@@ -418,7 +436,7 @@ void log_open(TrainingRun* run) {
     for (const char* progress : {"step", "updates", "epoch", "position"}) recipe.erase(progress);
     first.update(recipe);
     first["steps"] = run->steps;
-    if (run->objective->of_rows) first["dropped_rows"] = run->rows.dropped;
+    if (run->objective->of_rows) first["dropped_rows"] = run->rows.training.dropped;
     log_line(*run, {{"config", first}});
 }
 
@@ -475,8 +493,8 @@ std::string checkpoint_to_resume(const TrainingRun& run) {
     return from;
 }
 
-// Step and data position of the checkpoint `from`; refuses one of another run. What is different and may be, the recipe,
-// goes to `changed`.
+// Step and data position of the checkpoint `from`; refuses one of another run. What is different and may be, the
+// recipe, goes to `changed`.
 void run_resume(TrainingRun* run) {
     const std::string& dir = run->from;
     const Json now = trainer_state(*run), s = checkpoint_trainer_state(dir, run_would_save(*run));

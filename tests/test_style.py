@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 120
 LONGEST_FUNCTION = 120                  # lines
 LONG_FUNCTION = 80                      # a longer one needs a reason in LONG_FUNCTIONS
-LONGEST_MODEL = 2950                    # lines of olmoe.cu
+LONGEST_MODEL = 3050                    # lines of olmoe.cu
 
 # "file: function": why it is longer than LONG_FUNCTION
 LONG_FUNCTIONS = {
@@ -176,8 +176,8 @@ def test_long_functions_are_seen():
 
 def test_files_at_the_top_are_seen():
     assert top_level({name: "" for name in [*TOP, ".gitignore", ".ci/run", "lib/new.h"]}) == []
-    assert top_level({"new.h": "", "olmoe.cu": "\n" * 2950}) == ["new.h: it belongs into a folder"]
-    assert top_level({"olmoe.cu": "\n" * 2951}) == ["olmoe.cu has 2951 lines, more than 2950"]
+    assert top_level({"new.h": "", "olmoe.cu": "\n" * 3050}) == ["new.h: it belongs into a folder"]
+    assert top_level({"olmoe.cu": "\n" * 3051}) == ["olmoe.cu has 3051 lines, more than 3050"]
 
 
 def test_variables_of_the_environment_are_seen():
