@@ -436,8 +436,9 @@ void log_open(TrainingRun* run) {
     for (const char* progress : {"step", "updates", "epoch", "position"}) recipe.erase(progress);
     first.update(recipe);
     first["steps"] = run->steps;
-    if (run->objective->of_rows) first["dropped_rows"] = run->rows.training.dropped;
-    log_line(*run, {{"config", first}});
+    Json line = {{"config", first}};
+    if (run->objective->of_rows) line["dropped_rows"] = run->rows.training.dropped;
+    log_line(*run, line);
 }
 
 WouldSave run_would_save(const TrainingRun& run) {
