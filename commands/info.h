@@ -9,12 +9,16 @@
 
 struct InfoOptions {
     std::string config, model;
-    Choice master_weights = "fp32", moments = "fp32";
-    int64_t B = 4, T = 0, global_batch = 0, recompute = 0, gpus = 1, ep = 1, zero = 0, per_node = 8;
-    double memory = 80, tflops = 400, memory_bandwidth = 3000, node_bandwidth = 300, network_bandwidth = 40;
+    std::vector<std::string> freeze;
+    Choice master_weights = "fp32", moments = "fp32", objective = "pretrain";
+    int64_t B = 4, T = 0, global_batch = 0, recompute = 0, gpus = 1, ep = 1, zero = 0, per_node = 8, rows = 0;
+    double length = 0, epochs = 1, memory = 80, tflops = 400, memory_bandwidth = 3000, node_bandwidth = 300, network_bandwidth = 40;
     bool json = false;
 
     const std::string& path() const { return config.empty() ? model : config; }
+    bool of_rows() const { return objective != "pretrain"; }
+    double sides() const { return objective == "dpo" ? 2 : 1; }         // sequences of a row
+    double tokens() const { return of_rows() ? sides() * length : (double)T; }     // of a row
 };
 
 std::vector<Option> info_options(InfoOptions* o) {
@@ -22,7 +26,12 @@ std::vector<Option> info_options(InfoOptions* o) {
         {"config", &o->config, "FILE", "a config.json"},
         {"model", &o->model, "DIR", "a Hugging Face directory"},
         {"json", &o->json, "", "print shape, tensors and memory as one JSON object, for scripts"},
-        {"batch", &o->B, "B", "sequences of a micro-batch", 1, 1 << 20},
+        {"objective", &o->objective, "pretrain|sft|dpo|kto", "as in train"},
+        {"rows", &o->rows, "N", "rows of the data: how long --epochs of them take", 0, 1e12},
+        {"epochs", &o->epochs, "E", "of the rows", 0, 1e9},
+        {"mean-length", &o->length, "X", "mean tokens of a row's sequence; 0: --seq", 0, 1 << 20},
+        {"freeze", &o->freeze, "GROUPS", "as in train"},
+        {"batch", &o->B, "B", "sequences (conversations, pairs, rows) of a micro-batch", 1, 1 << 20},
         {"seq", &o->T, "T", "tokens of a sequence; 0: max_position_embeddings", 0, 1 << 20},
         {"recompute", &o->recompute, "0|1|2", "as in train", 0, 2},
         {"master-weights", &o->master_weights, MASTERS_CHOICE, "as in train"},
@@ -43,6 +52,9 @@ std::vector<Option> info_options(InfoOptions* o) {
 // Fills in what was left to the config, and checks the options against it.
 void info_check(InfoOptions* o, const OlmoeConfig& c) {
     if (o->T == 0) o->T = c.max_T;
+    if (o->length == 0) o->length = (double)o->T;
+    if (o->length > (double)o->T) die("--mean-length %g is more than --seq %ld", o->length, o->T);
+    if (!o->of_rows() && o->rows > 0) die("--rows is for --objective sft, dpo and kto");
     if (o->gpus % o->ep != 0) die("%ld ranks can't be divided into groups of --ep %ld", o->gpus, o->ep);
     if (c.E % o->ep != 0) die("the model's %d experts can't be divided among --ep %ld ranks", c.E, o->ep);
     if (o->global_batch == 0) o->global_batch = o->B * o->gpus;
@@ -53,7 +65,7 @@ void info_check(InfoOptions* o, const OlmoeConfig& c) {
 void info_plan(Olmoe* m, const OlmoeConfig& c, const InfoOptions& o, const std::string& masters,
                const std::string& moments) {
     choose_state(m, masters, moments);
-    olmoe_plan(m, c, capacity_of_rows(c, o.B, o.T, Use::training, (int)o.recompute));
+    olmoe_plan(m, c, capacity_of_rows(c, o.B * (int64_t)o.sides(), o.T, Use::training, (int)o.recompute));
 }
 
 // Which ways of keeping AdamW's state leave room for the rest
@@ -108,9 +120,17 @@ struct PlannedTimes {                       // seconds of a step
     double step() const { return compute + rows - hidden_rows + reduce - hidden + update + gather; }
 };
 
+// Of a token, forward and backward, and what an objective adds: DPO's and KTO's first pass of the head; and of KTO's
+// mismatched row as many tokens, forward
+double objective_flops(const OlmoeConfig& c, const InfoOptions& o) {
+    const double once = flops_per_token(c, o.of_rows() ? o.length : (double)o.T);
+    return once + (o.objective == "dpo" || o.objective == "kto" ? 2.0 * c.V * c.C : 0)
+         + (o.objective == "kto" ? forward_flops(c, o.length) : 0);
+}
+
 PlannedTimes plan_times(const Olmoe& m, const InfoOptions& o, const PlannedTraffic& sent, double tokens) {
     const OlmoeConfig& c = m.config;
-    const double flops = flops_per_token(c, (double)o.T);
+    const double flops = objective_flops(c, o);
     const double dense = world.size, copies = replica_group.size, G = expert_group.size;
     auto seconds = [&](double bytes, double ranks) {
         return bytes / (1e9 * (ranks <= o.per_node ? o.node_bandwidth : o.network_bandwidth));
@@ -140,7 +160,7 @@ PlannedTimes plan_times(const Olmoe& m, const InfoOptions& o, const PlannedTraff
 }
 
 void box_layout(Box* box, const Olmoe& m, const InfoOptions& o) {
-    const double all_tokens = (double)o.global_batch * o.T, tokens = all_tokens / o.gpus;
+    const double all_tokens = (double)o.global_batch * o.tokens(), tokens = all_tokens / o.gpus;
     const PlannedTraffic sent = plan_traffic(m, tokens);
     const PlannedTimes t = plan_times(m, o, sent, tokens);
     const double rate = tokens / t.step();
@@ -159,6 +179,29 @@ void box_layout(Box* box, const Olmoe& m, const InfoOptions& o) {
     box->add("time: update, gathering", text("%.2f ms, %.2f ms", 1e3 * t.update, 1e3 * t.gather));
     box->add("time: step (estimate)", text("%.2f ms, %s tokens/s a GPU, %s in all", 1e3 * t.step(), human(rate).c_str(),
                                            human(o.gpus * rate).c_str()));
+}
+
+// What fine-tuning takes: by an objective, the reference's part, and in all
+void box_objective(Box* box, const Olmoe& m, const InfoOptions& o) {
+    const OlmoeConfig& c = m.config;
+    const double tokens = (double)o.global_batch * o.tokens(), cluster = o.tflops * 1e12 * o.gpus;
+    const double step = plan_times(m, o, plan_traffic(m, tokens / o.gpus), tokens / o.gpus).step();
+    const bool dpo = o.objective == "dpo", kto = o.objective == "kto";
+    if (dpo || kto)
+        box->add("head's first pass", text("%s a token more, for the losses that weights depend on",
+                                           human(2.0 * c.V * c.C, "FLOP").c_str()));
+    if (kto) box->add("mismatched rows", human(forward_flops(c, o.length), "FLOP") + " a token more, forward");
+    if (!m.config.frozen.empty()) box->add("frozen", join(m.config.frozen) + ": neither gradients nor state");
+    box->add("time: step of rows", text("%.4g s: %ld rows of %.4g tokens in the mean at %s", step, o.global_batch,
+                                        o.tokens(), human(cluster, "FLOP/s").c_str()));
+    if (o.rows == 0) return;
+    const double steps = ceil(o.epochs * floor((double)o.rows / (double)o.global_batch));
+    const double visits = (double)o.rows + (kto ? steps * (double)o.global_batch : 0);
+    const double reference = dpo || kto ? visits * o.tokens() * forward_flops(c, o.length) / cluster : 0;
+    if (dpo || kto)
+        box->add("time: reference", text("%s: %.4g rows forward, once", human_time(reference).c_str(), visits));
+    box->add("time: run", text("%s: %.0f steps, %g epochs of %ld rows", human_time(steps * step + reference).c_str(),
+                               steps, o.epochs, o.rows));
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -227,6 +270,7 @@ int command_info(int argc, char** argv) {
     if (o.config.empty() == o.model.empty()) die("info needs either --config FILE or --model DIR");
     OlmoeConfig c;
     config_read(&c, o.path());
+    freeze(&c, o.freeze);
     info_check(&o, c);
     layout_set(0, (int)o.gpus, (int)o.ep, o.zero == 1);
     Olmoe m;
@@ -243,8 +287,8 @@ int command_info(int argc, char** argv) {
     box.add("FLOP a token", text("%s forward and backward at T = %ld, causal",
                                  human(flops_per_token(c, (double)o.T), "FLOP").c_str(), o.T));
     box.rule();
-    box.add("training", text("%s, %ld x %ld tokens a micro-batch, --recompute %ld", BF16 ? "BF16" : "FP32", o.B, o.T,
-                             o.recompute));
+    box.add("training", text("%s, %ld x %ld tokens a micro-batch, --recompute %ld", BF16 ? "BF16" : "FP32",
+                             o.B * (int64_t)o.sides(), o.T, o.recompute));
     box_memory(&box, m);
     box.add("CUDA, NCCL", "about " + human(overhead_estimate(), "B") + " more of a GPU (estimate)");
     box.rule();
@@ -252,6 +296,11 @@ int command_info(int argc, char** argv) {
     if (o.gpus > 1) {
         box.rule();
         box_layout(&box, m, o);
+    }
+    if (o.of_rows()) {
+        box.rule();
+        box.add("objective", o.objective);
+        box_objective(&box, m, o);
     }
     box.print();
     if (o.model.empty()) return 0;

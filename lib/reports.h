@@ -29,6 +29,12 @@ double flops_per_token(const OlmoeConfig& c, double T) {
     return flops;
 }
 
+// Forward alone, whatever is frozen
+double forward_flops(OlmoeConfig c, double T) {
+    c.frozen.clear();
+    return flops_per_token(c, T) / 3;
+}
+
 // ------------------------------------------------------------------------------------------------
 // Tables
 
