@@ -2699,7 +2699,7 @@ std::vector<double> preferences(const TrainOptions& o, const Rows& rows, const s
             const double x = o.beta * (ratio(0) - ratio(1)), slope = o.beta * sigmoid(-x) * weight;
             sum[LOSS] += weight * (std::max(-x, 0.0) + log1p(exp(-fabs(x))));
             sum[CHOSEN] += logps[2 * i]; sum[REJECTED] += logps[2 * i + 1]; sum[CHOSENS]++; sum[REJECTEDS]++;
-            sum[MARGIN] += x; sum[ACCURATE] += x > 0;
+            sum[REWARD_MARGIN] += x; sum[ACCURATE] += x > 0;
             slopes.insert(slopes.end(), {-slope, slope});
         } else {
             const double sign = rows.labels[numbers[i]] ? 1 : -1, s = sigmoid(sign * o.beta * (ratio(0) - kl));

@@ -363,7 +363,7 @@ static void twin_router_backward(Vec& dz, const Vec& dweights, const Vec& p, con
     }
 }
 
-static double sigmoid(double x) { return 1 / (1 + exp(-x)); }
+static double logistic(double x) { return 1 / (1 + exp(-x)); }
 
 // y_a of assignment a = n K + k: the output of its expert for its token, not weighted. gate_up (E, 2F, C), down
 // (E, C, F)
@@ -372,7 +372,7 @@ static void twin_expert(Vec& h, Vec& gate_up, Vec& y, const double* x, int e, co
     gate_up.assign(2 * F, 0); h.resize(F); y.assign(C, 0);
     for (int f = 0; f < 2 * F; f++)
         for (int i = 0; i < C; i++) gate_up[f] += w_gate_up[((size_t)e * 2 * F + f) * C + i] * x[i];
-    for (int f = 0; f < F; f++) h[f] = gate_up[f] * sigmoid(gate_up[f]) * gate_up[F + f];
+    for (int f = 0; f < F; f++) h[f] = gate_up[f] * logistic(gate_up[f]) * gate_up[F + f];
     for (int i = 0; i < C; i++)
         for (int f = 0; f < F; f++) y[i] += w_down[((size_t)e * C + i) * F + f] * h[f];
 }
@@ -399,7 +399,7 @@ static void twin_experts_backward(Vec& dx_rows, Vec& dw_gate_up, Vec& dw_down, V
         for (int i = 0; i < C; i++) dweights[a] += d[i] * y[i];
         for (int f = 0; f < F; f++) {
             size_t gate_row = (e * 2 * F + f) * C, up_row = gate_row + (size_t)F * C;
-            double dh = 0, g = gate_up[f], u = gate_up[F + f], s = sigmoid(g);
+            double dh = 0, g = gate_up[f], u = gate_up[F + f], s = logistic(g);
             for (int i = 0; i < C; i++) {
                 dh += weights[a] * d[i] * w_down[(e * C + i) * F + f];
                 dw_down[(e * C + i) * F + f] += weights[a] * d[i] * h[f];
@@ -994,7 +994,7 @@ static void test_swiglu() {
         for (int row = 0; row < R; row++)
             for (int f = 0; f < F; f++) {
                 size_t at = (size_t)row * F + f, g_at = (size_t)row * 2 * F + f;
-                double g = gate_up[g_at], u = gate_up[g_at + F], s = sigmoid(g), w = weights[assignment[row]];
+                double g = gate_up[g_at], u = gate_up[g_at + F], s = logistic(g), w = weights[assignment[row]];
                 h[at] = g * s * u;
                 weighted_h[at] = w * h[at];
                 dgate_up[g_at] = w * dh[at] * u * s * (1 + g * (1 - s));
@@ -1122,11 +1122,11 @@ static AdamWOptions adamw_options(double lr, double beta1, double beta2, double 
 }
 
 template <typename Master, typename Moment>
-static void check_adamw(const char* how) {
+static void check_adamw(const char* how, bool rmsprop = false) {
     constexpr bool no_master = std::is_same<Master, NoMaster>::value, narrow = sizeof(Moment) == 2;
     for (int step : {1, 2, 1000}) {
         const size_t n = 2 * BLOCK + (step == 1 ? 3 : 8);       // alone, and in packs
-        std::string name = text("adamw, %s, step %d ", how, step);
+        std::string name = text("%s, %s, step %d ", rmsprop ? "rmsprop" : "adamw", how, step);
         Vec value = random_vec<float>(n), g = random_vec(n), m = random_vec<Moment>(n, 0.1);
         Vec v = random_vec<Moment>(n, 0.1);
         for (double& x : v) x = fabs(x);
@@ -1143,10 +1143,18 @@ static void check_adamw(const char* how) {
         Device<Moment> d_m(m), d_v(v);
         copy_to_device(d_p.p, weights);
         copy_to_device(d_master.p, masters);
-        const AdamWOptions o = adamw_options(3e-2, 0.8, 0.9, 1e-3, 0.2, 6198);
+        AdamWOptions o = adamw_options(3e-2, 0.8, 0.9, 1e-3, 0.2, 6198);
+        o.rmsprop = rmsprop;
         const double grad_scale = 0.25;
         for (size_t i = 0; i < n; i++) {
             double grad = grad_scale * g[i];
+            if (rmsprop) {
+                grad += o.weight_decay * value[i];
+                m[i] = grad;
+                v[i] = 0.99 * v[i] + (1 - 0.99) * grad * grad;
+                value[i] -= o.lr * grad / (sqrt(v[i]) + o.eps);
+                continue;
+            }
             m[i] = o.beta1 * m[i] + (1 - o.beta1) * grad;
             v[i] = o.beta2 * v[i] + (1 - o.beta2) * grad * grad;
             double m_hat = m[i] / (1 - pow(o.beta1, step)), v_hat = v[i] / (1 - pow(o.beta2, step));
@@ -1264,6 +1272,7 @@ static void check_random_rounding(const char* how) {
 static void test_adamw() {
     test_store();
     check_adamw<NoMaster, float>(BF16 ? "no master" : "fp32");
+    check_adamw<NoMaster, float>(BF16 ? "no master" : "fp32", true);
     check_adamw<NoMaster, __nv_bfloat16>("no master, bf16 moments");
     check_random_rounding<NoMaster, __nv_bfloat16>("no master, bf16 moments");
 #ifdef PRECISION_BF16
@@ -1271,6 +1280,7 @@ static void test_adamw() {
     check_adamw<float, float>("fp32 master");
     check_adamw<float, __nv_bfloat16>("fp32 master, bf16 moments");
     check_adamw<Remainder, float>("remainder");
+    check_adamw<Remainder, float>("remainder", true);
     check_adamw<Remainder, __nv_bfloat16>("remainder, bf16 moments");
     check_remainders<Remainder>();
 #endif
@@ -1550,6 +1560,120 @@ static void vectors_schedule() {
     s.kind = "anneal"; s.lr = 4e-5; s.total = 23842;
     check("anneal at step 1", learning_rate(s, 1), 4e-5 * 23841 / 23842, 1e-12);
     check_true("anneal ends at 0", learning_rate(s, 23842) == 0);
+    // OLMoE's SFT and DPO: schedulers of n and w ticks, 32 of them an update. Update s has the rate logged after s - 1.
+    s.kind = "hf-linear"; s.lr = 2e-5; s.min_lr = 1e-5; s.warmup = 9119 / 32.; s.total = 303976 / 32.;
+    check_true("hf-linear begins at 0", learning_rate(s, 1) == 0);
+    auto all_digits = [&](const char* name, double got, double want, double last_digit) {
+        check(name, got, want, 0.5 * last_digit / want);
+    };
+    all_digits("sft, logged after step 1", learning_rate(s, 2), 7.018313e-8, 1e-14);
+    all_digits("sft, logged after step 285", learning_rate(s, 286), 1.99999322e-5, 1e-13);
+    all_digits("sft, logged after step 1000", learning_rate(s, 1001), 1.844799e-5, 1e-11);
+    all_digits("sft, logged after step 9000", learning_rate(s, 9001), 1.0836439e-6, 1e-13);
+    check_true("hf-linear ends at 0", learning_rate(s, 9501) == 0 && learning_rate(s, 9500) > 0);
+    s.lr = 5e-7; s.warmup = 18275 / 32.; s.total = 182751 / 32.;
+    all_digits("dpo, logged after step 1", learning_rate(s, 2), 8.75513e-10, 1e-15);
+    s.warmup = 0; s.total = 10;
+    check("without warm-up", learning_rate(s, 1), 5e-7, 1e-12);
+    check("its last update", learning_rate(s, 10), 5e-8, 1e-12);
+}
+
+// The slopes are the derivatives of the losses, by differences of their formulas as papers have them; the measures are
+// what the log says. The first loss is ln 2, or 1/2.
+static void preference_losses() {
+    TrainOptions o;
+    Rows rows;
+    const Vec reference = random_vec<double>(8, 30);
+    const std::vector<size_t> numbers = {3, 0};
+    const uint8_t labels[] = {1, 0, 0, 0};                      // row 3 is undesirable, row 0 desirable
+    auto sigma = [](double x) { return 1 / (1 + exp(-x)); };
+    o.beta = 0.3;
+    rows.labels = labels;
+    for (RowKind kind : {RowKind::dpo, RowKind::kto}) {
+        rows.format.kind = kind;
+        const size_t sides = rows.sides();
+        Vec logps;
+        for (size_t row : numbers)
+            for (size_t side = 0; side < sides; side++) logps.push_back(reference[row * sides + side]);
+        Vec sums(MEASURES, 0);
+        preferences(o, rows, numbers, logps, {reference, {}}, 0, 0.5, &sums);
+        check(text("%s, the first loss", name_of(kind)), sums[LOSS], kind == RowKind::dpo ? log(2.0) : 0.5, 1e-15);
+        const Vec random = random_vec<double>(logps.size(), 3);
+        for (size_t i = 0; i < logps.size(); i++) logps[i] += random[i];
+        const double kl = 0.7, h = 1e-5;
+        auto loss = [&](const Vec& x, Vec* slopes = nullptr, Vec* measured = nullptr) {
+            Vec all(MEASURES, 0), s = preferences(o, rows, numbers, x, {reference, {}}, kl, 0.5, &all);
+            if (slopes) *slopes = s;
+            if (measured) *measured = all;
+            return all[LOSS];
+        };
+        Vec slopes, differences;
+        const double got = loss(logps, &slopes, &sums);
+        for (size_t i = 0; i < logps.size(); i++) {
+            Vec more = logps, less = logps;
+            more[i] += h; less[i] -= h;
+            differences.push_back((loss(more) - loss(less)) / (2 * h));
+        }
+        check(text("%s, slopes", name_of(kind)), slopes, differences, 1e-8);
+        double want = 0;
+        for (size_t i = 0; i < 2; i++) {
+            const double r = logps[i * sides] - reference[numbers[i] * sides];
+            if (kind == RowKind::dpo) {
+                const double other = logps[2 * i + 1] - reference[numbers[i] * 2 + 1];
+                want -= log(sigma(0.3 * (r - other))) / 2;
+            } else want += (1 - sigma(0.3 * (numbers[i] == 0 ? r - kl : kl - r))) / 2;
+        }
+        check(text("%s, the loss", name_of(kind)), got, want, 1e-12);
+        const double counted = sums[CHOSENS] + sums[REJECTEDS];
+        check_true(text("%s, rows counted", name_of(kind)), counted == (kind == RowKind::dpo ? 4 : 2));
+    }
+    const double ratios[] = {1, 2};
+    check("kl is a mean", kto_kl({3, 5}, ratios), 2.5, 1e-15);
+    check_true("kl is not negative", kto_kl({0, 1}, ratios) == 0);
+    rows.format.kind = RowKind::dpo;
+    Vec sums(MEASURES, 0);
+    const Vec slopes = preferences(o, rows, {0}, {-9000, 9000}, {Vec(2, 0), {}}, 0, 1, &sums);
+    check("far on the wrong side", Vec{sums[LOSS], slopes[0], slopes[1]}, {0.3 * 18000, -0.3, 0.3}, 1e-12);
+}
+
+// Rows dealt to ranks: each once, as many to each rank, micro-batches of all sizes, tokens as even as their lengths let
+static void rows_dealt() {
+    const Group before = world;
+    const std::vector<int> lengths = {7, 100, 3, 50, 50, 9, 90, 1, 60, 2, 30, 5};
+    for (int W : {1, 2, 3, 4}) {
+        std::vector<size_t> seen;
+        std::vector<double> tokens, all;
+        bool sorted = true, sizes = true;
+        for (int rank = 0; rank < W; rank++) {
+            world.rank = rank; world.size = W;
+            const Deal d = rows_deal(lengths, 2);
+            double sum = 0;
+            sizes = sizes && d.mine.size() == (size_t)ceil_div(lengths.size() / W, 2);
+            if (rank == 0) all = d.tokens;
+            sizes = sizes && all == d.tokens;
+            std::vector<size_t> places;
+            for (auto& micro_batch : d.mine)
+                for (size_t place : micro_batch) { places.push_back(place); sum += lengths[place]; }
+            sizes = sizes && places.size() == lengths.size() / W;
+            sorted = sorted && std::is_sorted(places.begin(), places.end());
+            seen.insert(seen.end(), places.begin(), places.end());
+            tokens.push_back(sum);
+        }
+        std::sort(seen.begin(), seen.end());
+        bool each = seen.size() == lengths.size();
+        for (size_t i = 0; i < seen.size(); i++) each = each && seen[i] == i;
+        const auto [least, most] = std::minmax_element(tokens.begin(), tokens.end());
+        const std::string name = text("%d ranks, ", W);
+        check_true(name + "each row once, in the step's order", each && sorted && sizes);
+        check_true(name + "tokens", std::accumulate(all.begin(), all.end(), 0.0) == 407 && *most - *least <= 40);
+    }
+    world.size = 3;
+    for (world.rank = 0; world.rank < 3; world.rank++) {        // a last block of validation
+        const Deal d = rows_deal({5, 6}, 4);
+        const size_t mine = world.rank < 2;
+        check_true("fewer rows than ranks", d.mine.size() == 1 && d.mine[0].size() == mine && d.tokens[0] == 11);
+    }
+    world = before;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -2085,6 +2209,51 @@ static void model_recompute() {
             check_equal(name + "losses", Vec{got.loss, got.lb, got.z}, {want.loss, want.lb, want.z});
             check_equal(name + "gradients", got.grads, want.grads);
         }
+    }
+}
+
+// Tensors of a frozen group have no gradient, those of the others the same bits as ever; the norm is over these, and an
+// update changes these.
+static void model_frozen() {
+    const OlmoeConfig c = model_shape(2, 12, 2, 23, 4, 2, 10);
+    const Vec params = random_params(c);
+    Batch b = random_batch(c, 2, 8);
+    Model whole(c, 2, 8);
+    whole.set(params);
+    whole.run(b);
+    const Vec want = whole.run(b, true).grads;
+    for (const char* group : {"embedding", "norms", "attention", "router", "experts", "head"}) {
+        OlmoeConfig part = c;
+        part.frozen = {group};
+        Model model(part, 2, 8);
+        model.set(params);
+        for (bool again : {false, true}) {
+            model.forward(b, again);
+            model.backward(b, 1);
+        }
+        bool frozen = true, same = true, kept = true, moved = true;
+        double squares = 0;
+        for (const Tensor& t : model.m.tensors) {
+            const bool is = strcmp(t.group, group) == 0;
+            const floatX* g = t.in(model.m.grads);
+            frozen = frozen && t.frozen == is && !g == is;
+            if (!g) continue;
+            const Vec got = Device<floatX>::get_from(g, t.count), of_all = slice(want, t.offset, t.count);
+            same = same && got == of_all;
+            squares += l2(got) * l2(got);
+        }
+        const double norm = olmoe_grad_norm(&model.m);
+        olmoe_update(&model.m, 1, norm, adamw_options(0.1, .9, .95, 1e-8, .1, 6198));
+        const Vec after = model.flat(model.m.params);
+        for (const Tensor& t : model.m.tensors) {
+            const bool equal = slice(after, t.offset, t.count) == slice(model.params, t.offset, t.count);
+            kept = kept && (!t.frozen || equal);
+            moved = moved && (t.frozen || !equal);
+        }
+        const std::string name = text("%s frozen, ", group);
+        check_true(name + "its gradients are not there, and the others' bits are the same", frozen && same);
+        check(name + "norm", norm, sqrt(squares), 1e-5);
+        check_true(name + "its weights stay, and the others are updated", kept && moved);
     }
 }
 
@@ -3522,11 +3691,14 @@ static const Test tests[] = {
     {"vectors adamw", vectors_adamw, true},
     {"vectors schedule", vectors_schedule, true},
     {"vectors losses", vectors_losses, true},
+    {"preference losses", preference_losses, true},
+    {"rows dealt", rows_dealt, true},
     {"model shapes", model_shapes, true},
     {"model, odd width", model_odd_width, true},
     {"model batches", model_batches, true},
     {"model head", model_head, true},
     {"model recompute", model_recompute, true},
+    {"model frozen", model_frozen, true},
     {"model cache", model_cache, true},
     {"batch ragged", batch_ragged, true},
     {"batch rows", batch_rows, true},

@@ -12,7 +12,8 @@ struct InfoOptions {
     std::vector<std::string> freeze;
     Choice master_weights = "fp32", moments = "fp32", objective = "pretrain";
     int64_t B = 4, T = 0, global_batch = 0, recompute = 0, gpus = 1, ep = 1, zero = 0, per_node = 8, rows = 0;
-    double length = 0, epochs = 1, memory = 80, tflops = 400, memory_bandwidth = 3000, node_bandwidth = 300, network_bandwidth = 40;
+    double length = 0, epochs = 1, memory = 80, tflops = 400, memory_bandwidth = 3000;
+    double node_bandwidth = 300, network_bandwidth = 40;
     bool json = false;
 
     const std::string& path() const { return config.empty() ? model : config; }

@@ -399,7 +399,7 @@ std::string finetune_report(const TrainingRun& run, const StepResult& r, Json* l
     const double chosen = mean(s[CHOSEN], s[CHOSENS]), rejected = mean(s[REJECTED], s[REJECTEDS]);
     (*line)["targets"] = r.losses.valid;
     if (run.objective->rows == RowKind::dpo) {
-        const double margin = s[MARGIN] / s[CHOSENS], accuracy = s[ACCURATE] / s[CHOSENS];
+        const double margin = s[REWARD_MARGIN] / s[CHOSENS], accuracy = s[ACCURATE] / s[CHOSENS];
         line->update({{"chosen_logp", digits(chosen)}, {"rejected_logp", digits(rejected)},
                       {"reward_margin", digits(margin)}, {"reward_accuracy", digits(accuracy)}});
         return text("logp %.2f %.2f, margin %.4f, accuracy %.3f", chosen, rejected, margin, accuracy);

@@ -278,7 +278,7 @@ struct ReferenceLogps { std::vector<double> rows, mismatched; };
 
 // What steps of DPO and KTO add up over their rows: the loss; of chosen and rejected (KTO: desirable and undesirable)
 // rows the log-probability (KTO: the reward) and their number; DPO's margin of rewards, and how often it is positive
-enum Measure { LOSS, CHOSEN, REJECTED, CHOSENS, REJECTEDS, MARGIN, ACCURATE, MEASURES };
+enum Measure { LOSS, CHOSEN, REJECTED, CHOSENS, REJECTEDS, REWARD_MARGIN, ACCURATE, MEASURES };
 
 // What a fine-tuning run has of its rows
 struct Finetuning {
