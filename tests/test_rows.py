@@ -48,8 +48,10 @@ def draw_rows(kind, n, seed=0):
     """Rows of all forms, of one token and of more than fit into --seq."""
     r = random.Random(seed)
 
+    some = "a fox owl goes home 12 + 33 = ß ö 你好 yes no".split()
+
     def words(low, high):
-        return " ".join(r.choice("a fox owl goes home 12 + 33 = ß ö 你好 yes no".split()) for _ in range(r.randint(low, high)))
+        return " ".join(r.choice(some) for _ in range(r.randint(low, high)))
 
     def talk():
         return [m for _ in range(r.choice([1, 1, 2]))
@@ -94,8 +96,8 @@ def base(tmp_path_factory):
 
 def train(base, out, kind, *more, ranks=1, data=None, code=0):
     data = [base / f"{kind}.jsonl"] if data is None else data
-    result = run(ranks, "train", "--objective", kind, "--model", base / "model", "--tokenizer", "bytes", "--data", *data,
-                 "--out", out, "--global-batch", 8, "--batch", 2, "--seq", 64, "--lr", "1e-3", "--log-every", 1,
+    result = run(ranks, "train", "--objective", kind, "--model", base / "model", "--tokenizer", "bytes", "--data",
+                 *data, "--out", out, "--global-batch", 8, "--batch", 2, "--seq", 64, "--lr", "1e-3", "--log-every", 1,
                  "--sample-tokens", 1, "--peak-tflops", 1, *more)
     assert result.returncode == code, result.stderr[-3000:]
     return result.stdout if code == 0 else result.stderr
@@ -161,7 +163,7 @@ U, A, S = "<|user|>\n", "<|assistant|>\n", "<|system|>\n"
 
 
 def sft(base, tmp_path, rows, *more):
-    train(base, tmp_path / "out", "sft", "--steps", 1, "--global-batch", 1, "--batch", 1, "--seq", 128, "--order", "sequential", *more,
+    train(base, tmp_path / "out", "sft", "--steps", 1, "--global-batch", 1, "--batch", 1, "--seq", 128, *more,
           data=[write(tmp_path / "rows.jsonl", rows)])
     return sequences(tmp_path / "out")
 
@@ -220,7 +222,8 @@ def test_real_tokenizer(base, tmp_path):
     subprocess.run([sys.executable, ROOT / "scripts/make_random_model.py", "--out", tmp_path / "model", "--config",
                     tmp_path / "shape.json"], check=True, capture_output=True)
     shutil.copy(TOKENIZER, tmp_path / "model/tokenizer.json")
-    rows = [{"messages": [user("user", "the the"), user("assistant", "the end")]}, {"prompt": "the", "completion": "end"}]
+    rows = [{"messages": [user("user", "the the"), user("assistant", "the end")]},
+            {"prompt": "the", "completion": "end"}]
     result = run(1, "train", "--objective", "sft", "--model", tmp_path / "model", "--data",
                  write(tmp_path / "rows.jsonl", rows), "--out", tmp_path / "out", "--batch", 1, "--steps", 1, "--order",
                  "sequential", "--peak-tflops", 1)
@@ -275,7 +278,8 @@ def test_micro_batches(base, straight, tmp_path, kind, more):
 
 @pytest.mark.skipif(not shutil.which("mpirun"), reason="no mpirun; make setup installs it")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("ranks,more", [(2, ("--ep", 2)), (4, ("--zero", 1)), (4, ("--ep", 2, "--recompute", 1))], ids=str)
+@pytest.mark.parametrize("ranks,more", [(2, ("--ep", 2)), (4, ("--zero", 1)), (4, ("--ep", 2, "--recompute", 1))],
+                         ids=str)
 def test_ranks(base, straight, tmp_path, kind, ranks, more):
     train(base, tmp_path / "out", kind, "--steps", 7, "--val", base / f"{kind}.jsonl", "--val-every", 4, *more,
           ranks=ranks)
@@ -344,7 +348,8 @@ def test_resume_refuses(base, straight, tmp_path, kind, more, words):
     more = [base / m if m == "other" else tmp_path / m if m == "changed.jsonl" else m for m in more]
     said = train(base, out, kind, "--steps", 8, "--resume", *more, code=1)
     assert words in said and len([line for line in said.splitlines() if line.startswith("olmoe: ")]) == 1
-    assert digest(out / "step-00000007/model.safetensors") == digest(straight / kind / "step-00000007/model.safetensors")
+    saved = "step-00000007/model.safetensors"
+    assert digest(out / saved) == digest(straight / kind / saved)
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
@@ -360,7 +365,8 @@ def test_killed(base, straight, tmp_path, kind):
         time.sleep(r.uniform(0.01, 0.25))
         process.send_signal(signal.SIGKILL)
         process.wait()
-    result = subprocess.run(args, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    result = subprocess.run(args, capture_output=True, text=True, timeout=300,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert digest(out / "step-00000007" / name) == digest(straight / kind / "step-00000007" / name), name
@@ -468,7 +474,8 @@ def test_bad_rows_are_left_out(base, tmp_path):
 
 @pytest.mark.parametrize("kind,more,words", [
     ("sft", ("--objective", "rlhf"), "is not one of pretrain|sft|dpo|kto"),
-    ("dpo", ("--beta", 0), "--beta 0"), ("dpo", ("--beta", -1), "--beta"), ("sft", ("--reference", "model"), "--reference"),
+    ("dpo", ("--beta", 0), "--beta 0"), ("dpo", ("--beta", -1), "--beta"),
+    ("sft", ("--reference", "model"), "--reference"),
     ("dpo", ("--reference", "wider"), "another config.json"), ("dpo", ("--reference", "nowhere"), "nowhere"),
     ("sft", ("--steps", "100T"), "no number of steps"), ("sft", ("--warmup", "1T"), "no number of steps"),
     ("sft", ("--steps", 1, "--epochs", 1), "--steps and --epochs"), ("sft", ("--steps", 1.5), "whole number"),
