@@ -25,7 +25,7 @@ set -euo pipefail
 # defaults) and clipping at 1.0 (log: gradient_clipping of DeepSpeed's "auto") are defaults of --objective.
 common=(--label-mask olmoe --seq 4096                           # README: --add_bos, --max_seq_length 4096
         --schedule hf-linear                                    # README: --lr_scheduler_type linear; kto: its default
-        --save-every 500 --keep-last 2)
+        --resume --save-every 500 --keep-last 2)
 
 # 128 conversations a step (README: 8 GPUs x 2 x 8 accumulated; log: 32 x 2 x 2)
 sft=(--objective sft --lr 2e-5                                  # README: --learning_rate 2e-05
@@ -94,11 +94,10 @@ esac
 [ "$gpus" -le 8 ] || layout+=(--ep 8)                           # the experts' gradients stay within a machine
 
 if [ -n "$hosts" ]; then launch=("$scripts/launch_hosts.sh" "$hosts")
-elif [ -n "${SLURM_JOB_ID:-}" ]; then launch=(bash "$scripts/launch_slurm.sh")          # gives --resume itself
+elif [ -n "${SLURM_JOB_ID:-}" ]; then launch=(bash "$scripts/launch_slurm.sh")
 elif [ "$gpus" -gt 1 ]; then launch=(env "RANKS=$gpus" "$scripts/launch_node.sh")
 else launch=("$olmoe" train)
 fi
-[ "${launch[0]}" = bash ] || common+=(--resume)
 
 # ------------------------------------------------------------------------------------------------
 # A run
@@ -131,7 +130,7 @@ result_of() { printf '%s/%s/step-%08d' "$out" "$1" "$2"; }
 
 # Runs a command. A signal makes it save and end, which is no error.
 run() {
-    trap 'kill -TERM $! 2>/dev/null' INT TERM HUP
+    trap 'kill -TERM "${!-}" 2>/dev/null' INT TERM HUP
     setsid "$@" &
     local code=0; wait $! || code=$?
     while kill -0 $! 2>/dev/null; do code=0; wait $! || code=$?; done   # a signal ends the first wait
