@@ -136,8 +136,8 @@ def test_files_that_are_refused(tmp_path, what, words):
     elif what == "damaged":
         write_damaged(x, messages)
     elif what != "none":
-        columns = {"column": {"prompt": ["q"], "text": ["a"]}, "type": {"messages": ["q"]}, "fields": {"messages": [[]]},
-                   "left": {"messages": [[user("q")]]}}[what]
+        columns = {"column": {"prompt": ["q"], "text": ["a"]}, "type": {"messages": ["q"]},
+                   "fields": {"messages": [[]]}, "left": {"messages": [[user("q")]]}}[what]
         if what == "fields":
             columns = pyarrow.table({"messages": pyarrow.array([[{"from": "q", "value": "a"}]])})
         parquet.write_table(columns if what == "fields" else table(columns), x)

@@ -1,5 +1,5 @@
-"""scripts/rows.py: what it makes of the published sets' records, and what it refuses. tests/test_rows_parquet.py has the
-files themselves.
+"""scripts/rows.py: what it makes of the published sets' records, and what it refuses. tests/test_rows_parquet.py has
+files of them.
 """
 import os
 import subprocess
