@@ -164,6 +164,7 @@ train() {
     shown "${command[@]}"
     [ -z "$dry" ] || return 0
     [ ! -d "$result" ] || { echo "# $stage is done: $result"; return 0; }
+    mkdir -p -- "$out" || die "cannot make the directory $out"
     run "${command[@]}"
     [ -d "$result" ] || { echo "# $stage was stopped before step $steps; the same command goes on"; exit 0; }
 }

@@ -39,7 +39,8 @@ if os.path.exists(here + "/wait"):
 elif os.path.exists(here + "/stop"):
     sys.exit(int(open(here + "/stop").read()))
 else:
-    os.makedirs("%s/step-%08d" % (option("--out"), int(option("--steps"))))
+    os.path.isdir(option("--out")) or os.mkdir(option("--out"))
+    os.mkdir("%s/step-%08d" % (option("--out"), int(option("--steps"))))
 """
 # mpirun and srun that run the program once
 LAUNCH = """#!/bin/sh
