@@ -77,6 +77,7 @@ for stage in sft dpo kto; do
 done
 [ ${#stages[@]} -gt 0 ] || die "no rows: give --sft FILES, --dpo FILES or --kto FILES"
 [ ${#dpo_data[@]} -eq 0 ] || [ ${#kto_data[@]} -eq 0 ] || die "--dpo and --kto are two ways from SFT; give one of them"
+[ -z "$hosts" ] || [ -r "$hosts" ] || die "$hosts cannot be read"
 [ -r "$model/config.json" ] || die "$model holds no model: there is no config.json"
 [ -x "$olmoe" ] || die "there is no $olmoe; make PRECISION=BF16 builds it"
 

@@ -1297,7 +1297,8 @@ def drawn(*calls):
             sys.argv[1:] = call
             plot.main()"""
     calls = json.dumps([[str(run) for run in call] for call in calls])
-    r = subprocess.run([sys.executable, "-c", code, os.path.join(ROOT, "scripts"), calls], capture_output=True, text=True)
+    words = [sys.executable, "-c", code, os.path.join(ROOT, "scripts"), calls]
+    r = subprocess.run(words, capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
     return [json.loads(line) for line in r.stdout.splitlines() if line.startswith("[")]
 

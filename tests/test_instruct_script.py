@@ -1,8 +1,9 @@
 """scripts/olmoe_instruct.sh: the released recipe as commands, their order, what an interruption leaves, and what is
-refused; with stand-ins for the program, mpirun and Slurm.
+refused; with stand-ins for the program, mpirun and Slurm. One test trains, with OLMOE (default ./olmoe).
 """
 import gzip
 import json
+import math
 import os
 import shlex
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = os.path.abspath(os.environ.get("OLMOE", ROOT / "olmoe"))
 
 # A program that writes down its arguments. Training makes the last step's checkpoint, unless a file `stop` is beside
 # it: then it ends with the code in that file. With `wait` it goes on until SIGTERM, and ends with 0. A step takes an
@@ -271,6 +273,54 @@ def test_launching(place):
     assert sft["--ep"] == ["8"] and sft["--resume"] == dpo["--resume"] == []
 
 
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def log_of(out):
+    first, *steps = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return first["config"], steps
+
+
+def test_with_the_program(place):
+    """All three at toy scale: each takes the one before's result, by its recipe."""
+    def said(role, content):
+        return {"role": role, "content": content}
+
+    chats = [[said("user", f"{i} + 1"), said("assistant", str(i + 1))] for i in range(130)]
+    write_rows(place.here / "sft.jsonl", [{"messages": chat} for chat in chats])
+    wrong = [[question, said("assistant", "no")] for question, _ in chats]
+    write_rows(place.here / "pairs.jsonl", [{"chosen": a, "rejected": b} for a, b in zip(chats[:40], wrong)])
+    write_rows(place.here / "judged.jsonl", [{"prompt": f"<|user|>\n{i}\n<|assistant|>\n", "completion": "yes",
+                                              "label": i % 3 == 0} for i in range(40)])
+    shape = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4,
+             "num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2, "vocab_size": 320,
+             "max_position_embeddings": 64, "eos_token_id": 256, "pad_token_id": 1}
+    (place.here / "shape.json").write_text(json.dumps(shape))
+    random_model = [sys.executable, ROOT / "scripts/make_random_model.py", "--out", "model", "--config", "shape.json"]
+    subprocess.run(random_model, cwd=place.here, check=True, capture_output=True)
+    (place.folder / "olmoe").unlink()
+    (place.folder / "olmoe").symlink_to(PROGRAM)
+    more = ("--gpus", 1, "--", "--tokenizer", "bytes", "--seq", 64, "--master-weights", "fp32", "--moments", "fp32",
+            "--peak-tflops", 1)
+    place.run("--model", "model", "--out", "out", "--sft", "sft.jsonl", "--dpo", "pairs.jsonl", *more)
+    place.run("--model", "out/sft/step-00000002", "--out", "out", "--kto", "judged.jsonl", *more)
+
+    sft, dpo, kto = (log_of(place.here / "out" / name) for name in ("sft", "dpo", "kto"))
+    for (config, steps), rows, n in zip((sft, dpo, kto), (128, 32, 32), (2, 3, 3)):
+        assert config["global_batch"] == rows and config["label_mask"] == "olmoe" and len(steps) == n
+        assert config["adamw"]["beta2"] == 0.999 and config["adamw"]["weight_decay"] == 0
+        assert config["adamw"]["grad_clip"] == 1 and config["losses"]["lb_coef"] == config["losses"]["z_coef"] == 0
+    # the released SFT's loss is the sum over targets / 64
+    assert all(step["loss"] == pytest.approx(step["ce_loss"] * step["targets"] / 64, rel=1e-6) for step in sft[1])
+    assert [step["lr"] for step in sft[1]] == pytest.approx([0, 2e-5 * (2 - 1) / (2 - 0.06)], rel=1e-6)
+    assert [step["lr"] for step in dpo[1]] == pytest.approx([0, 5e-7 * 2 / 2.7, 5e-7 * 1 / 2.7], rel=1e-6)
+    # 40 rows are 2 of transformers' steps, and 6 in 3 epochs
+    assert [step["lr"] for step in kto[1]] == pytest.approx([5e-7, 5e-7 * 5 / 6, 5e-7 * 4 / 6], rel=1e-6)
+    assert [step["loss"] for step in dpo[1][:2]] == pytest.approx([math.log(2)] * 2, abs=1e-6)
+    assert kto[1][0]["loss"] == pytest.approx(0.5, abs=1e-6) and kto[1][0]["kl"] == pytest.approx(0, abs=1e-6)
+
+
 # ------------------------------------------------------------------------------------------------
 # Refused, with one line
 
@@ -283,7 +333,7 @@ def test_launching(place):
     (["--model", "none", "--out", "out", "--sft", "sft.jsonl"], "none holds no model"),
     ([*BASE, "--sft", "judged.jsonl", "--gpus", 1], "sft: 100 rows are fewer than the 128 of a step"),
     ([*BASE, "--dpo", "cut.jsonl.gz", "--gpus", 1], "cut.jsonl.gz is damaged"),
-    ([*BASE, "--sft", "sft.jsonl", "--gpus", 2, "--hosts", "none"], "a readable HOSTFILE comes first"),
+    ([*BASE, "--sft", "sft.jsonl", "--gpus", 2, "--hosts", "no hosts"], "no hosts cannot be read"),
 ], ids=lambda x: None if isinstance(x, list | tuple) else x.split(":")[0][:20])
 def test_refused(place, words, line):
     place.program(place.bin / "nvidia-smi", "#!/bin/sh\nexit 9\n")
