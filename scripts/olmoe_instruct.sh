@@ -21,21 +21,23 @@
 # kto.py of Muennighoff/kto, with trl 0.9.6.
 set -euo pipefail
 
-# What every run has. The mask of the code is one token early. Weight decay 0 (README), AdamW 0.9, 0.999, 1e-8 (torch's
-# defaults) and clipping at 1.0 (log: gradient_clipping of DeepSpeed's "auto") are defaults of --objective.
-common=(--label-mask olmoe --seq 4096                           # README: --add_bos, --max_seq_length 4096
+# What every run has. Weight decay 0 (README), AdamW 0.9, 0.999, 1e-8 (torch's defaults) and clipping at 1.0 (log:
+# gradient_clipping of DeepSpeed's "auto") are defaults of --objective. KTO's own cuts, 512 and 128 tokens, are not made.
+common=(--seq 4096                                              # README: --max_seq_length 4096
         --schedule hf-linear                                    # README: --lr_scheduler_type linear; kto: its default
         --resume --save-every 500 --keep-last 2)
 
 # 128 conversations a step (README: 8 GPUs x 2 x 8 accumulated; log: 32 x 2 x 2)
 sft=(--objective sft --lr 2e-5                                  # README: --learning_rate 2e-05
+     --label-mask olmoe                                         # code: spans without BOS, on ids with it (--add_bos)
      --ce-divisor 64)           # README: --reduce_loss sum, which DeepSpeed averages over 32 GPUs and 2 accumulated
 sft_step=128 sft_epochs=2 sft_batch=2                           # README: --num_train_epochs 2
 sft_warmup=0.03                                                 # README: --warmup_ratio 0.03
 sft_released=(9500 284.96875 9499.25)   # log: 9,500 steps; 9,119 and 303,976 ticks of the scheduler, 32 a step
 
 # 32 pairs a step (README: 8 x 1 x 4; log: 32 x 1)
-dpo=(--objective dpo --lr 5e-7 --beta 0.1)                      # README: --learning_rate 5e-7, --dpo_beta 0.1
+dpo=(--objective dpo --lr 5e-7 --beta 0.1                       # README: --learning_rate 5e-7, --dpo_beta 0.1
+     --label-mask olmoe)                                        # code: as SFT's
 dpo_step=32 dpo_epochs=3 dpo_batch=1                            # README: --num_train_epochs 3
 dpo_warmup=0.1                                                  # README: --warmup_ratio 0.1
 dpo_released=(5712 571.09375 5710.96875)    # log: 5,712 steps; 18,275 and 182,751 ticks, 32 a step
