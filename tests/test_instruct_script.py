@@ -215,7 +215,7 @@ def test_in_order_and_again(place):
     calls = place.calls()
     assert calls == [found for _, found in planned] and [found["--seed"] for found in calls] == [["7"], ["7"]]
     assert calls[0]["--data"] == ["sft.jsonl", "more rows.jsonl"] and calls[0]["--batch"] == ["2"]
-    assert (place.here / calls[1]["--model"][0]).is_dir()
+    assert calls[1]["--model"] == ["out/sft/step-00000006"] and (place.here / calls[1]["--model"][0]).is_dir()
     lines = place.run(*words).splitlines()
     assert "# sft is done: out/sft/step-00000006" in lines and "# dpo is done: out/dpo/step-00000006" in lines
     assert place.calls() == []
