@@ -1,6 +1,6 @@
 """scripts/rows.py on made-up Parquet files of the published sets' schemas.
 
-Run by `make test-peers`: the package pyarrow is in build/venv.
+Run by `make test-peers`: the package pyarrow is in build/venv. OLMOE is the program (default ./olmoe).
 """
 import gzip
 import json
@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from test_rows_script import SCRIPT, answer, chat, message, refused, script, user
+from test_rows_script import ROOT, SCRIPT, answer, chat, message, refused, script, user
 
 pyarrow = pytest.importorskip("pyarrow", reason="no pyarrow; make test-peers has it, in build/venv")
 import pyarrow.parquet as parquet
 
 pytestmark = pytest.mark.peers
+
+OLMOE = os.path.abspath(os.environ.get("OLMOE", ROOT / "olmoe"))
 
 
 def table(columns, large=False):
@@ -102,6 +104,29 @@ def test_a_text_that_is_not_utf8(tmp_path):
     lines = converted("sft", tmp_path / "good.parquet", tmp_path / "bad.parquet", "--out", tmp_path / "a.jsonl")
     assert written(tmp_path / "a.jsonl") == [{"messages": chat(user("q"), answer("a"))}] * 7
     assert f"left out, a text that is not UTF-8: 1 (the first: {tmp_path}/bad.parquet, row 2)" in lines
+
+
+def test_train_takes_them(tmp_path):
+    """Every row that is written, whatever its characters; train's table has their number, and nothing is dropped."""
+    texts = ["two\nlines\r\n", 'a "quote" \\', "Привет, 日本語 😀", "\u2028\x00\x1f\x7f", " spaces ", "\ufeff\ufffe", "",
+             "e\u0301"]
+    pairs = [(f"q{i}", text, texts[i - 1]) for i, text in enumerate(texts)]
+    columns = {"prompt": [q for q, _, _ in pairs], "chosen": [[user(q), answer(c)] for q, c, _ in pairs],
+               "rejected": [[user(q), answer(r)] for q, _, r in pairs]}
+    columns["messages"] = [[message("system", c), *chosen] for (_, c, _), chosen in zip(pairs, columns["chosen"])]
+    parquet.write_table(table(columns), tmp_path / "all.parquet")
+    words = ["--out", tmp_path / "model", "--config", ROOT / "configs/tiny.json"]
+    subprocess.run([sys.executable, ROOT / "scripts/make_random_model.py", *words], check=True, capture_output=True)
+    for objective, name, n in (("sft", "a.jsonl.gz", 8), ("dpo", "a.jsonl", 8), ("kto", "b.jsonl.gz", 14)):
+        converted(objective, tmp_path / "all.parquet", "--out", tmp_path / name)
+        assert len(written(tmp_path / name)) == n
+        done = subprocess.run([OLMOE, "train", "--objective", objective, "--model", tmp_path / "model", "--tokenizer",
+                               "bytes", "--data", tmp_path / name, "--out", tmp_path / objective, "--steps", "1",
+                               "--global-batch", "4", "--peak-tflops", "1"], capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        assert f": {n} rows of " in done.stdout
+        first = json.loads((tmp_path / objective / "log.jsonl").read_text().split("\n")[0])
+        assert first["dropped_rows"] == 0
 
 
 def write_damaged(path, messages):
