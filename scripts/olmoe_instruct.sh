@@ -97,7 +97,7 @@ esac
 [ "$gpus" -le 8 ] || layout+=(--ep 8)                           # the experts' gradients stay within a machine
 
 if [ -n "$hosts" ]; then launch=("$scripts/launch_hosts.sh" "$hosts")
-elif [ -n "${SLURM_JOB_ID:-}" ]; then launch=(bash "$scripts/launch_slurm.sh")
+elif [ -n "${SLURM_JOB_ID:-}" ]; then launch=("$scripts/launch_slurm.sh")
 elif [ "$gpus" -gt 1 ]; then launch=(env "RANKS=$gpus" "$scripts/launch_node.sh")
 else launch=("$olmoe" train)
 fi
@@ -174,4 +174,4 @@ train() {
 
 result=$model
 for stage in "${stages[@]}"; do train "$stage" "$result"; done
-[ -n "$dry" ] || echo "# done: $result. To talk to it: olmoe generate --chat --model $result"
+[ -n "$dry" ] || printf '# done: %q. To talk to it: olmoe generate --chat --model %q\n' "$result" "$result"
