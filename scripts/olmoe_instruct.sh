@@ -11,7 +11,7 @@
 #                           sbatch -N 4 --gpus-per-node 8 --ntasks-per-node 8 --wrap 'scripts/olmoe_instruct.sh ...'
 #   --released-schedule     steps, warm-up and decay of the released runs to all digits. It is for their data: without
 #                           it, they are shares of the steps that the rows give
-#   --dry-run               print the commands, and how long `olmoe info` expects them to take; run nothing
+#   --dry-run               print the commands, and what time and memory `olmoe info` plans for them; run nothing
 #
 # Results are OUT/sft/step-*, and OUT/dpo/step-* or OUT/kto/step-*. Ctrl-C and SIGTERM save; the same command goes on.
 # Options after -- are given to all runs; where they are above already, they take their place.
@@ -22,7 +22,7 @@
 set -euo pipefail
 
 # What every run has. Weight decay 0 (README), AdamW 0.9, 0.999, 1e-8 (torch's defaults) and clipping at 1.0 (log:
-# gradient_clipping of DeepSpeed's "auto") are defaults of --objective. KTO's own cuts, 512 and 128 tokens, are not made.
+# gradient_clipping of DeepSpeed's "auto") are defaults of --objective. KTO's own cuts at 512 and 128 are not made.
 common=(--seq 4096                                              # README: --max_seq_length 4096
         --schedule hf-linear                                    # README: --lr_scheduler_type linear; kto: its default
         --resume --save-every 500 --keep-last 2)
@@ -115,17 +115,20 @@ size_of() {
     done | wc -lc
 }
 
-# How long `steps` steps of a stage take by olmoe info, in rows of their mean length, at four bytes a token
-how_long() {
-    local stage=$1 steps=$2 rows=$3 bytes=$4 batch=$5 step=$6 sides=1 tokens ms
+# How long a stage takes and what memory, by olmoe info, for rows of their mean length, at four bytes a token
+plan_of() {
+    local stage=$1 steps=$2 rows=$3 bytes=$4 batch=$5 step=$6 sides=1 tokens epochs plan
     [ "$stage" != dpo ] || sides=2
     tokens=$((bytes / rows / sides / 4 + 1)); [ $tokens -le 4096 ] || tokens=4096
-    ms=$("$olmoe" info --model "$model" --objective "$stage" --gpus "$gpus" --batch "$batch" --global-batch "$step" \
-         --seq "$tokens" "${layout[@]}" 2>/dev/null |
-         sed -n 's/^| time: step (estimate) *| \([0-9.]*\) ms.*/\1/p') || true
-    [ -n "$ms" ] || { echo "time not known to olmoe info"; return; }
-    awk -v steps="$steps" -v ms="$ms" 'BEGIN { printf "about %.1f hours", steps * ms / 3.6e6 }'
-    echo ", by olmoe info, with rows of $tokens tokens"
+    epochs=$(awk -v steps="$steps" -v of="$((rows / step))" 'BEGIN { printf "%.6f", steps / of }')
+    plan=$("$olmoe" info --model "$model" --objective "$stage" --gpus "$gpus" --batch "$batch" --global-batch "$step" \
+           --seq 4096 --mean-length "$tokens" --rows "$rows" --epochs "$epochs" "${layout[@]}" 2>/dev/null) || true
+    awk -F '[|]' -v tokens="$tokens" '
+        $2 ~ /^ time: run / { sub(/: .*/, "", $3); time = $3 }
+        $2 ~ /^ memory: sum / { sub(/ *$/, "", $3); memory = $3 }
+        END { if (time == "") print "olmoe info has no plan for it"
+              else printf "about%s, and%s a GPU, with rows of %d tokens by olmoe info\n", time, memory, tokens }' \
+        <<< "$plan"
 }
 
 # The checkpoint that a stage ends with
@@ -162,7 +165,7 @@ train() {
     local command=("${launch[@]}" "${options[@]}" "${common[@]}" "${layout[@]}" --batch "$batch" --global-batch "$step"
                    --steps "$steps" --warmup "$warmup" --decay-steps "$decay" --model "$begin" --data "${data[@]}"
                    --out "$out/$stage" "${more[@]}")
-    echo "# $stage: $rows rows, $steps steps; $(how_long "$stage" "$steps" "$rows" "$bytes" "$batch" "$step")"
+    echo "# $stage: $rows rows, $steps steps; $(plan_of "$stage" "$steps" "$rows" "$bytes" "$batch" "$step")"
     result=$(result_of "$stage" "$steps")
     shown "${command[@]}"
     [ -z "$dry" ] || return 0

@@ -5,6 +5,7 @@ import gzip
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -20,15 +21,17 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = os.path.abspath(os.environ.get("OLMOE", ROOT / "olmoe"))
 
 # A program that writes down its arguments. Training makes the last step's checkpoint, unless a file `stop` is beside
-# it: then it ends with the code in that file. With `wait` it goes on until SIGTERM, and ends with 0. A step takes an
-# hour, as `info` has it.
+# it: then it ends with the code in that file. With `wait` it goes on until SIGTERM, and ends with 0. `info` plans the
+# same for all.
 OLMOE = """#!{python}
 import json, os, signal, sys, time
 here, words = os.path.dirname(os.path.abspath(__file__)), sys.argv[1:]
 with open(here + "/log", "a") as f:
     f.write(json.dumps(words) + "\\n")
 if words[0] == "info":
-    print("| time: step (estimate)   | 3600000.00 ms, 48.93 k tokens/s a GPU, 391.4 k in all   |")
+    print("| memory: sum             | 73.07 GB                                                  |")
+    print("| time: step of rows      | 0.6318 s: 32 rows of 1000 tokens in the mean at 1 TFLOP/s |")
+    print("| time: run               | 1h06m: 5709 steps, 3 epochs of 60917 rows                 |")
     sys.exit()
 def option(name):
     return words[len(words) - 1 - words[::-1].index(name) + 1]
@@ -189,17 +192,24 @@ def test_kto_ends_at_step_5000(place):
     assert kto["--steps"] == ["5000"] and number(kto, "--decay-steps") == 3 * 3821 and number(kto, "--warmup") == 0
 
 
-def test_how_long(place):
-    """From info's time of a step, an hour, at the rows' mean length at four bytes a token; of a pair's side, half."""
+def test_plan(place):
+    """What info expects of so many rows of their mean length at four bytes a token; of a pair's side, half."""
     place.rows("sft.jsonl", 300, 4001)
     place.rows("pairs.jsonl.gz", 70, 800)
     _, remarks = place.commands(*ALL, "--gpus", 8)
-    assert remarks == ["# sft: 300 rows, 4 steps; about 4.0 hours, by olmoe info, with rows of 1001 tokens",
-                       "# dpo: 70 rows, 6 steps; about 6.0 hours, by olmoe info, with rows of 101 tokens"]
+    plan = "about 1h06m, and 73.07 GB a GPU, with rows of {} tokens by olmoe info"
+    assert remarks == [f"# sft: 300 rows, 4 steps; {plan.format(1001)}",
+                       f"# dpo: 70 rows, 6 steps; {plan.format(101)}"]
     sft, dpo = place.calls("info")
-    assert sft["--objective"] == ["sft"] and sft["--seq"] == ["1001"] and sft["--global-batch"] == ["128"]
-    assert dpo["--objective"] == ["dpo"] and dpo["--seq"] == ["101"] and dpo["--gpus"] == ["8"]
-    assert sft["--zero"] == ["1"] and sft["--model"] == ["base"]
+    for found, objective, length, rows, step in ((sft, "sft", "1001", "300", "128"), (dpo, "dpo", "101", "70", "32")):
+        assert found["--objective"] == [objective] and found["--mean-length"] == [length] and found["--rows"] == [rows]
+        assert found["--global-batch"] == [step] and found["--gpus"] == ["8"] and found["--zero"] == ["1"]
+        assert found["--model"] == ["base"] and found["--seq"] == ["4096"]
+    assert number(sft, "--epochs") == 2 and number(dpo, "--epochs") == 3
+    place.rows("judged.jsonl", 61135 * 2, 4)
+    place.commands(*KTO, "--gpus", 1)
+    kto, = place.calls("info")
+    assert number(kto, "--epochs") == pytest.approx(5000 / 3820, rel=1e-4) and kto["--recompute"] == ["2"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -301,6 +311,9 @@ def test_with_the_program(place):
     subprocess.run(random_model, cwd=place.here, check=True, capture_output=True)
     (place.folder / "olmoe").unlink()
     (place.folder / "olmoe").symlink_to(PROGRAM)
+    _, remarks = place.commands("--model", "model", "--out", "out", "--sft", "sft.jsonl", "--dpo", "pairs.jsonl",
+                                "--gpus", 8)
+    assert all(re.search(r" steps; about \d\S*[hms]\S*, and [\d.]+ [kMG]?B a GPU, ", line) for line in remarks), remarks
     more = ("--gpus", 1, "--", "--tokenizer", "bytes", "--seq", 64, "--master-weights", "fp32", "--moments", "fp32",
             "--peak-tflops", 1)
     place.run("--model", "model", "--out", "out", "--sft", "sft.jsonl", "--dpo", "pairs.jsonl", *more)
