@@ -7,7 +7,7 @@
 set -euo pipefail
 olmoe=$(dirname -- "$(dirname -- "$(readlink -f -- "$0")")")/olmoe
 [ -x "$olmoe" ] || { echo "launch_node.sh: there is no $olmoe; make builds it" >&2; exit 1; }
-ranks=${RANKS:-$(nvidia-smi -L 2>/dev/null | wc -l)}
+ranks=${RANKS:-$({ nvidia-smi -L || true; } 2>/dev/null | wc -l)}
 [ "$ranks" -gt 0 ] || { echo "launch_node.sh: no GPU found; RANKS=N starts N ranks" >&2; exit 1; }
 root=(); [ "$(id -u)" -ne 0 ] || root=(--allow-run-as-root)
 trap 'kill -USR1 $!' INT TERM HUP

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Draws the course of one or several training runs: loss, validation, learning rate and expert load over the steps.
+"""Draws the course of one or several training runs: loss, validation, learning rate and expert load over the steps. Of
+runs that fine-tune, also the loss that they minimise, and what DPO and KTO make of answers.
 
     plot.py OUT... [--out FILE.png]
 
@@ -19,6 +20,14 @@ try:
 except ImportError:
     sys.exit("plot.py: matplotlib is missing; install python3-matplotlib (make setup does) and run it with that "
              "python3")
+
+# Of runs with --objective sft, dpo or kto: title -> fields of the log that are drawn together
+FINE_TUNING = {"loss that is minimised": ["loss"],
+               "log-probability of answers": ["chosen_logp", "rejected_logp"],
+               "reward of chosen over rejected": ["reward_margin"],
+               "pairs with the larger reward chosen": ["reward_accuracy", "val_reward_accuracy"],
+               "KL estimate": ["kl", "val_kl"],
+               "reward": ["chosen_reward", "rejected_reward"]}
 
 
 def read(out):
@@ -55,6 +64,40 @@ def draw(axis, run, value, **style):
         axis.plot([step for step, _ in points], [y for _, y in points], **style)
 
 
+def fine_tunes(run):
+    return any("targets" in record for record in run)
+
+
+def panels_of(runs):
+    """The titles of FINE_TUNING that any of the runs has something for"""
+    names = {name for run in runs if fine_tunes(run) for record in run for name in record if record[name] is not None}
+    return [title for title, fields in FINE_TUNING.items() if names.intersection(fields)]
+
+
+def draw_fine_tuning(axis, title, runs, names):
+    """A colour a run, a line style a field; those of a validation are dots."""
+    for i, (run, name) in enumerate(zip(runs, names)):
+        for field, line in zip(FINE_TUNING[title], ("-", "--")):
+            style = {"linestyle": line} if not field.startswith("val_") else {"marker": "o", "linestyle": "none"}
+            label = field if len(runs) == 1 else f"{name}: {field}"
+            if fine_tunes(run):
+                draw(axis, run, lambda r: r.get(field), color=f"C{i}", label=label, linewidth=1, **style)
+    axis.set_title(title)
+
+
+def axes_of(more):
+    """The figure with 2 x 2 axes, and below them `more`, in two columns"""
+    rows = 2 + (more + 1) // 2
+    figure, axes = plt.subplots(rows, 2, figsize=(11, 3.5 * rows), sharex=True)
+    axes = list(axes.flat)
+    if more % 2:                            # the one above is then the lowest of its column
+        axes.pop().set_visible(False)
+        axes[-2].xaxis.set_tick_params(labelbottom=True)
+    for axis in axes[-2:]:
+        axis.set_xlabel("step")
+    return figure, axes
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", metavar="OUT", help="directory of a training run")
@@ -65,9 +108,13 @@ def main():
     folder = first if os.path.isdir(first) else os.path.dirname(first) or "."
     picture = options.out or os.path.join(folder, "plot.png")
 
-    figure, ((loss, validation), (rate, load)) = plt.subplots(2, 2, figsize=(11, 7), sharex=True)
-    for i, (out, run) in enumerate(zip(options.runs, runs)):
-        name, colour = os.path.basename(os.path.abspath(out)), f"C{i}"
+    names = [os.path.basename(os.path.abspath(out)) for out in options.runs]
+    panels = panels_of(runs)
+    figure, (loss, validation, rate, load, *below) = axes_of(len(panels))
+    for axis, title in zip(below, panels):
+        draw_fine_tuning(axis, title, runs, names)
+    for i, (name, run) in enumerate(zip(names, runs)):
+        colour = f"C{i}"
         draw(loss, run, lambda r: r.get("ce_loss"), color=colour, label=name, linewidth=1)
         draw(validation, run, lambda r: r.get("val_bpb", r.get("val_loss")), color=colour, marker="o", markersize=3,
              label=name)
@@ -86,16 +133,17 @@ def main():
 
     loss.set_title("training loss (cross entropy, nats a token)")
     in_bits = any("val_bpb" in record for run in runs for record in run)
-    validation.set_title("validation (bits a byte)" if in_bits else "validation loss (nats a token)")
+    in_nats = not any("chosen_logp" in record or "kl" in record for run in runs for record in run)
+    validation.set_title("validation (bits a byte)" if in_bits else
+                         "validation loss" + (" (nats a token)" if in_nats else ""))
     rate.set_title("learning rate")
     load.set_title("expert load, largest over mean" + (", by layer" if len(runs) == 1 else ""))
     load.axhline(1, color="grey", linewidth=0.5)
-    for axis in (loss, validation, rate, load):
+    for axis in (loss, validation, rate, load, *below):
         axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0] and (len(runs) > 1 or axis is load):
+        entries = axis.get_legend_handles_labels()[0]
+        if entries and (len(runs) > 1 or axis is load or len(entries) > 1):
             axis.legend(fontsize=8, ncol=2 if axis is load else 1)
-    for axis in (rate, load):
-        axis.set_xlabel("step")
     figure.tight_layout()
     try:
         figure.savefig(picture, dpi=110)

@@ -9,6 +9,7 @@ CLI, DATA, TOKENIZER = "tests/test_cli.py::test_", "tests/test_data.py::test_", 
 CHECKPOINT, MAKE, GENERATE = ("tests/test_checkpoint.py::test_group", "tests/test_make.py::test_",
                               "tests/test_generate.py::test_")
 GPU_SCRIPT, RANKS = "tests/test_gpu_script.py::test_", "tests/test_ranks.py::test_"
+INSTRUCT = "tests/test_instruct_script.py::test_"
 
 MUTANTS = [
     # ---- Embedding, norms, rotation
@@ -596,4 +597,10 @@ MUTANTS = [
      MAKE + "features_of_made_up_processors"),
     ("launching_changes_folder", "scripts/launch_node.sh", "root=();", 'cd "$(dirname "$olmoe")"; root=();',
      MAKE + "scripts_do_not_change_folder"),
+    ("empty_answers_are_rows", "scripts/rows.py", "elif not answer.strip():", "elif not answer:",
+     "tests/test_rows_script.py::test_labels"),
+    ("dpo_begins_with_the_base", "scripts/olmoe_instruct.sh", 'train "$stage" "$result"; done',
+     'train "$stage" "$model"; done', INSTRUCT + "in_order_and_again"),
+    ("kto_has_the_mask_of_sft", "scripts/olmoe_instruct.sh", "common=(--seq 4096",
+     "common=(--label-mask olmoe --seq 4096", INSTRUCT + "recipe[8]"),
 ]

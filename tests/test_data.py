@@ -1279,6 +1279,78 @@ def test_plot_resumed_steps():
     assert r.stdout.strip() == str([{"step": 1, "lr": 3}, {"step": 2, "lr": 2}]), r.stderr
 
 
+def drawn(*calls):
+    """What the pictures show, of each call of plot.py with a list of runs: [title, x label, lines] of its axes, a line
+    being [label, style, points]"""
+    code = """if True:
+        import json, sys
+        sys.dont_write_bytecode = True
+        sys.path.insert(0, sys.argv.pop(1))
+        import plot
+        def show(figure, *_, **more):
+            axes = [axis for axis in figure.axes if axis.get_visible()]
+            lines = [[(line.get_label(), line.get_linestyle(), line.get_xydata().tolist()) for line in axis.get_lines()]
+                     for axis in axes]
+            print(json.dumps([(axis.get_title(), axis.get_xlabel(), found) for axis, found in zip(axes, lines)]))
+        plot.matplotlib.figure.Figure.savefig = show
+        for call in json.loads(sys.argv[1]):
+            sys.argv[1:] = call
+            plot.main()"""
+    calls = json.dumps([[str(run) for run in call] for call in calls])
+    words = [sys.executable, "-c", code, os.path.join(ROOT, "scripts"), calls]
+    r = subprocess.run(words, capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+    return [json.loads(line) for line in r.stdout.splitlines() if line.startswith("[")]
+
+
+def write_fine_tuning(out, steps):
+    out.mkdir()
+    lines = [{"config": {}}, *({"step": i, "ce_loss": 2.0, "lr": 1e-6, "targets": 9, **step}
+                               for i, step in enumerate(steps, 1))]
+    (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+BEFORE = ["training loss (cross entropy, nats a token)", "validation loss (nats a token)", "learning rate",
+          "expert load, largest over mean, by layer"]
+
+
+def test_plot_of_fine_tuning(tmp_path):
+    """What each objective logs is in axes of its own, a null is a gap; pretraining's four are as they were."""
+    pytest.importorskip("matplotlib", reason="test_plot_of_fine_tuning: needs python3-matplotlib")
+    write_log(tmp_path / "pretrain", range(1, 4))
+    write_fine_tuning(tmp_path / "sft", [{"loss": 60.0, "val_loss": 1.0}, {"loss": 50.0}])
+    write_fine_tuning(tmp_path / "dpo", [
+        {"loss": 0.7, "chosen_logp": -9.0, "rejected_logp": -8.0, "reward_margin": 0.0, "reward_accuracy": 0.0},
+        {"loss": 0.6, "chosen_logp": -7.0, "rejected_logp": -8.5, "reward_margin": 0.1, "reward_accuracy": 0.5,
+         "val_loss": 0.65, "val_reward_accuracy": 0.75}])
+    write_fine_tuning(tmp_path / "kto", [{"loss": 0.5, "kl": 0.0, "chosen_reward": 0.1, "rejected_reward": None},
+                                         {"loss": 0.4, "kl": 1.5, "chosen_reward": None, "rejected_reward": -0.1},
+                                         {"loss": 0.3, "kl": 2.0, "chosen_reward": 0.3, "rejected_reward": -0.2}])
+    runs = [["pretrain"], ["sft"], ["dpo"], ["pretrain", "kto"]]
+    pretrain, sft, dpo, both = drawn(*([tmp_path / run for run in call] for call in runs))
+    assert [title for title, _, _ in pretrain] == BEFORE
+    assert [title for title, _, _ in sft] == [*BEFORE, "loss that is minimised"]
+    assert sft[0][2][0][2] == [[1, 2], [2, 2]] and sft[4][2] == [["loss", "-", [[1, 60], [2, 50]]]]
+    assert [label for _, label, _ in sft] == ["", "", "", "step", "step"]     # of the lowest of each column
+
+    dpo = {title: lines for title, _, lines in dpo}
+    assert list(dpo)[1] == "validation loss" and list(dpo)[4:] == [
+        "loss that is minimised", "log-probability of answers", "reward of chosen over rejected",
+        "pairs with the larger reward chosen"]
+    assert dpo["log-probability of answers"] == [["chosen_logp", "-", [[1, -9], [2, -7]]],
+                                                 ["rejected_logp", "--", [[1, -8], [2, -8.5]]]]
+    assert dpo["reward of chosen over rejected"] == [["reward_margin", "-", [[1, 0], [2, 0.1]]]]
+    assert dpo["pairs with the larger reward chosen"] == [["reward_accuracy", "-", [[1, 0], [2, 0.5]]],
+                                                          ["val_reward_accuracy", "None", [[2, 0.75]]]]
+
+    both = {title: lines for title, _, lines in both}
+    assert list(both)[4:] == ["loss that is minimised", "KL estimate", "reward"]
+    assert both["loss that is minimised"] == [["kto: loss", "-", [[1, 0.5], [2, 0.4], [3, 0.3]]]]
+    assert both["KL estimate"] == [["kto: kl", "-", [[1, 0], [2, 1.5], [3, 2]]]]
+    assert both["reward"] == [["kto: chosen_reward", "-", [[1, 0.1], [3, 0.3]]],
+                              ["kto: rejected_reward", "--", [[2, -0.1], [3, -0.2]]]]
+
+
 def test_plot_errors(tmp_path):
     pytest.importorskip("matplotlib", reason="test_plot_errors: needs python3-matplotlib")
     write_log(tmp_path / "empty", [])

@@ -82,7 +82,7 @@ class Tree:
         for name, text in {"g++": GXX, "python": PYTHON, "dpkg-query": DPKG_QUERY, "apt-get": APT_GET,
                            "sudo": SUDO}.items():
             self.program(name, text)
-        not_for_it = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "DATA", "SLURM_JOB_ID")
+        not_for_it = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "DATA", "SLURM_JOB_ID", "RANKS")
         self.environment = {key: value for key, value in os.environ.items() if key not in not_for_it}
         self.environment.update(PATH=f"{self.bin}:{os.environ['PATH']}", LOG=str(self.log), MACROS=str(self.macros),
                                 REAL_PYTHON=sys.executable)
@@ -657,6 +657,19 @@ def test_scripts_name_the_program_that_is_missing(launching):
         done = launching.run("bash", launching.folder / "scripts" / words[0], *words[1:], cwd=launching.here, RANKS="2")
         assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
         assert "make builds it" in done.stderr and words[0] in done.stderr
+
+
+def test_a_machine_without_gpus(launching):
+    """Where there is no nvidia-smi, and where there is one that fails."""
+    for program in (None, "#!/bin/sh\necho broken >&2\nexit 9\n"):
+        if program:
+            launching.program("nvidia-smi", program)
+        done = launching.run("bash", launching.folder / "scripts/launch_node.sh", "--out", "run", cwd=launching.here)
+        assert done.returncode == 1, done.stderr
+        assert done.stderr == "launch_node.sh: no GPU found; RANKS=N starts N ranks\n"
+    launching.program("nvidia-smi", "#!/bin/sh\necho GPU 0: A\necho GPU 1: A\n")
+    _, words = launched(launching, launching.folder / "scripts/launch_node.sh", "--out", "run")
+    assert words.startswith("-np 2 ")
 
 
 def test_slurm_runs_a_copy_of_the_script(launching):

@@ -84,6 +84,32 @@ def test_ranks_and_odd_numbers(tmp_path):
     assert at == 2 and math.isnan(x)
 
 
+def test_fine_tuning(tmp_path):
+    """What DPO logs, and KTO's null where a step has no row of a label."""
+    pair = {"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+            "rejected": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "cc"}]}
+    (tmp_path / "pairs.jsonl").write_text((json.dumps(pair) + "\n") * 4)
+    model = tmp_path / "model"
+    random_model = [sys.executable, ROOT / "scripts/make_random_model.py", "--out", model, "--config",
+                    ROOT / "configs/tiny.json"]
+    subprocess.run(random_model, check=True, capture_output=True)
+    train = [OLMOE, "train", "--objective", "dpo", "--model", model, "--tokenizer", "bytes", "--data",
+             tmp_path / "pairs.jsonl", "--out", tmp_path / "run", "--batch", "2", "--steps", "2", "--peak-tflops", "1"]
+    subprocess.run(train, check=True, capture_output=True)
+    kto = [step(1, kl=0.5, chosen_reward=None, rejected_reward=-1.5), step(2, kl=0.0, chosen_reward=2.5)]
+    write(tmp_path / "kto", [{"config": {}}, *kto])
+    done = convert(tmp_path / "run", tmp_path / "kto")
+    assert done.returncode == 0, done.stderr
+    shown, _, _ = read(tmp_path / "run")
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()[1:]]
+    for name in ("targets", "chosen_logp", "rejected_logp", "reward_margin", "reward_accuracy"):
+        assert shown[name] == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in log]
+    shown, _, _ = read(tmp_path / "kto")
+    (first, missing), second = shown["chosen_reward"]
+    assert first == 1 and math.isnan(missing) and second == (2, 2.5)
+    assert shown["kl"] == [(1, 0.5), (2, 0)] and shown["rejected_reward"] == [(1, -1.5)]
+
+
 def test_again_and_several(tmp_path):
     """A second call takes the place of the first, and leaves what it has not written. A line that is not whole is of a
     run that still writes."""
