@@ -299,6 +299,12 @@ def test_global_load_balancing_of_ragged_rows(base, tmp_path):
             assert math.isclose(x[field], y[field], rel_tol=1e-5), (field, x, y)
 
 
+def same_logs_exactly(a, b):
+    for x, y in zip(log(a)[1:], log(b)[1:], strict=True):
+        for f in FIELDS:
+            assert f.startswith("val_") or x.get(f) == y.get(f), (f, x, y)
+
+
 def test_first_losses_are_ln_2(straight):
     """Policy and reference are the same weights in the first two steps: the first update has rate 0."""
     for line in log(straight / "dpo")[1:3]:
@@ -397,6 +403,45 @@ def test_another_reference(base, tmp_path):
     train(base, tmp_path / "b", "dpo", "--steps", 5, "--model", base / "other")
     a, b = (table(tmp_path / x / "reference.safetensors")["rows"] for x in "ab")
     assert a == b and abs(log(tmp_path / "a")[1]["reward_margin"]) > 1e-4
+
+
+def test_tables_of_another_run(base, straight, tmp_path):
+    """Rows and log-probabilities that a killed run left are taken by what they were made from."""
+    for name, more in (("mask", ("--label-mask", "olmoe")), ("reference", ("--reference", base / "other"))):
+        train(base, tmp_path / name, "dpo", "--steps", 7, *more)
+        (tmp_path / f"after-{name}").mkdir()
+        for table_name in ("rows.safetensors", "reference.safetensors"):
+            shutil.copy(tmp_path / name / table_name, tmp_path / f"after-{name}")
+        train(base, tmp_path / f"after-{name}", "dpo", "--steps", 7)
+        same_logs_exactly(tmp_path / f"after-{name}", straight / "dpo")
+
+
+def test_defaults(straight):
+    """Those of OLMoE's fine-tuning"""
+    for kind, lr, warmup in (("sft", 2e-5, 0.03), ("dpo", 5e-7, 0.1), ("kto", 5e-7, 0)):
+        first = log(straight / kind)[0]["config"]
+        schedule, losses = first["schedule"], first["losses"]
+        assert schedule["kind"] == "hf-linear" and schedule["decay_steps"] == 7
+        assert math.isclose(schedule["warmup_steps"], 7 * warmup, abs_tol=1e-12)
+        assert (losses["lb_coef"], losses["z_coef"], losses["ce_divisor"]) == (0, 0, "valid")
+        assert first["adamw"]["beta2"] == 0.999 and first["adamw"]["weight_decay"] == 0
+        assert first["adamw"]["grad_clip"] == 1
+        said = run(1, "train", "--objective", kind, "--help").stdout
+        assert re.search(rf"--lr X +peak learning rate \({lr:g}\)", said)
+
+
+def test_plan(base, straight):
+    """info plans what train then takes; DPO's micro-batch has two sequences of each row."""
+    plans = {}
+    for kind in KINDS:
+        plan = run(1, "info", "--config", base / "model/config.json", "--objective", kind, "--batch", 2, "--seq", 64)
+        plans[kind] = re.search(r"memory: activations +\| +(.*?) +\|", plan.stdout)[1]
+    assert plans["sft"] == plans["kto"] != plans["dpo"]
+    said = run(1, "info", "--config", base / "model/config.json", "--objective", "dpo", "--batch", 2, "--seq", 64,
+               "--rows", 40, "--epochs", 3, "--global-batch", 8, "--mean-length", 30).stdout
+    assert "head's first pass" in said and re.search(r"time: run .* 15 steps, 3 epochs of 40 rows", said)
+    result = run(1, "info", "--config", base / "model/config.json", "--rows", 5)
+    assert result.returncode == 1 and "--rows is for --objective" in result.stderr
 
 
 @pytest.mark.parametrize("groups", [("router",), ("experts", "norms", "embedding"), ("attention", "head")], ids=str)
