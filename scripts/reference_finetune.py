@@ -7,7 +7,7 @@ Writes DIR/model-NAME (a Hugging Face directory) for each of MODELS, and for eac
 expected.json: the options of `olmoe train`, the directories, how many rows are left out (bad) and dropped (without a
 target), and of every step what log.jsonl should hold:
 
-  loss, lb_loss, z_loss, grad_norm, lr, targets; sft: ce_loss, the mean over the targets
+  loss, lb_loss, z_loss, grad_norm, lr, targets; ce_loss, the mean of -log p over the targets
   dpo: chosen_logp, rejected_logp, reward_margin, reward_accuracy
   kto: kl, chosen_reward, rejected_reward (null without such rows)
 
@@ -48,8 +48,8 @@ DIFFERENCES = ("reward_margin", "kl", "chosen_reward", "rejected_reward")
 
 # "other" has weights near those of its policy, so that log-ratios are a few nats.
 MODELS = {
-    "bytes": dict(tokenizer="bytes", end=256, vocab=261, hidden=36, heads=3, width=20, experts=5, topk=2, seed=321),
-    "words": dict(tokenizer=REAL, end=982, vocab=1007, hidden=24, heads=2, width=16, experts=6, topk=2, seed=7),
+    "bytes": dict(tokenizer="bytes", end=256, vocab=261, hidden=36, heads=3, width=20, experts=6, topk=2, seed=120),
+    "words": dict(tokenizer=REAL, end=982, vocab=1007, hidden=24, heads=2, width=16, experts=6, topk=2, seed=20),
 }
 ROLES = {"s": "system", "u": "user", "a": "assistant"}
 
@@ -137,6 +137,16 @@ DPO = [
     dpo("k" * 70, "z", "zz"),
     pair(talk("ua", "Equal", "same"), talk("ua", "Equal", "same")),
 ]
+DPO_WORDS = [
+    pair(talk("ua", "What is 3.14?", "It is a number."), talk("ua", "What is 3.14?", "No.")),
+    dpo("Question: who is it?\nAnswer:", "mister", "their people<|endoftext|>"),
+    pair(talk("suaua", "Be good.", "1 2 3", "10", "100", "1000"), talk("suaua", "Be good.", "1 2 3", "10", "100", "1")),
+    dpo("def f(x):\n", "    return x", "  print"),
+    pair(talk("ua", "生活", "生活的真谛是爱。"), talk("ua", "生活", "\u3000naïve")),
+    pair(talk("ua", "Which one?", "long " * 40), talk("ua", "Which one?", "")),
+    dpo("don't you", "know", "see how it is"),
+    dpo("if " * 60, "lost", "too"),
+]
 # In the order of the file, blocks of four: all true, all false, and a mixed one, in both of the forms.
 KTO = [
     kto(True, "Name a colour", "red"),
@@ -174,8 +184,8 @@ CASES = {
     # Two epochs of three steps, the second one not to its end.
     "sft-assistant": dict(model="bytes", rows=[SFT, MORE], args="--seq 72 --batch 2 --global-batch 6 --steps 5 "
                           "--lr 2e-3 --warmup 1.5"),
-    "sft-olmoe": dict(model="bytes", rows=[SFT, MORE], args="--label-mask olmoe --seq 72 --batch 3 --global-batch 6 "
-                      "--epochs 3 --order sequential --ce-divisor 64 --lr 1e-3 --warmup 0.75 --decay-steps 6.5 "
+    "sft-olmoe": dict(model="bytes", rows=[SFT, MORE], args="--label-mask olmoe --seq 72 --batch 2 --global-batch 4 "
+                      "--steps 5 --order sequential --ce-divisor 64 --lr 1e-3 --warmup 0.75 --decay-steps 6.5 "
                       "--weight-decay 0.1 --grad-clip 0 --freeze router --beta2 0.95"),
     "sft-words": dict(model="words", rows=[WORDS], args="--label-mask olmoe --seq 48 --batch 2 --global-batch 4 "
                       "--steps 5 --ce-divisor all --lb-coef 0.5 --z-coef 0.1 --lr 1e-3 --warmup 1 --seed 5"),
@@ -189,7 +199,9 @@ CASES = {
     "kto-olmoe": dict(model="bytes", reference=True, rows=[KTO], args="--label-mask olmoe --seq 64 --batch 3 "
                       "--global-batch 6 --steps 5 --beta 0.2 --lb-coef 0.02 --z-coef 0.01 --lr 1e-3 --warmup 2.25 "
                       "--decay-steps 7.5 --freeze router"),
-    "kto-words": dict(model="words", reference=True, rows=[KTO_WORDS], args="--seq 40 --batch 1 --global-batch 4 "
+    "dpo-words": dict(model="words", reference=True, rows=[DPO_WORDS], args="--seq 40 --batch 2 --global-batch 6 "
+                      "--epochs 4 --beta 0.5 --warmup 0 --eps 1e-6"),
+    "kto-words": dict(model="words", reference=True, rows=[KTO_WORDS], args="--seq 40 --batch 2 --global-batch 6 "
                       "--steps 5 --schedule constant --lr 1e-3 --warmup 0"),
 }
 
@@ -473,7 +485,7 @@ def train(o, rows, model, other):
         divisor = len(all_rows) if o.objective != "sft" else \
             {"all": tokens, "valid": step["targets"]}.get(o.ce_divisor) or float(o.ce_divisor)
         optimizer.zero_grad(set_to_none=False)
-        main = lb = z = 0.0
+        main = total = lb = z = 0.0
         micro_batches = [numbers[i:i + o.batch] for i in range(0, len(numbers), o.batch)]
         for micro in micro_batches:
             logp, routers, choices = policy([sequence for i in micro for sequence in rows[i].cut])
@@ -484,8 +496,8 @@ def train(o, rows, model, other):
                              reference.auxiliary(routers, choices, o.lb_coef, o.z_coef))
             (part / divisor + its_lb + its_z).backward()
             main, lb, z = main + part.item(), lb + its_lb.item(), z + its_z.item()
-        if o.objective == "sft":
-            step["ce_loss"] = main / step["targets"]
+            total += logp.sum().item()
+        step["ce_loss"] = -total / step["targets"]
         step.update(loss=main / divisor + lb + z, lb_loss=lb, z_loss=z)
         if o.objective == "dpo":
             margins = step["reward_margin"]
