@@ -1,5 +1,6 @@
-"""Fine-tuning by rows: every logged field of SFT, DPO and KTO against tests/fixtures/finetune, which PyTorch computed in
-float64 (scripts/reference_finetune.py); on other micro-batches and other ranks the same; the published learning rates.
+"""Fine-tuning by rows: every logged field of SFT, DPO and KTO against tests/fixtures/finetune, which PyTorch computed
+in float64 (scripts/reference_finetune.py); on other micro-batches and other ranks the same; the published learning
+rates; resuming.
 
 The program is ./olmoe, or what OLMOE names.
 """
@@ -164,8 +165,8 @@ DPO_ROW = {"prompt": "a", "chosen": "b", "rejected": "c"}
                                             9000: "1.0836439e-06"}),
     ("dpo", DPO_ROW, "5e-7", 182751, 18275, {1: "8.75513e-10"})])
 def test_published_rates(objective, row, lr, n, w, printed, tmp_path):
-    """The logs of OLMoE's fine-tuning: a scheduler of n ticks with w of warm-up, which 32 ranks advance by 32 in a step,
-    and which prints a step's rate after the update that had the one before."""
+    """The logs of OLMoE's fine-tuning: a scheduler of n ticks with w of warm-up, which 32 ranks advance by 32 in a
+    step. A step prints its rate after the update, which had the one before."""
     rates = tiny_run(tmp_path, objective, row, max(printed) + 1, "--schedule", "hf-linear", "--lr", lr,
                      "--decay-steps", n / 32, "--warmup", w / 32)
     assert rates[1] == 0
