@@ -173,7 +173,7 @@ def draw_target_weights(shape, o, generator):
 
 
 def auxiliary(routers, choices, lb_coef, z_coef):
-    """Load-balancing loss and router z-loss of one micro-batch; of each layer the (B, T, E) logits, (B, T, K) choice."""
+    """Load-balancing loss and router z-loss of one micro-batch, from the layers' (B, T, E) logits and choices."""
     wide = torch.float64 if routers[0].dtype == torch.float64 else torch.float32
     lb = z = torch.zeros((), dtype=wide)
     L, E, K = len(routers), routers[0].shape[-1], choices[0].shape[-1]

@@ -107,6 +107,7 @@ def test_reference(case, tmp_path):
     first = log(tmp_path)[0]
     assert "step" not in first and first.get("dropped_rows") == e["dropped_rows"]
     assert f"dropped {e['dropped_rows']} rows" in said
+    assert (f"left out {e['left_out']} bad rows" in said) == (e["left_out"] > 0)
     compare(case, tmp_path)
 
 
@@ -128,7 +129,11 @@ def other_layouts():
             yield case, 4, ["--batch", 1, "--ep", 2, "--zero", 1]
 
 
-@pytest.mark.parametrize("case, ranks, more", other_layouts(), ids=lambda value: str(value).replace(" ", ""))
+def written(value):
+    return "".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+@pytest.mark.parametrize("case, ranks, more", other_layouts(), ids=written)
 def test_other_layouts(case, ranks, more, tmp_path):
     if ranks > 1 and not shutil.which("mpirun"):
         pytest.skip("no mpirun; make setup installs it")

@@ -427,8 +427,8 @@ def trainers(peers):
     from transformers import PreTrainedTokenizerFast, get_linear_schedule_with_warmup
     datasets.disable_progress_bars()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=os.path.join(ROOT, "tests", "fixtures", "tokenizer", "tokenizer.json"), bos_token="<|endoftext|>",
-        eos_token="<|endoftext|>", pad_token="<|padding|>")
+        tokenizer_file=os.path.join(ROOT, "tests", "fixtures", "tokenizer", "tokenizer.json"),
+        bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|padding|>")
     tokenizer.chat_template = TEMPLATE
 
     def model(name):
@@ -478,7 +478,8 @@ def ours(folder, objective, rows, G, batch, reference=None):
     olmoe("train", "--objective", objective, "--model", os.path.join(FINETUNE, "model-words"), *words, "--tokenizer",
           os.path.join(ROOT, "tests", "fixtures", "tokenizer", "tokenizer.json"), "--data", folder / "rows.jsonl",
           "--out", folder / "run", "--seq", LENGTH, "--batch", batch, "--global-batch", G, "--order", "sequential",
-          "--lr", RATE, "--eps", 1e-6, "--warmup", 0, "--decay-steps", len(rows) // G, "--beta", BETA, "--peak-tflops", 1)
+          "--lr", RATE, "--eps", 1e-6, "--warmup", 0, "--decay-steps", len(rows) // G, "--beta", BETA,
+          "--peak-tflops", 1)
     log = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
     return [line for line in log if "step" in line]
 
