@@ -172,24 +172,32 @@ def draw_target_weights(shape, o, generator):
     return torch.where(torch.rand(shape, generator=generator) < 0.15, -weights, weights)
 
 
+def auxiliary(routers, choices, lb_coef, z_coef):
+    """Load-balancing loss and router z-loss of one micro-batch, from the layers' (B, T, E) logits and choices."""
+    wide = torch.float64 if routers[0].dtype == torch.float64 else torch.float32
+    lb = z = torch.zeros((), dtype=wide)
+    L, E, K = len(routers), routers[0].shape[-1], choices[0].shape[-1]
+    for router, choice in zip(routers, choices):
+        router = router.to(wide).flatten(0, 1)
+        N = len(router)
+        counts = torch.bincount(choice.flatten(), minlength=E).to(wide)
+        lb = lb + lb_coef * E / (L * N * K) * (counts * router.softmax(dim=-1).mean(dim=0)).sum()
+        z = z + z_coef / (L * N * K) * router.logsumexp(dim=-1).square().sum()
+    return lb, z
+
+
 def losses(model, inputs, targets, target_weights, o):
     """loss, ce, lb, z; logits, router logits, choices."""
     logits, routers, choices = forward(model, inputs, o.lengths)
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    N, K, E, L = inputs.numel(), model.config.num_experts_per_tok, model.config.num_experts, len(routers)
     if target_weights is None:
-        divisor = N if o.ce_divisor == "all" else int((targets >= 0).sum())
+        divisor = inputs.numel() if o.ce_divisor == "all" else int((targets >= 0).sum())
         ce = F.cross_entropy(logits.to(wide).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
         ce = ce / divisor
     else:
         ce = F.cross_entropy(logits.to(wide).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
         ce = (target_weights.to(wide).flatten() * ce).sum()
-    lb = z = torch.zeros((), dtype=wide)
-    for router, choice in zip(routers, choices):
-        router = router.to(wide).flatten(0, 1)
-        counts = torch.bincount(choice.flatten(), minlength=E).to(wide)
-        lb = lb + o.lb_coef * E / (L * N * K) * (counts * router.softmax(dim=-1).mean(dim=0)).sum()
-        z = z + o.z_coef / (L * N * K) * router.logsumexp(dim=-1).square().sum()
+    lb, z = auxiliary(routers, choices, o.lb_coef, o.z_coef)
     return ce + lb + z, ce, lb, z, logits, routers, choices
 
 

@@ -3,11 +3,13 @@
   their directory -> our logits, routing, losses, gradients, AdamW steps (olmoe verify), of rows of equal length and of
   sequences of several lengths, which transformers runs one by one; prompts of several lengths (olmoe generate)
   our training -> a directory that transformers opens whole, and their logits, losses and gradients from it are ours
+  the same rows -> SFT by transformers' Trainer, DPO and KTO by TRL's trainers
 
 Run by `make test-peers`: build/venv/bin/python -m pytest tests/test_peers.py. PEER_SEED repeats a run, PEER_SHAPES sets
 the number of shapes, OLMOE is the FP32 program (default ./olmoe); with OLMOE_BF16, directories that a BF16 program
 writes are opened also.
 """
+import argparse
 import array
 import json
 import os
@@ -340,3 +342,220 @@ def test_layerwise(peers, tmp_path):
         for what, error in layerwise.errors(whole(torch.bfloat16, attention), reference).items():
             assert metadata[f"bf16_{attention}_{what}"] == f"{error:.3e}"
     print(olmoe("verify", "--model", tmp_path / "model", "--reference", path))
+
+
+# ------------------------------------------------------------------------------------------------
+# Fine-tuning: transformers' Trainer, TRL's DPOTrainer and KTOTrainer. They read the rows themselves, with a chat
+# template, make tokens of them, cut them and drop what has no target.
+
+TEMPLATE = """{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' }}\
+{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'].strip() + eos_token }}{% endgeneration %}\
+{% else %}{{ m['content'].strip() }}{% endif %}\
+{% if not (loop.last and m['role'] == 'assistant') %}{{ '\\n' }}{% endif %}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
+FINETUNE = os.path.join(ROOT, "tests", "fixtures", "finetune")
+RATE, BETA, LENGTH = 1e-3, 0.2, 40
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
+# No answer begins where the tokenizer would join it to what is before it: TRL then cuts elsewhere. And as a pair's
+# prompt TRL takes all messages that both sides share, which moves both log-probabilities but no difference of them.
+SFT_MESSAGES = [
+    [system("Be good."), user("What is it?"), assistant("It is 42.")],
+    [user("Hello world"), assistant("new  time"), user("\u3000 où\u0085"), assistant("naïve cafe\u0301 \n")],
+    [user("日本語の文章"), assistant("東京は大きい。")],
+    [user(""), assistant(""), assistant("This is first.")],
+    [assistant("We have more now."), user("   ")],
+    [user("Count"), assistant("1 2 3 10 100 1000 1984 2024 " * 6)],
+    [user("Who?"), assistant("  \n")],
+    [user("What  is 3.14?"), assistant("No.")],
+]
+DPO_MESSAGES = [
+    {"chosen": [user("What is 3.14?"), assistant("It is a number.")],
+     "rejected": [user("What is 3.14?"), assistant("No.")]},
+    {"chosen": [user("1 2 3"), assistant("10"), user("100"), assistant("1000 is more")],
+     "rejected": [user("1 2 3"), assistant("10"), user("100"), assistant("1")]},
+    {"chosen": [user("生活"), assistant("生活的真谛是爱。")], "rejected": [user("生活"), assistant("\u3000naïve")]},
+    {"chosen": [user("Which one?"), assistant("long " * 40)], "rejected": [user("Which one?"), assistant("")]},
+]
+DPO_TEXTS = [
+    {"prompt": "Question: who is it?\nAnswer:", "chosen": "mister", "rejected": "their people<|endoftext|>"},
+    {"prompt": "def f(x):\n", "chosen": "    return x", "rejected": "  print"},
+    {"prompt": "if " * 60 + "if", "chosen": "lost", "rejected": "too"},
+    {"prompt": "don't you", "chosen": "know", "rejected": "see how it is"},
+    {"prompt": "1 2 3", "chosen": "10 " * 40, "rejected": "Привет мир"},
+]
+KTO_MESSAGES = [
+    {"prompt": [user("What is your name?")], "completion": [assistant("We have no name.")], "label": True},
+    {"prompt": [system("You are new here."), user("How long is it?")], "completion": [assistant(" 3.14 and more \n")],
+     "label": True},
+    {"prompt": [user("def return import " * 9)], "completion": [assistant("lost")], "label": False},
+    {"prompt": [user("x")], "completion": [assistant("")], "label": False},
+    {"prompt": [user("Hello"), assistant("world"), user("日本語")], "completion": [assistant("生活的真谛是爱。")],
+     "label": False},
+    {"prompt": [user("def f(x): return x " * 2)], "completion": [assistant("int int int int int int")], "label": True},
+    {"prompt": [user("One")], "completion": [assistant("1 2 3 10 100 1000 1984 2024 " * 5)], "label": False},
+]
+KTO_TEXTS = [
+    {"prompt": "Question: who are they?\nAnswer:", "completion": "people<|endoftext|>", "label": False},
+    {"prompt": "1 2 3", "completion": "10 100", "label": True},
+    {"prompt": "Привет", "completion": "мир " * 50, "label": False},
+    {"prompt": "if " * 60 + "if", "completion": "lost", "label": True},
+    {"prompt": "don't you see\n", "completion": "what it is", "label": False},
+    {"prompt": "def return import " * 5 + "def", "completion": "some other words than these", "label": True},
+    {"prompt": "because", "completion": "", "label": True},
+]
+
+
+@pytest.fixture(scope="module")
+def trainers(peers):
+    """What a trainer of theirs needs: a function that trains for one epoch in the order of the rows, and gives of every
+    step the loss, unrounded, with what else the trainer logs."""
+    import datasets
+    import torch
+    from transformers import PreTrainedTokenizerFast, get_linear_schedule_with_warmup
+    datasets.disable_progress_bars()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=os.path.join(ROOT, "tests", "fixtures", "tokenizer", "tokenizer.json"),
+        bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|padding|>")
+    tokenizer.chat_template = TEMPLATE
+
+    def model(name):
+        loaded = peers.OlmoeForCausalLM.from_pretrained(os.path.join(FINETUNE, name), dtype=torch.float32,
+                                                        attn_implementation="eager", local_files_only=True)
+        loaded.config.pad_token_id = tokenizer.pad_token_id
+        return loaded
+
+    def train(Trainer, Config, folder, rows, batch, accumulation=1, settings={}, **more):
+        policy = model("model-words")
+        losses, margins = [], []
+
+        class Recording(Trainer):
+            def compute_loss(self, *args, **kwargs):
+                loss = super().compute_loss(*args, **kwargs)
+                losses.append(loss.item())
+                return loss
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=RATE, eps=1e-6, weight_decay=0.0)
+        steps = len(rows) // (batch * accumulation)
+        scheduler = get_linear_schedule_with_warmup(optimizer, 0, steps)
+        K = policy.config.num_experts_per_tok
+        for layer in policy.model.layers:
+            layer.mlp.gate.register_forward_hook(lambda module, args, output: margins.append(output[0].detach()))
+        trainer = Recording(
+            model=policy, processing_class=tokenizer, train_dataset=datasets.Dataset.from_list(rows),
+            optimizers=(optimizer, scheduler), args=Config(
+                output_dir=str(folder), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
+                max_steps=steps, train_sampling_strategy="sequential", logging_steps=1, report_to=[], use_cpu=True,
+                bf16=False, gradient_checkpointing=False, disable_tqdm=True, save_strategy="no", max_grad_norm=1.0,
+                **settings), **more)
+        trainer.train()
+        log = [line for line in trainer.state.log_history if "grad_norm" in line]
+        assert len(log) == steps and len(losses) == steps * accumulation
+        for line, at in zip(log, range(0, len(losses), accumulation)):
+            line["loss"] = sum(losses[at:at + accumulation])
+        # No choice of an expert may hang on float32's rounding. Padding's tokens count, too.
+        z = torch.cat([x.reshape(-1, x.shape[-1]) for x in margins]).sort(dim=-1, descending=True).values
+        assert (z[:, K - 1] - z[:, K]).min() > 1e-5
+        return log
+    return argparse.Namespace(train=train, model=model, tokenizer=tokenizer)
+
+
+def ours(folder, objective, rows, G, batch, reference=None):
+    """log.jsonl of olmoe train with the same rows and options."""
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--reference", os.path.join(FINETUNE, reference)] if reference else []
+    olmoe("train", "--objective", objective, "--model", os.path.join(FINETUNE, "model-words"), *words, "--tokenizer",
+          os.path.join(ROOT, "tests", "fixtures", "tokenizer", "tokenizer.json"), "--data", folder / "rows.jsonl",
+          "--out", folder / "run", "--seq", LENGTH, "--batch", batch, "--global-batch", G, "--order", "sequential",
+          "--lr", RATE, "--eps", 1e-6, "--warmup", 0, "--decay-steps", len(rows) // G, "--beta", BETA,
+          "--peak-tflops", 1)
+    log = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+    return [line for line in log if "step" in line]
+
+
+def same(ours, theirs, names):
+    """Fields of ours -> theirs, after the first update as well. Differences of log-probabilities have the rounding of
+    these, which are up to 150."""
+    assert len(ours) == len(theirs) > 1
+    for a, b in zip(ours, theirs):
+        for name, other in {"loss": "loss", "grad_norm": "grad_norm", **names}.items():
+            if a[name] is None:
+                assert other not in b, (name, b)
+                continue
+            allowed = (1e-4 if name == "grad_norm" else 1e-5) * abs(b[other])
+            if name.endswith(("reward", "margin", "kl")):
+                allowed += 1e-6 * 150 * (1 if name == "kl" else BETA)
+            print(f"step {a['step']} {name:16} {a[name]:.9g} for {b[other]:.9g}, allowed {allowed:.1e}")
+            assert abs(a[name] - b[other]) <= allowed, (a, b)
+
+
+def test_sft_trainer(trainers, tmp_path):
+    """Trainer's loss is the mean over the targets of all micro-batches of a step."""
+    import torch
+    from transformers import Trainer, TrainingArguments
+    t, rows = trainers.tokenizer, []
+    for messages in SFT_MESSAGES:
+        made = t.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True, tokenize=True)
+        ids, mask = made["input_ids"][:LENGTH], made["assistant_masks"][:LENGTH]
+        rows.append({"input_ids": ids, "labels": [i if m else -100 for i, m in zip(ids, mask)]})
+
+    def collate(batch):
+        longest = max(len(row["input_ids"]) for row in batch)
+        return {name: torch.tensor([row[name] + [fill] * (longest - len(row[name])) for row in batch])
+                for name, fill in (("input_ids", t.pad_token_id), ("labels", -100))} | {
+            "attention_mask": torch.tensor([[int(i < len(row["input_ids"])) for i in range(longest)] for row in batch])}
+    theirs = trainers.train(Trainer, TrainingArguments, tmp_path / "theirs", rows, 2, 2, data_collator=collate)
+    same(ours(tmp_path, "sft", [{"messages": m} for m in SFT_MESSAGES], 4, 2), theirs, {})
+
+
+@pytest.mark.parametrize("form, rows", [("messages", DPO_MESSAGES), ("texts", DPO_TEXTS)])
+def test_dpo_trainer(trainers, tmp_path, form, rows):
+    from trl import DPOConfig, DPOTrainer
+    theirs = rows if form == "messages" else [
+        {"prompt": "<|endoftext|>" + row["prompt"],
+         **{side: joint(row["prompt"], row[side]) for side in ("chosen", "rejected")}} for row in rows]
+    settings = {"beta": BETA, "max_length": LENGTH, "router_aux_loss_coef": 0.0}
+    log = trainers.train(DPOTrainer, DPOConfig, tmp_path / "theirs", theirs, 2, settings=settings,
+                         ref_model=trainers.model("model-words-other"))
+    names = {"reward_margin": "rewards/margins", "reward_accuracy": "rewards/accuracies"}
+    if form == "texts":
+        names.update(chosen_logp="logps/chosen", rejected_logp="logps/rejected")
+    same(ours(tmp_path, "dpo", rows, 2, 1, "model-words-other"), log, names)
+
+
+@pytest.mark.parametrize("form, rows", [("messages", KTO_MESSAGES), ("texts", KTO_TEXTS)])
+def test_kto_trainer(trainers, tmp_path, form, rows):
+    """TRL of today gives row i of a batch the completion of row i - 1; it is given those of TRL 0.9.6, reversed."""
+    from trl import KTOConfig, KTOTrainer
+
+    class Reversing(KTOTrainer):
+        def _prepare_dataset(self, dataset, processing_class, args, name):
+            def swap(batch):
+                return {"KL_completion_ids": batch["completion_ids"][::-1]}
+            prepared = super()._prepare_dataset(dataset, processing_class, args, name)
+            return prepared.map(swap, batched=True, batch_size=args.per_device_train_batch_size)
+    theirs = rows if form == "messages" else [
+        {**row, "prompt": "<|endoftext|>" + row["prompt"], "completion": joint(row["prompt"], row["completion"])}
+        for row in rows]
+    settings = {"beta": BETA, "max_length": LENGTH, "router_aux_loss_coef": 0.0}
+    log = trainers.train(Reversing, KTOConfig, tmp_path / "theirs", theirs, 3, settings=settings,
+                         ref_model=trainers.model("model-words-other"))
+    assert any(line["kl"] > 0 for line in log)
+    same(ours(tmp_path, "kto", rows, 3, 1, "model-words-other"), log,
+         {"kl": "kl", "chosen_reward": "rewards/chosen", "rejected_reward": "rewards/rejected"})
+
+
+def joint(prompt, completion):
+    blanks = (" ", "\n", "\t")
+    return completion if prompt.endswith(blanks) or completion.startswith(blanks) else " " + completion
