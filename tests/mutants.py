@@ -130,9 +130,9 @@ MUTANTS = [
     ("chunks_take_one_anothers_place", "olmoe.cu",
      "m->accumulate || first > 0);",
      "m->accumulate);", "strict: model head"),
-    ("cross_entropy_divisor", "olmoe.cu",
-     'if (o.ce_divisor == "valid") {',
-     'if (o.ce_divisor != "valid") {', CLI + "log"),
+    ("cross_entropy_divisor", "lib/finetune.h",
+     'return choice == "all" ? all :',
+     'return choice != "all" ? all :', CLI + "log"),
 
     # ---- The first micro-batch of a step
     ("first_micro_batch_is_added", "olmoe.cu",
@@ -145,12 +145,12 @@ MUTANTS = [
      "if (rows.here[e] == 0) {",
      "if (rows.here[e] < 0) {", "fast: kernel experts"),
     ("gradients_of_absent_ids_stay", "olmoe.cu",
-     "if (!m->accumulate) clear_on_device(m->grads.embed,",
+     "if (!m->accumulate && m->grads.embed) clear_on_device(m->grads.embed,",
      "if (false) clear_on_device(m->grads.embed,", "fast: model batches"),
 
     # ---- AdamW, clipping, schedule, initialisation
     ("bias_correction", "olmoe.cu",
-     "(float)(o.lr / (1 - pow(o.beta1, (double)step)))",
+     "(float)(o.lr / (1 - pow(beta1, (double)step)))",
      "(float)o.lr", "fast: vectors adamw"),
     ("eps_inside_the_root", "olmoe.cu",
      "(sqrtf(v_new * v_scale) + eps)",
@@ -320,7 +320,7 @@ MUTANTS = [
      "if (ids.size() >= (size_t)g->config.max_T)\n        g->too_long",
      "if (ids.size() >= (size_t)g->config.max_T && g->too_long.empty())\n        g->too_long",
      GENERATE + "prompts_that_are_too_long"),
-    ("parts_of_other_types_are_left_out", "commands/generate.h",
+    ("parts_of_other_types_are_left_out", "dataloader.h",
      "        if (type != \"text\" || !part.is_object())\n",
      "        if (part.is_object() && type != \"text\") continue;\n        if (!part.is_object())\n",
      GENERATE + "content_in_parts"),
