@@ -270,7 +270,7 @@ def same_logs(a, b, at=""):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("more", [("--batch", 1), ("--batch", 4, "--recompute", 2)], ids=str)
+@pytest.mark.parametrize("more", [("--batch", 1), ("--batch", 4, "--recompute", 2)], ids=["one", "four"])
 def test_micro_batches(base, straight, tmp_path, kind, more):
     train(base, tmp_path / "out", kind, "--steps", 7, "--val", base / f"{kind}.jsonl", "--val-every", 4, *more)
     same_logs(straight / kind, tmp_path / "out")
@@ -279,7 +279,7 @@ def test_micro_batches(base, straight, tmp_path, kind, more):
 @pytest.mark.skipif(not shutil.which("mpirun"), reason="no mpirun; make setup installs it")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ranks,more", [(2, ("--ep", 2)), (4, ("--zero", 1)), (4, ("--ep", 2, "--recompute", 1))],
-                         ids=str)
+                         ids=["ep", "zero", "both"])
 def test_ranks(base, straight, tmp_path, kind, ranks, more):
     train(base, tmp_path / "out", kind, "--steps", 7, "--val", base / f"{kind}.jsonl", "--val-every", 4, *more,
           ranks=ranks)
