@@ -6,6 +6,7 @@ The program is ./olmoe, or what OLMOE names.
 """
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -192,6 +193,39 @@ def test_default_rates(objective, row, lr, warmup, tmp_path):
         assert list(rates) == list(range(1, steps + 1))
         for rate, right in zip(rates.values(), wanted):
             assert abs(rate - right) <= NINE_DIGITS * right, (steps, rates)
+
+
+# ------------------------------------------------------------------------------------------------
+# What follows from the formulas
+
+def test_first_losses_of_dpo(tmp_path):
+    """The policy is the reference until the first update with a rate above 0, which is the second."""
+    run(words("dpo-assistant", tmp_path, "--warmup", 2))
+    first, second, third = [line["loss"] for line in steps_of(tmp_path)][:3]
+    assert abs(first - math.log(2)) < 1e-7 and abs(second - math.log(2)) < 1e-7 and abs(third - math.log(2)) > 1e-4
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("case, G", [("sft-words", 4), ("dpo-olmoe", 6), ("kto-words", 4)])
+def test_validation(case, G, ranks, tmp_path):
+    """While the rate is 0, validation on the rows of an epoch is the mean of its steps: of SFT over targets, else over
+    rows."""
+    if ranks > 1 and not shutil.which("mpirun"):
+        pytest.skip("no mpirun; make setup installs it")
+    count = expected(case)["kept_rows"] // G
+    assert count * G == expected(case)["kept_rows"]
+    run(words(case, tmp_path, "--steps", count, "--order", "sequential", "--global-batch", G, "--batch", 1, "--lr", 0,
+              "--lb-coef", 0, "--z-coef", 0, "--val", FIXTURES / case / "rows.jsonl"), ranks)
+    found = steps_of(tmp_path)
+    weights = [line["targets"] if case.startswith("sft") else 1 for line in found]
+    for field, of_steps in {"sft": [("val_loss", "ce_loss")],
+                            "dpo": [("val_loss", "loss"), ("val_reward_accuracy", "reward_accuracy")],
+                            "kto": [("val_loss", "loss"), ("val_kl", "kl")]}[case[:3]]:
+        mean = sum(line[of_steps] * weight for line, weight in zip(found, weights)) / sum(weights)
+        allowed = RELATIVE * abs(mean)
+        if field == "val_kl":
+            allowed += OF_DIFFERENCES * expected(case)["log_probability"]
+        assert abs(found[-1][field] - mean) <= allowed, (field, found[-1][field], mean)
 
 
 # ------------------------------------------------------------------------------------------------
