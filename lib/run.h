@@ -179,10 +179,16 @@ void run_check_options(TrainingRun* run) {
     run->tokens_per_step = (double)o.global_batch * o.T;
     freeze(&c, o.freeze);
     if (o.reference.empty()) return;
-    OlmoeConfig reference;
-    config_read(&reference, o.reference);
-    if (config_json(reference, BF16) != config_json(c, BF16))
-        die("--reference %s has another config.json than the model", o.reference.c_str());
+    OlmoeConfig theirs;
+    config_read(&theirs, o.reference);
+    auto function_of = [](const OlmoeConfig& config) {          // what of a config changes a probability
+        Json j = config_json(config, BF16);
+        for (const char* other : {"eos_token_id", "pad_token_id", "initializer_range", "max_position_embeddings"})
+            j.erase(other);
+        return j;
+    };
+    if (function_of(theirs) != function_of(c))
+        die("--reference %s has another shape than the model", o.reference.c_str());
 }
 
 // How long the run is, and the course of its learning rate: when the number of instances is known

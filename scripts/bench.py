@@ -10,7 +10,8 @@ For each shape of configs/ and each precision, on this machine's CPU:
   - time, calls and GB/s of each kernel (bytes by the formulas below: what has to be moved, not what is);
   - peak resident memory over what `olmoe info` planned;
   - tokens/s of transformers on PyTorch, in the same run (scripts/bench_transformers.py, in build/venv).
-Then, where OLMOE_DATA has texts and OLMoE's tokenizer, MB/s of encoding them, and of other tokenizers
+Then what rows of different lengths cost in a micro-batch (scripts/bench_rows.py). Then, where OLMOE_DATA has texts and
+OLMoE's tokenizer, MB/s of reading conversations and of encoding texts, also by other tokenizers
 (scripts/bench_tokenizers.py), and tokens/s of `olmoe generate` and of llama.cpp (scripts/bench_generate.py).
 Prints tables and writes build/bench.json. Run it on an idle machine. Standard library only.
 """
@@ -158,7 +159,12 @@ def main():
                 ours = out[f"{shape}_{precision.lower()}_tokens_per_s"]
                 out[f"{shape}_{precision.lower()}_over_transformers_{their_precision}"] = ours / best["tokens_per_s"]
 
-    data, python = os.environ.get("OLMOE_DATA"), ROOT / "build/venv/bin/python"
+    path = ROOT / "build/bench/rows.json"
+    data = os.environ.get("OLMOE_DATA")
+    print("\n" + run([sys.executable, "scripts/bench_rows.py", *([data] if data else []), "--json", path]).rstrip())
+    out.update(json.loads(path.read_text()))
+
+    python = ROOT / "build/venv/bin/python"
     if not data or not python.exists():
         missing = "no OLMOE_DATA=FOLDER" if python.exists() else "no build/venv; make venv"
         print(f"(the tokenizer and generation are not timed: {missing})")

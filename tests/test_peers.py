@@ -500,6 +500,22 @@ def same(ours, theirs, names):
             assert abs(a[name] - b[other]) <= allowed, (a, b)
 
 
+def test_chat_template(peers, tmp_path):
+    """The template that a checkpoint gets renders in transformers what training saw, and then asks for an answer."""
+    import safetensors.torch
+    from transformers import AutoTokenizer
+    messages = [system("New."), user("x"), assistant("We have no name."), user("x")]
+    ours(tmp_path, "sft", [{"messages": messages}] * 2, 1, 1)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "run" / "step-00000002")
+    rows = safetensors.torch.load_file(tmp_path / "run" / "rows.safetensors")
+    seen = rows["ids"][:int(rows["starts"][1])].tolist()
+    text = theirs.apply_chat_template(messages, tokenize=False)
+    assert len(seen) < LENGTH and text.endswith("<|user|>\nx\n")
+    assert theirs(text.rstrip("\n"), add_special_tokens=False)["input_ids"] == seen
+    assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == text + "<|assistant|>\n"
+    assert theirs.bos_token_id == theirs.eos_token_id == seen[0]
+
+
 def test_sft_trainer(trainers, tmp_path):
     """Trainer's loss is the mean over the targets of all micro-batches of a step."""
     import torch

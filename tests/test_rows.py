@@ -11,11 +11,9 @@ import os
 import random
 import re
 import shutil
-import signal
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -278,8 +276,7 @@ def test_micro_batches(base, straight, tmp_path, kind, more):
 
 @pytest.mark.skipif(not shutil.which("mpirun"), reason="no mpirun; make setup installs it")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("ranks,more", [(2, ("--ep", 2)), (4, ("--zero", 1)), (4, ("--ep", 2, "--recompute", 1))],
-                         ids=["ep", "zero", "both"])
+@pytest.mark.parametrize("ranks,more", [(2, ("--ep", 2)), (4, ("--zero", 1, "--recompute", 1))], ids=["ep", "zero"])
 def test_ranks(base, straight, tmp_path, kind, ranks, more):
     train(base, tmp_path / "out", kind, "--steps", 7, "--val", base / f"{kind}.jsonl", "--val-every", 4, *more,
           ranks=ranks)
@@ -356,26 +353,6 @@ def test_resume_refuses(base, straight, tmp_path, kind, more, words):
     assert words in said and len([line for line in said.splitlines() if line.startswith("olmoe: ")]) == 1
     saved = "step-00000007/model.safetensors"
     assert digest(out / saved) == digest(straight / kind / saved)
-
-
-@pytest.mark.parametrize("kind", ["dpo", "kto"])
-def test_killed(base, straight, tmp_path, kind):
-    """At any moment: the same command goes on, and comes to the same end."""
-    out, r = tmp_path / "out", random.Random(kind)
-    args = command(1, "train", "--objective", kind, "--model", base / "model", "--tokenizer", "bytes", "--data",
-                   base / f"{kind}.jsonl", "--out", out, "--global-batch", 8, "--batch", 2, "--seq", 64, "--lr", "1e-3",
-                   "--peak-tflops", 1, "--steps", 7, "--save-every", 3, "--sample-tokens", 1, "--resume")
-    for _ in range(6):
-        process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
-        time.sleep(r.uniform(0.01, 0.25))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    result = subprocess.run(args, capture_output=True, text=True, timeout=300,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert result.returncode == 0, result.stderr
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        assert digest(out / "step-00000007" / name) == digest(straight / kind / "step-00000007" / name), name
 
 
 def test_rows_are_kept(base, tmp_path):
@@ -521,7 +498,7 @@ def test_bad_rows_are_left_out(base, tmp_path):
     ("sft", ("--objective", "rlhf"), "is not one of pretrain|sft|dpo|kto"),
     ("dpo", ("--beta", 0), "--beta 0"), ("dpo", ("--beta", -1), "--beta"),
     ("sft", ("--reference", "model"), "--reference"),
-    ("dpo", ("--reference", "wider"), "another config.json"), ("dpo", ("--reference", "nowhere"), "nowhere"),
+    ("dpo", ("--reference", "wider"), "another shape"), ("dpo", ("--reference", "nowhere"), "nowhere"),
     ("sft", ("--steps", "100T"), "no number of steps"), ("sft", ("--warmup", "1T"), "no number of steps"),
     ("sft", ("--steps", 1, "--epochs", 1), "--steps and --epochs"), ("sft", ("--steps", 1.5), "whole number"),
     ("sft", ("--ce-divisor", "some"), "--ce-divisor"), ("sft", ("--ce-divisor", 0), "--ce-divisor"),
