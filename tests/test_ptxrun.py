@@ -102,6 +102,21 @@ def test_train(tmp_path, mode):
     assert len(found["plain"]) == 2 and found["plain"] == found[mode]
 
 
+@pytest.mark.parametrize("mode", ["race", "async"])
+@pytest.mark.parametrize("case", ["dpo-words", "kto-words"])
+def test_fine_tuning(tmp_path, case, mode):
+    """Against the references of scripts/reference_finetune.py, as tests/test_objectives.py does on the CPU"""
+    folder = ROOT / "tests" / "fixtures" / "finetune" / case
+    e = json.loads((folder / "expected.json").read_text())
+    words = ["train", "--model", folder / e["model"], "--data", *(folder / name for name in e["data"]), "--tokenizer",
+             ROOT / e["tokenizer"], "--out", tmp_path / "out", *e["args"], "--peak-tflops", 1, "--sample-tokens", 1]
+    words += ["--reference", folder / e["reference"]] if e["reference"] else []
+    result = run("ptx-fp32/olmoe", *words, **MODES[mode])
+    assert result.returncode == 0, ending(result)
+    for got, step in zip(losses(tmp_path / "out"), e["steps"], strict=True):
+        assert abs(got - step["loss"]) <= 1e-5 * abs(step["loss"]), (got, step["loss"])
+
+
 def tokens(path, vocabulary, count):
     random.seed(1)
     with open(path, "wb") as f:
