@@ -48,7 +48,8 @@ def step_ms(folder, lengths, steps):
     rows = write(folder / "rows.jsonl", [{"prompt": "a", "completion": "b" * (n - 4)} for n in lengths])
     out = folder / ("-".join(map(str, lengths)))
     run("train", "--objective", "sft", "--config", folder / "config.json", "--tokenizer", "bytes", "--data", rows,
-        "--out", out, "--batch", len(lengths), "--steps", steps, "--log-every", 0, "--sample-tokens", 1, "--peak-tflops", 1)
+        "--out", out, "--batch", len(lengths), "--steps", steps, "--log-every", 0, "--sample-tokens", 1,
+        "--peak-tflops", 1)
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()[1:]]
     tokens = lines[-1]["tokens_per_s"] * lines[-1]["ms"] / 1000
     assert abs(tokens - sum(lengths)) < 0.5, (tokens, lengths)
