@@ -813,6 +813,13 @@ inline TokenizeCounts tokenize_files(const Tokenizer& t, const std::vector<std::
     return {w.documents, w.tokens, w.part, w.damaged};
 }
 
+// As many threads as OMP_NUM_THREADS says, else one for each core
+inline size_t encoding_threads() {
+    const char* threads = getenv("OMP_NUM_THREADS");
+    const size_t cores = std::max(1u, std::thread::hardware_concurrency());
+    return threads && atoi(threads) > 0 ? std::min<size_t>(atoi(threads), 4 * cores) : cores;
+}
+
 // ------------------------------------------------------------------------------------------------
 // The command
 
@@ -839,11 +846,9 @@ inline int command_tokenize(int argc, char** argv) {
     if (out.size() < 5 || !ends_with(out, ".npy")) die("--out %s: the name of a token file ends in .npy", out.c_str());
     Tokenizer t;
     tokenizer_open(&t, name);
-    const char* threads = getenv("OMP_NUM_THREADS");
     o.max_tokens = (size_t)max_tokens;
     o.save_every = (size_t)save_every;
-    size_t cores = std::max(1u, std::thread::hardware_concurrency());
-    o.threads = threads && atoi(threads) > 0 ? std::min<size_t>(atoi(threads), 4 * cores) : cores;
+    o.threads = encoding_threads();
     TokenizeCounts counts = tokenize_files(t, inputs, out, o);
     std::string more = counts.files > 1 ? " in " + std::to_string(counts.files) + " files" : "";
     if (t.vocab > 65536) more += " of uint32 (train with --token-type uint32)";

@@ -228,7 +228,8 @@ void reference_fill(TrainingRun* run, ReferenceLogps* r, const Rows& rows, const
                     const std::vector<std::vector<size_t>>& blocks, bool* loaded) {
     reference_open(run, r, rows, name);
     double saved = seconds_now(), begun = saved;
-    size_t first = 0, done = 0;
+    size_t first = 0, done = 0, all = 0;
+    for (const std::vector<size_t>& block : blocks) all += block.size();
     for (const std::vector<size_t>& block : blocks) {
         if (reference_lacks(*r, rows, block, first)) {
             if (!*loaded) olmoe_load(&run->model, run->o.reference);
@@ -239,6 +240,7 @@ void reference_fill(TrainingRun* run, ReferenceLogps* r, const Rows& rows, const
             if (seconds_now() - saved > 20) {
                 reference_save(*run, *r, rows, name);
                 saved = seconds_now();
+                printf("%s: %zu of the run's %zu rows\n", name.c_str(), first + block.size(), all);
             }
         }
         first += block.size();

@@ -89,13 +89,13 @@ struct RowTable {                           // Rows while they are read
 
 struct RowLine { size_t file, number; std::string text, problem; RowData row; };
 
-// Encodes the lines of a batch, a thread every so many lines.
+// Encodes the lines of a batch: of n threads each takes every n-th line.
 inline void rows_encode(std::vector<RowLine>* batch, const RowFormat& format) {
-    const size_t threads = std::min<size_t>(std::max(1u, std::thread::hardware_concurrency()), batch->size());
+    const size_t threads = std::min(encoding_threads(), batch->size());
     auto work = [&](size_t first) {
         for (size_t i = first; i < batch->size(); i += threads) {
             RowLine& line = (*batch)[i];
-            try { line.row = row_read(line.text, format); } catch (const RowError& e) { line.problem = e.what(); }
+            try { line.row = row_read(line.text, format); } catch (const std::exception& e) { line.problem = e.what(); }
         }
     };
     std::vector<std::thread> others;
