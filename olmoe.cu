@@ -305,7 +305,7 @@ struct MicroBatch {
     std::vector<int> targets;               // (N) the token to predict at each position, or IGNORED
     std::vector<double> weights;            // (N) the factor of its -log p in the loss, as 1 / number of tokens
     std::vector<int> positions;             // (N) of a token in its sequence, for RoPE
-    double world_N = 0;                  // of all ranks' micro-batches; 0: N of each
+    double world_N = 0;                     // of all ranks' micro-batches; 0: N of each
 
     int B() const { return (int)starts.size() - 1; }
     int N() const { return starts.back(); }
@@ -2562,7 +2562,7 @@ struct Schedule {
 double learning_rate(const Schedule& s, double step) {
     if (s.kind == "hf-linear") {
         const double done = step - 1;
-        return done < s.warmup ? s.lr * done / s.warmup : s.lr * std::max(0.0, (s.total - done) / (s.total - s.warmup));
+        return s.lr * (done < s.warmup ? done / s.warmup : std::max(0.0, (s.total - done) / fabs(s.total - s.warmup)));
     }
     if (s.kind == "anneal") return s.lr * std::max(0.0, 1 - step / s.total);
     if (step < s.warmup) return s.lr * (0.1 + 0.9 * step / s.warmup);

@@ -463,6 +463,15 @@ def test_epochs(base, tmp_path):
         assert len(log(tmp_path / str(steps))) == 1 + steps
 
 
+def test_rates_of_hf_linear(base, tmp_path):
+    """As transformers has it, also where the warm-up is longer than the schedule: the rate is 0 after it."""
+    for w, n in ((5, 4), (4, 4), (1.5, 5.5)):
+        train(base, tmp_path / f"{w}", "sft", "--steps", 7, "--warmup", w, "--decay-steps", n, "--lr", 1)
+        expected = [s / w if s < w else max(0, (n - s) / max(1, n - w)) for s in range(7)]
+        rates = [line["lr"] for line in log(tmp_path / f"{w}")[1:]]
+        assert all(math.isclose(a, b, rel_tol=1e-8) for a, b in zip(rates, expected, strict=True)), rates
+
+
 # ---- Bad input
 
 def test_bad_rows_are_left_out(base, tmp_path):
