@@ -89,26 +89,32 @@ struct RowTable {                           // Rows while they are read
 
 struct RowLine { size_t file, number; std::string text, problem; RowData row; };
 
-// Encodes the lines of a batch: of n threads each takes every n-th line.
+// Encodes the lines of a batch: of n threads each takes every n-th line. Where there is no memory for one, throws that.
 inline void rows_encode(std::vector<RowLine>* batch, const RowFormat& format) {
     const size_t threads = std::min(encoding_threads(), batch->size());
+    std::vector<std::exception_ptr> thrown(threads);
+    auto encode = [&](RowLine* line) {
+        try { line->row = row_read(line->text, format); }
+        catch (const std::bad_alloc&) { throw; }
+        catch (const std::exception& e) { line->problem = e.what(); }
+    };
     auto work = [&](size_t first) {
-        for (size_t i = first; i < batch->size(); i += threads) {
-            RowLine& line = (*batch)[i];
-            try { line.row = row_read(line.text, format); } catch (const std::exception& e) { line.problem = e.what(); }
-        }
+        try { for (size_t i = first; i < batch->size(); i += threads) encode(&(*batch)[i]); }
+        catch (...) { thrown[first] = std::current_exception(); }
     };
     std::vector<std::thread> others;
     for (size_t i = 1; i < threads; i++) others.emplace_back(work, i);
     if (threads > 0) work(0);
     for (std::thread& t : others) t.join();
+    for (const std::exception_ptr& e : thrown) if (e) std::rethrow_exception(e);
 }
 
 inline void rows_append(RowTable* table, const RowLine& line, const RowFormat& format, const std::string& path) {
     constexpr int64_t SHOWN = 20;
     if (!line.problem.empty()) {
-        if (++table->left_out <= SHOWN)
-            fprintf(stderr, "%s:%zu: %s; left out\n", path.c_str(), line.number, line.problem.c_str());
+        std::string said = path + ":" + std::to_string(line.number) + ": " + line.problem + "; left out";
+        std::replace_if(said.begin(), said.end(), [](char c) { return (unsigned char)c < 32; }, '?');  // of a path
+        if (++table->left_out <= SHOWN) fprintf(stderr, "%s\n", said.c_str());
         if (table->left_out == SHOWN + 1) fprintf(stderr, "more bad rows are left out without a line\n");
         return;
     }
@@ -241,6 +247,9 @@ inline void rows_open(Rows* rows, const std::string& out, const std::string& nam
     rows->fingerprint = table_fingerprint(f);
     if (rows->left_out > 0) printf("%s: left out %ld bad rows\n", join(paths).c_str(), rows->left_out);
     if (rows->dropped > 0) printf("%s: dropped %ld rows without targets\n", join(paths).c_str(), rows->dropped);
+    if (rows->count == 0 && rows->dropped == 0)
+        die("%s: none of %ld lines is a row of --objective %s", join(paths).c_str(), rows->left_out,
+            name_of(format.kind));
     if (rows->count == 0) die("%s: no row with a target within --seq %d", join(paths).c_str(), format.T);
 }
 

@@ -10,7 +10,9 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -501,6 +503,30 @@ def test_bad_rows_are_left_out(base, tmp_path):
         for number, (line, (_, words)) in enumerate(zip(lines, bad[kind]), 1):
             assert line.startswith(f"{data}:{number}: ") and words in line and line.endswith("; left out"), line
         assert f"left out {len(bad[kind])} bad rows" in result.stdout
+
+
+def test_files_without_rows(base, tmp_path):
+    """A JSON array over many lines, a file of blank lines; a name with a newline in it stays on one line."""
+    for name, lines, bad in (("a\nb.jsonl", ["[", "{},", "]"], 3), ("blank.jsonl", ["", "  "], 0)):
+        data = write(tmp_path / name, lines)
+        said = train(base, tmp_path / "out", "sft", data=[data], code=1).splitlines()
+        assert len(said) == bad + 1 and said[-1].startswith("olmoe: ") and "\n" not in said[-1]
+        assert f"none of {bad} lines is a row of --objective sft" in said[-1]
+        assert all(line.startswith(str(data).replace("\n", "?")) for line in said[:-1]), said
+
+
+def test_memory_for_rows(base, tmp_path):
+    """Where there is too little of it, that is the line, whichever thread of those that encode meets it."""
+    data = write(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "word " * 800000}] * 4)
+    for limit in range(60, 400, 20):
+        limit <<= 20
+        result = subprocess.run(
+            command(1, "train", "--objective", "sft", "--model", base / "model", "--tokenizer", "bytes", "--data", data,
+                    "--out", tmp_path / "out", "--batch", 1, "--seq", 64, "--steps", 0, "--peak-tflops", 1),
+            capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
+        assert result.returncode in (0, 1) and "terminate" not in result.stderr, (limit, result.stderr)
+        if result.returncode == 0:
+            break
 
 
 @pytest.mark.parametrize("kind,more,words", [
