@@ -139,7 +139,8 @@ void head_of_slopes(Olmoe* m, const std::vector<double>& slopes) {
 
 constexpr double UNKNOWN = NAN;             // of a log-probability that no step of the run needed so far
 
-// A number that differs between models: of each tensor its first block of 4 KB and the one in its middle
+// A number that differs between models: of each tensor its first block of 4 KB and the one in its middle. Ends the
+// program where a rank sees another model than rank 0.
 uint64_t weights_fingerprint(const std::string& dir, const OlmoeConfig& c) {
     ModelWeights w;
     weights_open(&w, dir, c);
@@ -148,39 +149,52 @@ uint64_t weights_fingerprint(const std::string& dir, const OlmoeConfig& c) {
         for (size_t at : {(size_t)0, t->bytes / 2})
             hash = fnv1a(hash, t->data + at, std::min<size_t>(4096, t->bytes - at));
     weights_close(&w);
+    const std::vector<double> halves = {(double)(hash >> 32), (double)(uint32_t)hash};
+    std::vector<double> of_rank_0 = world.rank == 0 ? halves : std::vector<double>(2, 0.0);
+    host_sum(&of_rank_0);
+    if (halves != of_rank_0) die("--reference %s holds other weights than on rank 0", dir.c_str());
     return hash;
+}
+
+size_t validation_rows(const TrainingRun& run) {
+    const size_t n = run.rows.validation.count;
+    return run.o.val_batches > 0 ? std::min(n, (size_t)(run.o.val_batches * run.o.B)) : n;
 }
 
 // The blocks of rows that validation goes through: as many rows as a step has, in the order of the files
 std::vector<std::vector<size_t>> validation_blocks(const TrainingRun& run) {
-    size_t n = run.rows.validation.count;
-    if (run.o.val_batches > 0) n = std::min(n, (size_t)(run.o.val_batches * run.o.B));
     std::vector<std::vector<size_t>> blocks;
-    for (size_t i = 0; i < n; i++) {
+    for (size_t i = 0; i < validation_rows(run); i++) {
         if (i % run.o.global_batch == 0) blocks.emplace_back();
         blocks.back().push_back(i);
     }
     return blocks;
 }
 
+// What log-probabilities depend on. KTO's mismatched rows of validation also do on how many rows the last block has.
 std::string reference_key(const TrainingRun& run, const Rows& rows) {
     const TrainOptions& o = run.o;
+    const size_t validation = &rows == &run.rows.validation ? validation_rows(run) : 0;
     return Json({{"data", text("%016lx", rows.fingerprint)}, {"reference", run.rows.reference_fingerprint},
                  {"precision", BF16 ? "BF16" : "FP32"}, {"global_batch", o.global_batch}, {"seed", o.seed},
-                 {"order", std::string(o.order)}}).dump();
+                 {"order", std::string(o.order)}, {"validation_rows", validation}}).dump();
 }
 
-// What is known already, from OUT/NAME.safetensors
+// What is known already, from OUT/NAME.safetensors. Rank 0 reads it: all have to compute the same.
 void reference_open(TrainingRun* run, ReferenceLogps* r, const Rows& rows, const std::string& name) {
     Safetensors f;
-    r->rows.assign(rows.count * rows.sides(), UNKNOWN);
-    if (!table_open(&f, run->o.out, name, reference_key(*run, rows))) return;
-    const double* known = table_part<double>(f, "rows", r->rows.size());
-    r->rows.assign(known, known + r->rows.size());
-    const size_t n = f.find("mismatched") ? f.find("mismatched")->bytes / sizeof(double) : 0;
-    known = table_part<double>(f, "mismatched", n);
-    r->mismatched.assign(known, known + n);
-    safetensors_close(&f);
+    r->rows.assign(rows.count * rows.sides(), world.rank == 0 ? UNKNOWN : 0);
+    if (world.rank == 0 && table_open(&f, run->o.out, name, reference_key(*run, rows))) {
+        const double* known = table_part<double>(f, "rows", r->rows.size());
+        r->rows.assign(known, known + r->rows.size());
+        const size_t n = f.find("mismatched") ? f.find("mismatched")->bytes / sizeof(double) : 0;
+        known = table_part<double>(f, "mismatched", n);
+        r->mismatched.assign(known, known + n);
+        safetensors_close(&f);
+    }
+    r->mismatched.resize((size_t)host_sum((double)r->mismatched.size()), 0);
+    host_sum(&r->rows);                     // the others' are 0; unknown ones stay NaN
+    host_sum(&r->mismatched);
 }
 
 void reference_save(const TrainingRun& run, const ReferenceLogps& r, const Rows& rows, const std::string& name) {
@@ -215,8 +229,9 @@ void reference_add(TrainingRun* run, ReferenceLogps* r, const Rows& rows, const 
 }
 
 // Whether every rank goes on; a signal to one of them ends all, and what is known stays.
-void reference_alive(const TrainingRun& run) {
+void reference_alive(const TrainingRun& run, const ReferenceLogps& r, const Rows& rows, const std::string& name) {
     if (host_sum((double)stop_requested) == 0) return;
+    reference_save(run, r, rows, name);
     if (world.rank == 0)
         die("stopped while the reference's log-probabilities were computed; those that are known are in %s, "
             "and the same command goes on", run.o.out.c_str());
@@ -227,15 +242,17 @@ void reference_alive(const TrainingRun& run) {
 void reference_fill(TrainingRun* run, ReferenceLogps* r, const Rows& rows, const std::string& name,
                     const std::vector<std::vector<size_t>>& blocks, bool* loaded) {
     reference_open(run, r, rows, name);
+    stopping_saves = true;
     double saved = seconds_now(), begun = saved;
     size_t first = 0, done = 0, all = 0;
     for (const std::vector<size_t>& block : blocks) all += block.size();
     for (const std::vector<size_t>& block : blocks) {
         if (reference_lacks(*r, rows, block, first)) {
+            if (done == 0) printf("%s: log-probabilities of the rows by %s\n", name.c_str(), run->o.reference.c_str());
             if (!*loaded) olmoe_load(&run->model, run->o.reference);
             *loaded = true;
             reference_add(run, r, rows, block, first);
-            reference_alive(*run);
+            reference_alive(*run, *r, rows, name);
             done += block.size();
             if (seconds_now() - saved > 20) {
                 reference_save(*run, *r, rows, name);

@@ -357,6 +357,48 @@ def test_resume_refuses(base, straight, tmp_path, kind, more, words):
     assert digest(out / saved) == digest(straight / kind / saved)
 
 
+def started(base, out, kind, *more, data):
+    """A run that goes on, and what it prints"""
+    return subprocess.Popen(
+        command(1, "train", "--objective", kind, "--model", base / "model", "--tokenizer", "bytes", "--data", data,
+                "--out", out, "--global-batch", 8, "--batch", 2, "--seq", 64, "--lr", "1e-3", "--log-every", 1,
+                "--sample-tokens", 1, "--peak-tflops", 1, "--save-every", 5, *more),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
+def test_killed(base, tmp_path, kind):
+    """While the reference's log-probabilities are computed, and between checkpoints: nothing is lost."""
+    data = write(tmp_path / "rows.jsonl", draw_rows(kind, 1000))
+    for line in ("reference: log-probabilities of the rows", "step +2/", "step +12/"):
+        p = started(base, tmp_path / "killed", kind, "--steps", 100, "--resume", data=data)
+        for said in p.stdout:
+            if re.match(line, said):
+                p.kill()
+        assert p.wait() == -signal.SIGKILL, p.stderr.read()
+    for out in ("killed", "straight"):
+        p = started(base, tmp_path / out, kind, "--steps", 100, "--resume", data=data)
+        assert "step 100/100" in p.communicate()[0] and p.returncode == 0
+    for name in ("reference.safetensors", "step-00000100/model.safetensors", "step-00000100/optimizer.safetensors"):
+        assert digest(tmp_path / "killed" / name) == digest(tmp_path / "straight" / name), name
+    same_logs_exactly(tmp_path / "killed", tmp_path / "straight")
+
+
+def test_stopped_before_the_first_step(base, tmp_path):
+    """A signal while the reference's log-probabilities are computed: what is known is kept, as the line says."""
+    data = write(tmp_path / "rows.jsonl", draw_rows("dpo", 3000))
+    p = started(base, tmp_path / "out", "dpo", data=data)
+    for line in p.stdout:
+        if line.startswith("reference: log-probabilities of the rows"):
+            p.send_signal(signal.SIGTERM)
+    said = p.stderr.read()
+    assert p.wait() == 1 and len(said.splitlines()) == 1 and "those that are known are in" in said, said
+    known = [not math.isnan(v) for v in table(tmp_path / "out/reference.safetensors")["rows"]]
+    assert any(known) and not all(known)
+    p = started(base, tmp_path / "out", "dpo", "--steps", 1, data=data)
+    assert "step 1/1" in (said := p.communicate()[0]) and "rows through the reference" not in said
+
+
 def test_rows_are_kept(base, tmp_path):
     """Read once; read again where a file, the mask or the length is another."""
     data = write(tmp_path / "rows.jsonl", draw_rows("sft", 20))
@@ -382,6 +424,33 @@ def test_another_reference(base, tmp_path):
     train(base, tmp_path / "b", "dpo", "--steps", 5, "--model", base / "other")
     a, b = (table(tmp_path / x / "reference.safetensors")["rows"] for x in "ab")
     assert a == b and abs(log(tmp_path / "a")[1]["reward_margin"]) > 1e-4
+
+
+def test_fewer_rows_of_validation(base, tmp_path):
+    """KTO's mismatched rows of the last block depend on how many rows it has."""
+    more = ("--steps", 2, "--val", base / "kto.jsonl", "--batch", 2)
+    train(base, tmp_path / "a", "kto", *more, "--steps", 1, "--decay-steps", 2)
+    train(base, tmp_path / "a", "kto", *more, "--decay-steps", 2, "--val-batches", 6, "--resume")
+    train(base, tmp_path / "b", "kto", *more, "--decay-steps", 2, "--val-batches", 6)
+    a, b = (log(tmp_path / x)[2] for x in "ab")
+    assert (a["val_loss"], a["val_kl"]) == (b["val_loss"], b["val_kl"])
+
+
+@pytest.mark.skipif(not shutil.which("mpirun"), reason="no mpirun; make setup installs it")
+def test_ranks_with_another_reference(base, tmp_path):
+    """A directory of the same name that holds another model on another machine"""
+    args = ["train", "--objective", "dpo", "--model", base / "model", "--reference", "ref", "--tokenizer", "bytes",
+            "--data", base / "dpo.jsonl", "--out", tmp_path / "out", "--batch", 2, "--seq", 64, "--peak-tflops", 1]
+    words = []
+    for name in ("model", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "ref").symlink_to(base / name)
+        words += [":", "-np", "1", "-wdir", tmp_path / name, OLMOE, *args]
+    result = subprocess.run(["mpirun", "--allow-run-as-root", "--oversubscribe", *map(str, words[1:])],
+                            capture_output=True, text=True, timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    lines = [line for line in result.stderr.splitlines() if line.startswith("olmoe: ")]
+    assert result.returncode == 1 and len(lines) == 1 and "other weights than on rank 0" in lines[0], result.stderr
+    assert not list((tmp_path / "out").glob("step-*"))
 
 
 def test_tables_of_another_run(base, straight, tmp_path):
