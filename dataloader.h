@@ -755,16 +755,17 @@ inline RowData row_read(const std::string& line, const RowFormat& f) {
     const Json j = json_parse(line);
     if (j.is_discarded()) throw RowError("not JSON");
     if (!j.is_object()) throw RowError("not a JSON object");
-    auto field = [&](const char* name) -> const Json& {
-        if (!j.contains(name)) throw RowError(std::string("no \"") + name + "\"");
+    auto field = [&](const char* name) -> const Json& {         // null is what tables have where there is none
+        if (!j.contains(name) || j[name].is_null()) throw RowError(std::string("no \"") + name + "\"");
         return j[name];
     };
     auto words = [&](const char* name) { return text_of(field(name), name, false); };
     RowData row;
-    if (f.kind == RowKind::sft && j.contains("messages")) {
+    if (f.kind == RowKind::sft && j.contains("messages") && !j["messages"].is_null()) {
         row.sides = {row_of_messages(messages_of(j["messages"]), 0, f)};
     } else if (f.kind == RowKind::sft) {
-        if (!j.contains("prompt")) throw RowError("neither \"messages\" nor \"prompt\" and \"completion\"");
+        if (!j.contains("prompt") || j["prompt"].is_null())
+            throw RowError("neither \"messages\" nor \"prompt\" and \"completion\"");
         row.sides = {row_of_texts(words("prompt"), words("completion"), f)};
     } else if (f.kind == RowKind::dpo) {
         if (field("chosen").is_array() != field("rejected").is_array())

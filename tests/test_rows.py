@@ -185,6 +185,14 @@ def test_targets_of_the_assistant(base, tmp_path):
         marked(None, ("\nc ",), (None,)), marked(None, " x", (" ",), (None,))]
 
 
+def test_null_is_no_field(base, tmp_path):
+    """Rows of both forms that came out of one table have null for the other form's fields."""
+    rows = [{"messages": None, "prompt": "a", "completion": "b"},
+            {"messages": [user("user", "hi"), user("assistant", "yo")], "prompt": None, "completion": None}]
+    assert sft(base, tmp_path, rows) == [marked(None, "a", (" b",), (None,)),
+                                         marked(None, U + "hi\n" + A, ("yo",), (None,))]
+
+
 def test_targets_of_olmoe(base, tmp_path):
     rows = [{"messages": [user("user", "hi"), user("assistant", "yo"), user("user", "bye"), user("assistant", "")]},
             {"messages": [user("assistant", "one"), user("assistant", "two"), user("user", "three"),
@@ -550,7 +558,9 @@ def test_bad_rows_are_left_out(base, tmp_path):
             "kto": {"prompt": "a", "completion": "b", "label": True}}
     bad = {
         "sft": [("{", "not JSON"), ("[1]", "not a JSON object"), ({"text": "a"}, 'neither "messages" nor'),
-                ({"prompt": "a"}, 'no "completion"'), ({"prompt": 1, "completion": "b"}, "prompt is no text: 1"),
+                ({"prompt": "a"}, 'no "completion"'), ({"messages": None, "prompt": None}, 'neither "messages" nor'),
+                ({"prompt": "a", "completion": None}, 'no "completion"'),
+                ({"prompt": 1, "completion": "b"}, "prompt is no text: 1"),
                 ({"messages": []}, "messages is no list"), ({"messages": "a"}, "messages is no list"),
                 ({"messages": [{"role": "user"}]}, 'a message has no "content"'),
                 ({"messages": [user("robot", "a")]}, 'the role "robot" is not one of'),
