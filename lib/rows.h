@@ -208,7 +208,6 @@ const char* name_of(RowKind kind) {
 inline void rows_open(Rows* rows, const std::string& out, const std::string& name,
                       const std::vector<std::string>& paths, const RowFormat& format) {
     const Tokenizer& t = *format.tokenizer;
-    rows_check_files(paths);
     std::string vocabulary;
     if (!t.bytes && !file_contents(&vocabulary, t.path)) die("cannot read %s: %s", t.path.c_str(), strerror(errno));
     const uint32_t crc = (uint32_t)crc32_z(0, (const Bytef*)vocabulary.data(), vocabulary.size());

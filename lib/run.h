@@ -37,8 +37,10 @@ std::vector<Option> train_options(TrainOptions* o) {
         {"resume", &o->resume, "[DIR]", "go on from the newest complete checkpoint in --out, or from DIR"},
         {"tokenizer", &o->tokenizer, "NAME",
          "to print sampled text, and for the checkpoints: bytes, a tokenizer.json, or a directory that holds one"},
-        {"steps", &o->steps, "S", "stop after step S (a T after a number means tokens: 5e12T)"},
-        {"epochs", &o->epochs, "E", "in the place of --steps: so many times what the data have", 0, 1e9},
+        {"steps", &o->steps, "S", "stop after step S (a T after a number means tokens: 5e12T); without it and --epochs "
+         "after step 1000, or with rows after one epoch"},
+        {"epochs", &o->epochs, "E", "in the place of --steps: so many times what the data have; 0: as --steps says",
+         0, 1e9},
         {"batch", &o->B, "B", "sequences (conversations, pairs, rows) of a micro-batch of a rank", 1, 1 << 20},
         {"seq", &o->T, "T", "tokens of a sequence, of rows at most; 0: max_position_embeddings of the config",
          0, 1 << 20},
@@ -229,9 +231,16 @@ void chat_template_add(Texts* files, const Tokenizer& t) {
     else found->second = json_text(config);
 }
 
+// A run that does not resume leaves the checkpoints of another one alone.
+void checkpoints_refuse(const TrainOptions& o) {
+    if (o.resume.empty() && !checkpoint_list(o.out).empty())
+        die("%s holds checkpoints already; go on from them with --resume, or choose another --out", o.out.c_str());
+}
+
 // Rows are kept in OUT, where the ranks share them: they are opened when that is there.
 void run_open_rows(TrainingRun* run) {
     output_check(run->o.out);
+    checkpoints_refuse(run->o);             // before its rows are replaced
     finetune_open(run);
     run_set_steps(run);
 }
@@ -262,7 +271,9 @@ void run_open_files(TrainingRun* run) {
     if (!o.model.empty()) run->came_with = model_files_read(o.model, from);
     Texts& files = run->came_with.files;
     if (o.model.empty() || from.empty()) files.insert(files.end(), own.begin(), own.end());
-    if (run->objective->of_rows) chat_template_add(&files, t);
+    if (!run->objective->of_rows) return;
+    chat_template_add(&files, t);
+    for (const std::vector<std::string>* paths : {&o.data, &o.val}) rows_check_files(*paths);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -487,8 +498,7 @@ std::string checkpoint_to_resume(const TrainingRun& run) {
         die("%s cannot be listed, so that the checkpoints of the run that wrote its log can't be found; "
             "allow it with chmod, or choose another --out", o.out.c_str());
     const bool existing = !checkpoint_list(o.out).empty();
-    if (o.resume.empty() && existing)
-        die("%s holds checkpoints already; go on from them with --resume, or choose another --out", o.out.c_str());
+    checkpoints_refuse(o);
     if (newest && from.empty() && existing)
         die("no checkpoint in %s is undamaged; to start anew choose another --out", o.out.c_str());
     if (from.empty()) return from;

@@ -636,6 +636,17 @@ def test_refused(base, tmp_path, kind, more, words):
     lines = said.splitlines()
     assert len(lines) == 1 and lines[0].startswith("olmoe: ") and words in lines[0], said
     assert not list(tmp_path.glob("out/step-*"))
+    if more[0] == "--data" and "cut short" not in words:        # found before there is a directory
+        assert not (tmp_path / "out").exists()
+
+
+def test_other_rows_without_resume(base, straight, tmp_path):
+    """Forgotten --resume, or another --out: the rows of the run there stay."""
+    shutil.copytree(straight / "sft", tmp_path / "out")
+    rows = write(tmp_path / "rows.jsonl", draw_rows("sft", 20, seed=1))
+    said = train(base, tmp_path / "out", "sft", data=[rows], code=1)
+    assert "holds checkpoints already" in said and len(said.splitlines()) == 1
+    assert digest(tmp_path / "out/rows.safetensors") == digest(straight / "sft/rows.safetensors")
 
 
 def test_no_tokenizer(base, tmp_path):
