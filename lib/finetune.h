@@ -218,7 +218,12 @@ void reference_add(TrainingRun* run, ReferenceLogps* r, const Rows& rows, const 
                    size_t first) {
     const size_t sides = rows.sides();
     const std::vector<double> logps = block_logps(run, block_of_rows(rows, block));
+    const std::vector<std::string>& paths = &rows == &run->rows.validation ? run->o.val : run->o.data;
     for (size_t i = 0; i < logps.size(); i++) {
+        const int64_t* line = rows.lines + 2 * block[i / sides];        // its file and number
+        if (!std::isfinite(logps[i]))
+            die("--reference %s: the log-probability of %s:%ld is not finite", run->o.reference.c_str(),
+                paths[line[0]].c_str(), line[1]);
         double& known = r->rows[block[i / sides] * sides + i % sides];
         if (std::isnan(known)) known = logps[i];        // what a step met first, it meets again
     }

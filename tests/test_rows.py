@@ -444,6 +444,20 @@ def test_fewer_rows_of_validation(base, tmp_path):
     assert (a["val_loss"], a["val_kl"]) == (b["val_loss"], b["val_kl"])
 
 
+def test_reference_of_nan(base, tmp_path):
+    """Found at the first row, not after all of them, and it is said which model it is."""
+    shutil.copytree(base / "other", tmp_path / "nan")
+    file = tmp_path / "nan/model.safetensors"
+    raw = bytearray(file.read_bytes())
+    length, = struct.unpack("<Q", raw[:8])
+    tensor = json.loads(raw[8:8 + length])["model.norm.weight"]
+    at = 8 + length + tensor["data_offsets"][0]
+    raw[at:at + 4] = struct.pack("<I", 0x7fc07fc0)              # NaN in F32 and in BF16
+    file.write_bytes(raw)
+    said = train(base, tmp_path / "out", "dpo", "--reference", tmp_path / "nan", code=1)
+    assert re.search(r"--reference .*/nan: the log-probability of .*/dpo.jsonl:\d+ is not finite", said), said
+
+
 @pytest.mark.skipif(not shutil.which("mpirun"), reason="no mpirun; make setup installs it")
 def test_ranks_with_another_reference(base, tmp_path):
     """A directory of the same name that holds another model on another machine"""
