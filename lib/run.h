@@ -220,7 +220,7 @@ void chat_template_add(Texts* files, const Tokenizer& t) {
     auto found = named("tokenizer_config.json");
     Json config = {{"tokenizer_class", "PreTrainedTokenizerFast"}};
     if (found != files->end()) config = json_parse(found->second);
-    if (!config.is_object() || config.contains("chat_template")) return;
+    if (!config.is_object() || !config.value("chat_template", Json()).is_null()) return;
     for (const char* name : {"bos_token", "eos_token"})
         if (config.value(name, Json()).is_null()) config[name] = tokenizer_decode(t, t.eos);
     config["chat_template"] =

@@ -224,12 +224,15 @@ def test_rows_without_targets(base, tmp_path):
     assert log(tmp_path / "c")[0]["dropped_rows"] == 1 and len(sequences(tmp_path / "c")) == 2
 
 
-def test_real_tokenizer(base, tmp_path):
+@pytest.mark.parametrize("came", [None, {"chat_template": None, "bos_token": None, "model_max_length": 5}], ids=str)
+def test_real_tokenizer(base, tmp_path, came):
     """Merges do not cross from a header into what is said, and EOS is one id. The checkpoint talks in transformers."""
     (tmp_path / "shape.json").write_text(json.dumps({**SHAPE, "vocab_size": 1024, "eos_token_id": 0}))
     subprocess.run([sys.executable, ROOT / "scripts/make_random_model.py", "--out", tmp_path / "model", "--config",
                     tmp_path / "shape.json"], check=True, capture_output=True)
     shutil.copy(TOKENIZER, tmp_path / "model/tokenizer.json")
+    if came:
+        (tmp_path / "model/tokenizer_config.json").write_text(json.dumps(came))
     rows = [{"messages": [user("user", "the the"), user("assistant", "the end")]},
             {"prompt": "the", "completion": "end"}]
     result = run(1, "train", "--objective", "sft", "--model", tmp_path / "model", "--data",
@@ -246,6 +249,7 @@ def test_real_tokenizer(base, tmp_path):
     assert text[0] == (eos, 0) and text[-1] == (eos, 1)
     config = json.loads((tmp_path / "out/step-00000001/tokenizer_config.json").read_text())
     assert config["eos_token"] == config["bos_token"] and "add_generation_prompt" in config["chat_template"]
+    assert config.get("model_max_length") == (came or {}).get("model_max_length")
     assert (tmp_path / "out/step-00000001/tokenizer.json").read_bytes() == TOKENIZER.read_bytes()
 
 
