@@ -662,6 +662,8 @@ struct RowSequence {
     int prompt = 0;                     // of KTO's: ids before the completion
 };
 
+constexpr int ROW_SLACK = 64;           // ids after the cut: what the last of those before it may depend on
+
 // The sequence of a conversation, whose first `context` messages are masked, whoever speaks. The template is that of
 // OLMoE's fine-tuning (spec section 7.2):
 //     BOS <|user|>\n CONTENT \n <|assistant|>\n CONTENT EOS \n ...
@@ -699,8 +701,10 @@ inline RowSequence row_of_messages(const std::vector<ChatMessage>& messages, siz
         if (!f.olmoe_mask || !others(i)) continue;
         const std::string before = open;
         if (i + 1 < messages.size() && messages[i + 1].role == "assistant") open += "<|assistant|>\n";
-        spans.push_back({begin, tokens() - 1});
+        const int end = tokens() - 1;
+        spans.push_back({begin, end});
         open = before;
+        if (f.kind != RowKind::kto && end > f.T + ROW_SLACK) break;     // what follows is cut off
     }
     open = strip(open, false);
     close();
@@ -744,6 +748,18 @@ inline int num_targets(const uint8_t* targets, size_t n, int T) {
     return n > 1 ? (int)std::count(targets + 1, targets + n, 1) : 0;
 }
 
+// The messages of a side of a pair. Where there is a list of messages for a prompt, and the side does not begin with
+// it, as in files for TRL, they follow it.
+inline Json after_prompt(const Json& j, const char* side) {
+    const Json prompt = j.value("prompt", Json());
+    const Json& messages = j[side];
+    if (!prompt.is_array()) return messages;
+    const bool begins = messages.size() >= prompt.size() && std::equal(prompt.begin(), prompt.end(), messages.begin());
+    Json all = begins ? Json::array() : prompt;
+    all.insert(all.end(), messages.begin(), messages.end());
+    return all;
+}
+
 struct RowData {
     std::vector<RowSequence> sides;     // one; of DPO chosen and rejected
     bool label = false;                 // of KTO: desirable
@@ -771,7 +787,7 @@ inline RowData row_read(const std::string& line, const RowFormat& f) {
         if (field("chosen").is_array() != field("rejected").is_array())
             throw RowError("one of \"chosen\" and \"rejected\" is a text, the other one messages");
         for (const char* name : {"chosen", "rejected"})
-            row.sides.push_back(j[name].is_array() ? row_of_messages(messages_of(j[name], name), 0, f)
+            row.sides.push_back(j[name].is_array() ? row_of_messages(messages_of(after_prompt(j, name), name), 0, f)
                                                    : row_of_texts(words("prompt"), words(name), f));
     } else {
         if (!field("label").is_boolean()) throw RowError("label is neither true nor false: " + json_shown(j["label"]));

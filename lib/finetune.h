@@ -139,15 +139,14 @@ void head_of_slopes(Olmoe* m, const std::vector<double>& slopes) {
 
 constexpr double UNKNOWN = NAN;             // of a log-probability that no step of the run needed so far
 
-// A number that differs between models: of each tensor its first block of 4 KB and the one in its middle. Ends the
-// program where a rank sees another model than rank 0.
+// A number that differs between models: of the config, and of each tensor up to 16 blocks of 4 KB, spread evenly. Ends
+// the program where a rank sees another model than rank 0.
 uint64_t weights_fingerprint(const std::string& dir, const OlmoeConfig& c) {
     ModelWeights w;
     weights_open(&w, dir, c);
-    uint64_t hash = FNV_BASIS;
-    for (const SafeTensor* t : w.tensors)
-        for (size_t at : {(size_t)0, t->bytes / 2})
-            hash = fnv1a(hash, t->data + at, std::min<size_t>(4096, t->bytes - at));
+    const std::string shape = config_json(c, BF16).dump();
+    uint64_t hash = fnv1a(FNV_BASIS, (const unsigned char*)shape.data(), shape.size());
+    for (const SafeTensor* t : w.tensors) hash = fnv1a_of_blocks(hash, t->data, t->bytes, 16);
     weights_close(&w);
     const std::vector<double> halves = {(double)(hash >> 32), (double)(uint32_t)hash};
     std::vector<double> of_rank_0 = world.rank == 0 ? halves : std::vector<double>(2, 0.0);

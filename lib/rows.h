@@ -110,7 +110,7 @@ inline void rows_encode(std::vector<RowLine>* batch, const RowFormat& format) {
 }
 
 inline void rows_append(RowTable* table, const RowLine& line, const RowFormat& format, const std::string& path) {
-    constexpr int64_t SHOWN = 20;
+    constexpr int64_t SHOWN = 1000;
     if (!line.problem.empty()) {
         std::string said = path + ":" + std::to_string(line.number) + ": " + line.problem + "; left out";
         std::replace_if(said.begin(), said.end(), [](char c) { return (unsigned char)c < 32; }, '?');  // of a path
@@ -130,7 +130,7 @@ inline void rows_append(RowTable* table, const RowLine& line, const RowFormat& f
     table->labels.push_back(line.row.label);
 }
 
-// All rows of the files, in their order. Bad ones are a line on standard error each, up to 20.
+// All rows of the files, in their order. Bad ones are a line on standard error each, up to a thousand.
 inline RowTable rows_read(const std::vector<std::string>& paths, const RowFormat& format) {
     constexpr size_t BATCH_OF_LINES = 8 << 20;      // bytes: some tenths of a second of all cores
     RowTable table;
@@ -185,16 +185,22 @@ inline void rows_check_files(const std::vector<std::string>& paths) {
     }
 }
 
+// FNV-1a of up to `most` blocks of 4 KB, spread evenly, the first and the last included
+inline uint64_t fnv1a_of_blocks(uint64_t hash, const unsigned char* data, size_t bytes, size_t most) {
+    const size_t blocks = (bytes + 4095) / 4096, n = std::min(blocks, most);
+    for (size_t i = 0; i < n; i++) {
+        const size_t at = 4096 * (n == 1 ? 0 : i * (blocks - 1) / (n - 1));
+        hash = fnv1a(hash, data + at, std::min<size_t>(4096, bytes - at));
+    }
+    return hash;
+}
+
 // FNV-1a over the parts of a table: their sizes and, spread evenly, 1024 blocks of 4 KB of each
 inline uint64_t table_fingerprint(const Safetensors& f) {
     uint64_t hash = FNV_BASIS;
     for (const SafeTensor& t : f.tensors) {
-        const size_t blocks = (t.bytes + 4095) / 4096, n = std::min<size_t>(blocks, 1024);
         hash = fnv1a(hash, (const unsigned char*)&t.bytes, sizeof t.bytes);
-        for (size_t i = 0; i < n; i++) {
-            const size_t at = 4096 * (n == 1 ? 0 : i * (blocks - 1) / (n - 1));
-            hash = fnv1a(hash, t.data + at, std::min<size_t>(4096, t.bytes - at));
-        }
+        hash = fnv1a_of_blocks(hash, t.data, t.bytes, 1024);
     }
     return hash;
 }

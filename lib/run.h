@@ -220,7 +220,10 @@ void chat_template_add(Texts* files, const Tokenizer& t) {
     auto found = named("tokenizer_config.json");
     Json config = {{"tokenizer_class", "PreTrainedTokenizerFast"}};
     if (found != files->end()) config = json_parse(found->second);
-    if (!config.is_object() || !config.value("chat_template", Json()).is_null()) return;
+    const Json theirs = config.is_object() ? config.value("chat_template", Json()) : Json();
+    if (theirs.is_string() && theirs.get<std::string>().find("<|assistant|>") == std::string::npos)
+        fprintf(stderr, "note: the chat template that came with the model is kept, but rows have OLMoE's\n");
+    if (!config.is_object() || !theirs.is_null()) return;
     for (const char* name : {"bos_token", "eos_token"})
         if (config.value(name, Json()).is_null()) config[name] = tokenizer_decode(t, t.eos);
     config["chat_template"] =
@@ -344,8 +347,9 @@ void run_table(const TrainingRun& run) {
                                                         o.adamw.eps, o.adamw.weight_decay, o.adamw.grad_clip));
     if (!o.freeze.empty()) box.add("frozen", join(o.freeze));
     const char* over = world.size == 1 ? "" : run.model.lb_global ? " over all ranks" : " rank by rank";
-    box.add("auxiliary losses", text("load balancing %g%s, router z %g; cross entropy divided by %s targets",
-                                     o.lb_coef, over, o.z_coef, o.ce_divisor.c_str()));
+    box.add("auxiliary losses", text("load balancing %g%s, router z %g", o.lb_coef, over, o.z_coef));
+    if (o.reference.empty())
+        box.add("cross entropy", "divided by " + (isalpha(o.ce_divisor[0]) ? o.ce_divisor + " targets" : o.ce_divisor));
     box.add("recompute, skip spikes", text("%ld, %g", o.recompute, o.skip_spikes));
     box.add("seed", text("%ld", o.seed));
     box.add("out", o.out + (run.from.empty() ? "" : ", resumed from " + run.from));

@@ -16,6 +16,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -204,6 +205,30 @@ def test_targets_of_olmoe(base, tmp_path):
         marked((None,), (A + "one",), (None,), ("\n" + A + "two",), (None,), "\n" + U + "three\n" + S + "four\n"
                + A[:-1], (A[-1] + "five",), (None,)),
         shown(early(ids_of(None, "1 + 1 =", (" 2",), (None,))))]
+
+
+def test_prompt_of_a_pair(base, tmp_path):
+    """A list of messages for a prompt, as in files for TRL, comes before answers that do not begin with it."""
+    asked, chosen, rejected = [user("user", "hi")], [user("assistant", "yo")], [user("assistant", "no")]
+    rows = [{"prompt": asked, "chosen": chosen, "rejected": rejected},
+            {"prompt": asked, "chosen": asked + chosen, "rejected": asked + rejected},
+            {"prompt": "hi", "chosen": asked + chosen, "rejected": asked + rejected}]
+    train(base, tmp_path / "out", "dpo", "--steps", 1, "--global-batch", 1, "--batch", 1,
+          data=[write(tmp_path / "rows.jsonl", rows)])
+    found = sequences(tmp_path / "out")
+    assert found[:2] == [marked(None, U + "hi\n" + A, (answer,), (None,)) for answer in ("yo", "no")]
+    assert found == found[:2] * 3
+
+
+def test_many_messages(base, tmp_path):
+    """What is cut off is not encoded again and again, and does not change what is before it."""
+    long = [user("user", str(i % 10)) for i in range(20000)]
+    rows = [{"messages": long + [user("assistant", "yes")]}, {"messages": long[:8] + [user("assistant", "a")] + long}]
+    start = time.monotonic()
+    a, = sft(base, tmp_path, rows, "--label-mask", "olmoe")
+    assert time.monotonic() - start < 10                        # 43 s where each message encodes all before it
+    head = ids_of(None, "".join(U + f"{i}\n" for i in range(8)) + A, ("a",), (None,))
+    assert a == shown(early(head + ids_of("\n" + U + "0\n" + U + "1\n" + U))[:128])
 
 
 def test_rows_without_targets(base, tmp_path):
