@@ -577,8 +577,12 @@ std::vector<int> prompt_ids(const GenerateCommand& g, const std::string& prompt)
     return ids;
 }
 
+// As fine-tuning has them. Among bytes EOS has no text: one that is in no UTF-8 stands for it.
 std::vector<int> chat_ids(const GenerateCommand& g, const std::vector<ChatMessage>& messages) {
-    return prompt_ids(g, chat_prompt(messages, true, tokenizer_decode(g.tokenizer, g.tokenizer.eos)));
+    const Tokenizer& t = g.tokenizer;
+    std::vector<int> ids = prompt_ids(g, chat_prompt(messages, true, t.bytes ? "\xff" : tokenizer_decode(t, t.eos)));
+    if (t.bytes) std::replace(ids.begin(), ids.end(), 0xff, t.eos);
+    return ids;
 }
 
 // A prompt as the user means it: with --chat a message to the model
