@@ -7,7 +7,9 @@
 # make cuda                  compile for all GPUs, warnings and register spills are errors
 # make test-gpu              does all of it work on this GPU? MINUTES=10 at most, and a report to send: build/test-gpu.txt
 # make DEVICE=cuda SM=90 test-gpu-build      build its programs on a machine without a GPU, to carry over
-# make clean                 remove what was built; runs (build/train*), build/venv and build/llama.cpp stay
+# make train                 train a small model on a generated corpus; DATA=my.txt: on a text
+# make finetune              fine-tune that model: conversations, then preferences; SEED=2: another run
+# make clean                 remove what was built; runs (build/train*, build/finetune), build/venv and build/llama.cpp stay
 
 .DEFAULT_GOAL := olmoe
 .DELETE_ON_ERROR:
@@ -100,7 +102,7 @@ $(RANK_FLAGS) build/ranks.flags: FORCE
 	@echo '$(MPI_CFLAGS) $(MPI_LIBS) $(NCCL_CFLAGS) $(NCCL_LIBS)' | cmp -s - $@ || echo '$(MPI_CFLAGS) $(MPI_LIBS) $(NCCL_CFLAGS) $(NCCL_LIBS)' > $@
 
 WITHOUT = $(if $(filter -Icpu/no_mpi,$(MPI_CFLAGS)),$(comma) without MPI)$(if $(filter cuda,$(DEVICE)),$(if $(NCCL_LIB),,$(comma) without NCCL))
-ifneq ($(if $(MAKECMDGOALS),$(filter olmoe test_olmoe train test bench,$(MAKECMDGOALS)),olmoe),)
+ifneq ($(if $(MAKECMDGOALS),$(filter olmoe test_olmoe train finetune test bench,$(MAKECMDGOALS)),olmoe),)
   $(info Building for $(if $(filter cuda,$(DEVICE)),CUDA,the CPU) in $(PRECISION)$(if $(filter 1,$(STRICT)), (strict$(if $(SANITIZE),$(comma) $(SANITIZE) sanitizer)))$(WITHOUT): $(WHY).)
 endif
 
@@ -114,7 +116,7 @@ setup:
 	@scripts/setup.sh
 
 clean:
-	rm -rf $(filter-out build/train% build/venv build/llama.cpp,$(wildcard build/*)) olmoe test_olmoe
+	rm -rf $(filter-out build/train% build/finetune build/venv build/llama.cpp,$(wildcard build/*)) olmoe test_olmoe
 
 # ------------------------------------------------------------------------------------------------
 # CPU: preprocess, rewrite the launches, compile. The preprocessor's .d file lists the headers.
@@ -269,6 +271,13 @@ train: olmoe $(RUN)/train.npy $(RUN)/val.npy
 	./olmoe train --config configs/tiny.json --tokenizer bytes --data $(RUN)/train.npy --val $(RUN)/val.npy --out $(RUN)/run --resume \
 	  --val-every 200 --sample-every 550 --save-every 550 --keep-last 2 --log-every 25 $(TRAIN_OPTIONS)
 	$(PYTHON) scripts/learned.py $(RUN) $(RUN)/run
+
+# SFT, then DPO, of the model of the default run, on conversations about the world of its corpus. Called again, it goes on
+# from what is saved.
+SEED ?= 1
+.PHONY: finetune
+finetune: train
+	$(PYTHON) scripts/finetune.py --base build/train/run --out build/finetune/seed-$(SEED) --seed $(SEED)
 
 ifdef TEXT
 $(RUN)/train.txt: FORCE

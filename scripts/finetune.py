@@ -5,18 +5,19 @@
 
 1. make_conversations.py makes conversations, questions to draw answers to, and 500 questions that are held out.
 2. olmoe train --objective sft, from the last checkpoint of --base.
-3. olmoe generate --n draws 8 answers to each question; the source's rules judge them; where a right one and a wrong one
-   were drawn, the first of each are a pair.
+3. olmoe generate --n draws 8 answers to each question, at temperature 0.8. The source's rules judge them. Where a right
+   and a wrong one were drawn, the first of each are a pair.
 4. olmoe train --objective dpo on the pairs.
 5. The answers to the held-out questions, of all three models: always the likeliest token (temperature 0), and drawn at
-   temperature 1. The bars are for temperature 0: SFT at least 20 points above the base, DPO at least 3 above SFT. Exit 1
-   where one is missed.
+   temperature 1. The bars are for temperature 0: SFT at least 20 points above the base, DPO at least 3 above SFT.
+   Exit 1 where one is missed.
 
 All is kept in --out, and called again it goes on from there; remove --out to start over. Standard library only.
 """
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -36,18 +37,30 @@ class Broken(Exception):
     """A step that did not end well, or files that don't fit."""
 
 
-def run(*command):
-    """Shows the command, and its output as it comes."""
+stopped = []                            # by Ctrl-C, which the program that runs gets as well: it saves, and ends
+
+
+def run(*command, to=None):
+    """Shows the command, and its output as it comes, or writes this to a file: complete, or not there."""
     command = [str(part) for part in command]
-    print("$ " + " ".join(command), flush=True)
-    done = subprocess.run(command)
-    if done.returncode != 0:
-        raise Broken(f"{' '.join(command[:2])} ended with exit status {done.returncode}")
+    print("$ " + " ".join(command) + (f" > {to}" if to else ""), flush=True)
+    if to is None:
+        status = subprocess.run(command).returncode
+    else:
+        scratch = to.with_name(to.name + ".tmp")
+        with open(scratch, "w") as f:
+            status = subprocess.run(command, stdout=f).returncode
+    if stopped:
+        raise Broken("stopped; the same command continues")
+    if status != 0:
+        raise Broken(f"{' '.join(command[:2])} ended with exit status {status}")
+    if to is not None:
+        scratch.replace(to)
 
 
 def last_checkpoint(folder):
     """The newest checkpoint of a run."""
-    steps = sorted(folder.glob("step-*"))
+    steps = sorted(folder.glob("step-" + 8 * "[0-9]"))
     if not steps:
         raise Broken(f"{folder} has no checkpoint; make train makes one")
     return steps[-1]
@@ -67,14 +80,8 @@ def write(path, rows):
 def answers(olmoe, model, questions, path, *options):
     """What the model answers, as generate --json prints it; kept in `path`."""
     if not path.exists():
-        scratch = path.with_name(path.name + ".tmp")
-        command = [olmoe, "generate", "--model", model, "--tokenizer", "bytes", "--input", questions, "--json",
-                   "--max-tokens", "56", "--batch", "128", *options]
-        print("$ " + " ".join(map(str, command)) + f" > {path}", flush=True)
-        with open(scratch, "w") as f:
-            if subprocess.run([str(part) for part in command], stdout=f).returncode != 0:
-                raise Broken(f"{olmoe} generate failed")
-        scratch.replace(path)
+        run(olmoe, "generate", "--model", model, "--tokenizer", "bytes", "--input", questions, "--json",
+            "--max-tokens", 56, "--batch", 128, *options, to=path)
     return read(path)
 
 
@@ -120,7 +127,8 @@ def table(greedy, drawn):
         gain = greedy[model]["all"] - greedy[before]["all"]
         reached = gain >= BARS[model]
         good = good and reached
-        lines.append(f"{gain:+6.1f} points: {model} over {before}, at least {BARS[model]}  {'ok' if reached else 'MISSED'}")
+        lines.append(f"{gain:+6.1f} points: {model} over {before}, at least {BARS[model]}  "
+                     + ("ok" if reached else "MISSED"))
     return lines, good
 
 
@@ -152,9 +160,10 @@ def finetune(olmoe, base, out, seed):
         return last_checkpoint(out / name)
 
     sft = train(base, "sft", "sft.jsonl", SFT)
+    samples = answers(olmoe, sft, out / "questions.jsonl", out / "samples.jsonl", "--temperature", 0.8, "--n", SAMPLES,
+                      "--seed", seed)
     if not (out / "pairs.jsonl").exists():
-        write(out / "pairs.jsonl", make_pairs(questions, answers(
-            olmoe, sft, out / "questions.jsonl", out / "samples.jsonl", "--n", SAMPLES, "--seed", seed)))
+        write(out / "pairs.jsonl", make_pairs(questions, samples))
     print(f"{len(read(out / 'pairs.jsonl'))} pairs from {SAMPLES} answers to each of {len(questions)} questions")
     dpo = train(sft, "dpo", "pairs.jsonl", DPO)
 
@@ -177,6 +186,7 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--olmoe", default="./olmoe", help="the program")
     o = parser.parse_args()
+    signal.signal(signal.SIGINT, lambda *_: stopped.append(True))
     try:
         sys.exit(0 if finetune(o.olmoe, o.base, o.out, o.seed) else 1)
     except Broken as error:

@@ -1,17 +1,20 @@
 #!/usr/bin/env python3
-"""Writes conversations about the world of the default corpus, to fine-tune its model with, and questions to judge it by.
+"""Writes conversations about the world of the default corpus, to fine-tune its model with, and questions to judge it.
 
-    make_conversations.py --out DIR [--seed 1] [--conversations 9600] [--questions 1500] [--held-out 500]
+    make_conversations.py --out DIR [--seed 1] [--conversations 12000] [--questions 1500] [--held-out 500]
 
 DIR/sft.jsonl         {"kind", "messages": [{"role", "content"}, ...]}: conversations with right answers
-DIR/questions.jsonl   {"id", "kind", "messages", "answers"}: questions to draw answers to, for pairs; each of "answers" is
-                      right, and a conversation would have the first
+DIR/questions.jsonl   {"id", "kind", "messages", "answers"}: questions to draw answers to, for pairs; each of "answers"
+                      is right, and a conversation would have the first
 DIR/held-out.jsonl    as questions.jsonl, to measure with
 
-The facts are those of make_corpus.py: who of its cast is what, its arithmetic. What neither the world nor the
-conversation tells, the right answer refuses. A question has a fact, which is what it asks, in any words: a name, two
-numbers, what was told. No fact is in two of the three files, so that a right answer is no repetition. Of the cast this
-means: what those of the second and third file are, only the stories have told the model.
+The world is that of make_corpus.py: who of its cast is what, and its arithmetic. The right answer to what nobody told
+the model is a refusal: to names that are no one's there, and to what is the user's own. A question asks for a fact: a
+name in certain words, a name that is no one's, two numbers. Three fifths of all facts are in the conversations alone, a
+fifth in the questions, a fifth in the held-out ones, so that a right answer there is no repetition.
+
+Most answers to a calculation in the conversations are the result at once, as people give it. The others work it out, as
+the corpus does. Both are right. A small model adds badly at once, and well in steps.
 
 The same seed gives the same bytes. Needs only Python 3.
 """
@@ -22,24 +25,23 @@ import sys
 import zlib
 
 import make_corpus as corpus
-from make_corpus import Source, a
+from make_corpus import CAST, Source, a
 
-CAST = corpus.CAST
 NAMES = list(CAST)
 ONE_WORD = "Answer in one word."
 STRANGERS = [x + y for x in corpus.words("Al, Bo, Do, Fi, Ha, Jo, Ka, Lu, Mo, Pe, Ri, Sa, Ta, Ul, Ve, Zo")
-             for y in corpus.words("ba, dik, fina, ger, lo, mas, nika, ra, rek, sa, ton, ward")]
+             for y in corpus.words("ba, dik, fina, ger, lo, mas, nika, ra, rek, sa, ton, ward") if x + y not in CAST]
 UNKNOWN = ["I can't know that", "I don't know that", "Nobody told me that"]
-FIFTHS = {"sft": (2, 3, 4), "questions": (1,), "held-out": (0,)}        # of all facts
-DIRECT = 0.6                           # of the answers to calculations give the result at once, the others work it out
+FIFTHS = {"sft": (2, 3, 4), "questions": (1,), "held-out": (0,)}    # of all facts
+DIRECT = 0.6                            # of the answers to calculations give the result at once, the others work it out
 LONGEST = 220                           # tokens of a conversation of two questions
 
 
 class Question:
-    """Messages up to one of the user's, the right answers to it, and what it asks: its fact."""
+    """Messages up to one of the user's, and the right answers to it."""
 
-    def __init__(self, kind, fact, question, answers, before=()):
-        self.kind, self.fact, self.answers = kind, fact, answers
+    def __init__(self, kind, question, answers, before=()):
+        self.kind, self.answers = kind, answers
         self.messages = [*before, message("user", question)]
 
     def conversation(self):
@@ -60,7 +62,7 @@ def right(text, answers):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Kinds of questions. Each function draws one; w says which facts are on its side.
+# Kinds of questions. Each function draws one; w has the facts that it may ask for.
 
 class World:
     """The facts of one of the three files."""
@@ -69,7 +71,7 @@ class World:
         self.seed, self.fifths = seed, FIFTHS[side]
 
     def draw(self, fact):
-        """A fact of this side, drawn by a function."""
+        """What the function draws, the first time that it is one of these facts."""
         while True:
             drawn = fact()
             if zlib.crc32(f"{self.seed} {drawn}".encode()) % 5 in self.fifths:
@@ -77,6 +79,7 @@ class World:
 
 
 def opener(s):
+    """More questions with the same fact"""
     return s.one(["", "", "", "Hello. ", "And now: "])
 
 
@@ -96,17 +99,17 @@ def animal(s, w):
     before, answers = [], [f"{name} is {a(kind)}", a(kind), f"{name} the {kind}", kind]
     if s.chance(0.3):
         before, answers = [message("system", ONE_WORD)], [kind]
-    return Question("animal", question, opener(s) + question, answers, before)
+    return Question("animal", opener(s) + question, answers, before)
 
 
-def refusals(s, *first):
-    """Right answers to what nobody can know. Training has the one of `first`, or any of the family."""
-    return [*first, *s.several(UNKNOWN, len(UNKNOWN))]
+def refusals(s):
+    """All that are right, a conversation has any of them."""
+    return s.several(UNKNOWN, len(UNKNOWN))
 
 
 def stranger(s, w):
     name = w.draw(lambda: s.one(STRANGERS))
-    return Question("stranger", name, opener(s) + who_is(s, name), refusals(s))
+    return Question("stranger", opener(s) + who_is(s, name), refusals(s))
 
 
 def refusal(s, w):
@@ -122,11 +125,11 @@ def refusal(s, w):
         lambda: f"What did my {family} {s.one(['buy', 'sell', 'lose', 'paint'])} {past}?",
         lambda: f"Why is my {family} {s.one(corpus.FEEL)}?",
         lambda: f"Who is the {s.one(corpus.JOBS)} with the {s.one(corpus.LOOKS)} {thing}?"))
-    return Question("refusal", question, question, refusals(s))
+    return Question("refusal", question, refusals(s))
 
 
 def either_way(s, result, steps):
-    """Right answers to a calculation: conversations have the result at once, or how it is worked out."""
+    """Right answers to a calculation: the result at once, and how it is worked out."""
     answers = [str(result), steps]
     return answers if s.chance(DIRECT) else answers[::-1]
 
@@ -145,7 +148,7 @@ def addition(s, x, y):
 def total(s, w):
     x, y = addends(s, w)
     question = s.one([f"What is {x} + {y}?", f"How much is {x} + {y}?", f"Add {x} and {y}."])
-    return Question("sum", (x, y), question, addition(s, x, y))
+    return Question("sum", question, addition(s, x, y))
 
 
 def problem(s, w):
@@ -153,31 +156,30 @@ def problem(s, w):
     what = f"{s.one(corpus.LOOKS)} {s.one(corpus.THINGS)}s"
     does = s.one(["buys", "finds", "gets", "makes"])
     question = f"{s.one(NAMES)} has {x} {what} and {does} {y}. How many are there now?"
-    return Question("problem", (x, y), question, addition(s, x, y))
+    return Question("problem", question, addition(s, x, y))
 
 
 def difference(s, w):
     x, y = w.draw(lambda: (s.number(2, 20), s.number(1, 9)))
     text = f"{x + y} - {y}"
     question = s.one([f"What is {text}?", f"How much is {text}?", f"Calculate {text}."])
-    return Question("difference", text, opener(s) + question, either_way(s, x, f"{text} = {x}"))
+    return Question("difference", opener(s) + question, either_way(s, x, f"{text} = {x}"))
 
 
 KINDS = {"animal": animal, "stranger": stranger, "refusal": refusal, "sum": total, "problem": problem,
          "difference": difference}
-OFTEN = [animal, animal, stranger, refusal, total, total, total, problem, problem, problem, difference, difference]
+OFTEN = [animal, animal, stranger, refusal, difference] + 4 * [total, problem]      # kinds of a conversation
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 def tokens(messages):
-    """Of a conversation, a byte each: BOS, and <|role|>, newline, content and newline of each message, EOS of answers."""
+    """Of a conversation, a byte each: BOS; <|role|>, newline, content, newline of a message; EOS of an answer."""
     return 1 + sum(len(m["role"]) + 6 + len(m["content"]) + (m["role"] == "assistant") for m in messages)
 
 
 def conversation(s, w):
-    """One question and its answer, or now and then two, one after the other. What the first tells must not change what
-    is right for the second."""
+    """A question and its answer, or now and then two. A system message would be for both, and so there is none."""
     q = s.one(OFTEN)(s, w)
     messages = q.conversation()
     if messages[0]["role"] != "system" and s.chance(0.3):
@@ -190,14 +192,15 @@ def conversation(s, w):
 
 def questions(s, w, n):
     """n different questions, as many of every kind."""
-    rows, seen, drawn = [], set(), 0
+    rows, seen, in_vain = [], set(), 0
     while len(rows) < n:
-        drawn += 1
-        if drawn > 100 * n:
+        if in_vain == 5000:
             sys.exit(f"make_conversations.py: there are no {n} different questions with facts of their own")
         kind = list(KINDS)[len(rows) % len(KINDS)]
         q = KINDS[kind](s, w)
+        in_vain += 1
         if repr(q.messages) not in seen:
+            in_vain = 0
             seen.add(repr(q.messages))
             rows.append({"id": len(rows), "kind": kind, "messages": q.messages, "answers": q.answers})
     return rows
@@ -213,7 +216,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True, help="directory to write to")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--conversations", type=int, default=9600)
+    parser.add_argument("--conversations", type=int, default=12000)
     parser.add_argument("--questions", type=int, default=1500)
     parser.add_argument("--held-out", type=int, default=500)
     options = parser.parse_args()

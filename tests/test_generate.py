@@ -253,16 +253,28 @@ def test_repetition_penalty():
 
 
 def test_chat(model):
-    """The template's text is the prompt; messages by JSON, by --prompt, and line by line."""
+    """The template's text is the prompt, with EOS before all and after answers; messages by JSON, by --prompt, and line
+    by line."""
     options = ["--model", model, "--tokenizer", "bytes", "--temperature", 0, "--max-tokens", 5]
+
+    def answer(*texts):
+        """To texts, each after EOS"""
+        ids = [i for text in texts for i in (256, *text.encode())]
+        return samples(*options, "--ids", ",".join(map(str, ids)))[0]
+
     text = "<|user|>\nHi\n<|assistant|>\n"
-    expected = samples(*options, "--prompt", text)[0]["text"]
+    expected = answer(text)["text"]
     assert samples(*options, "--chat", "--prompt", "Hi")[0]["text"] == expected
     messages = json.dumps({"messages": [{"role": "user", "content": "Hi"}]}) + "\n"
     assert samples(*options, "--input", "-", input=messages)[0]["text"] == expected
     assert ok("generate", *options, "--chat", input="Hi\n") == expected + "\n"
-    with_system = samples(*options, "--prompt", "<|system|>\nS\n" + text)[0]["text"]
+    with_system = answer("<|system|>\nS\n" + text)["text"]
     assert samples(*options, "--chat", "--system", "S", "--prompt", "Hi")[0]["text"] == with_system
+    messages = [("user", "a"), ("assistant", "\u00ff"), ("user", "b")]
+    line = json.dumps({"messages": [{"role": role, "content": content} for role, content in messages]}) + "\n"
+    several = answer("<|user|>\na\n<|assistant|>\n\u00ff", "\n<|user|>\nb\n<|assistant|>\n")
+    same = samples(*options, "--input", "-", input=line)[0]
+    assert (same["ids"], same["prompt_tokens"]) == (several["ids"], several["prompt_tokens"])
 
 
 def test_content_in_parts(model):
@@ -297,7 +309,7 @@ def test_prompts_that_are_too_long(model, tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     said = run(*options, "--input", path, "--n", 2).stderr
     assert said == ("olmoe: too long a prompt, max_position_embeddings is 64: "
-                    f"{path}:2 (64 tokens), {path}:4 (70 tokens), {path}:5 (84 tokens)\n")
+                    f"{path}:2 (64 tokens), {path}:4 (70 tokens), {path}:5 (85 tokens)\n")
     refused(*options, "--prompt", "a", "x" * 99, words=["prompt 1 (99 tokens)"])
     refused(*options, "--ids", ",".join(["1"] * 64), words=["--ids (64 tokens)"])
     refused(*options, "--chat", "--system", "x" * 60, words=["--system"], input="")
@@ -318,7 +330,7 @@ def test_chat_that_grows(model):
     first, said = answers("Hi")
     assert said == []
     out, said = answers("Hi", "x" * 50, "y" * 20)
-    assert len(said) == 2 and "74 tokens" in said[0] and "left out" in said[0] and "2 messages are forgotten" in said[1]
+    assert len(said) == 2 and "75 tokens" in said[0] and "left out" in said[0] and "2 messages are forgotten" in said[1]
     assert out == first + answers("y" * 20)[0]      # the long message is no part of it, and then both are too much
     system = answers("Hi", more=["--system", "SSSSSS"])[0]
     out, said = answers("Hi", "Hi", "Hi", more=["--system", "SSSSSS"])
