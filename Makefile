@@ -274,7 +274,7 @@ train: olmoe $(RUN)/train.npy $(RUN)/val.npy
 
 # SFT, then DPO, of the model of the default run, on conversations about the world of its corpus. Called again, it goes on
 # from what is saved.
-SEED ?= 1
+SEED := 1
 .PHONY: finetune
 finetune: train
 	$(PYTHON) scripts/finetune.py --base build/train/run --out build/finetune/seed-$(SEED) --seed $(SEED)
