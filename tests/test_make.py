@@ -156,7 +156,8 @@ def test_finetune(tree):
     """After the default run, which it starts from; clean leaves what it made."""
     made(tree.make("finetune", "SEED=2", SEED="5"))
     calls = [line for line in tree.lines() if line.startswith("python ")]
-    assert [call.split()[1] for call in calls] == [f"scripts/{name}.py" for name in ("make_corpus", "learned", "finetune")]
+    scripts = ("make_corpus", "learned", "finetune")
+    assert [call.split()[1] for call in calls] == [f"scripts/{name}.py" for name in scripts]
     assert calls[-1].split()[2:] == "--base build/train/run --out build/finetune/seed-2 --seed 2".split()
     made(tree.make("finetune", SEED="5"))
     assert tree.lines()[-1].endswith("--out build/finetune/seed-1 --seed 1")
