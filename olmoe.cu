@@ -2847,7 +2847,7 @@ StepResult run_step(TrainingRun* run) {
     at_step(text("step %ld", run->step));
     if (!o.trace.empty() && run->step == run->first_step + 1) trace_begin();    // its first two micro-batches
 
-    run->measures.assign(MEASURES, 0.0);
+    run->measures.assign(run->objective->of_rows ? MEASURES : 0, 0.0);
     const std::vector<MicroBatch> batches = run->objective->micro_batches(run);
     const int parts = (int)batches.size() * world.size;         // the step takes the mean of their auxiliary losses
     std::string not_finite;
