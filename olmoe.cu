@@ -1616,7 +1616,7 @@ __global__ void adamw_kernel(Out<floatX> p, Out<Master> master, In<floatX> g, Ou
         Philox random = {};
         if constexpr (at_random) random = philox(seed, position + first + e, step);
         const float old = master_of(&masters.v[e], &weights.v[e]);
-        const float grad = gradients[e] * grad_scale + l2 * old;
+        const float grad = l2 == 0 ? gradients[e] * grad_scale : gradients[e] * grad_scale + l2 * old;
         const float m_new = beta1 * (float)means.v[e] + (1 - beta1) * grad;
         const float v_new = beta2 * (float)squares.v[e] + (1 - beta2) * grad * grad;
         const float value = old * decay - step_size * m_new / (sqrtf(v_new * v_scale) + eps);
