@@ -34,7 +34,8 @@ static void check(const std::vector<int>& got, int want, const char* what) {
     for (int x : got) if (x != want) { printf("FAILED %s: %d instead of %d\n", what, x, want); failures++; return; }
 }
 
-// A launch, a copy and a fill, each long enough for all cores, twice: the machine measures a kernel's first launch.
+// A fill, launches and a copy, each large enough for all cores. The first launch of a kernel is measured, and so there
+// are two.
 static void on_all_cores(const char* what) {
     const int n = 1 << 21;
     int* y;
@@ -53,7 +54,7 @@ static void fork_between_launches() {
     fflush(stdout);
     pid_t child = fork();
     if (child == 0) {
-        alarm(60);                          // not for ever, where it waits for threads that it has not
+        alarm(60);                          // ends it where it waits for threads that are not there
         on_all_cores("in a child");
         fflush(stdout);
         _exit(failures > 0);
