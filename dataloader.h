@@ -279,6 +279,23 @@ inline bool lines_next(LineReader* r, std::string* line) {
     return !r->failed && !line->empty();
 }
 
+// Refuses a file that is not lines of JSON, by how it begins. script: makes the lines, `what`, of data sets
+inline void json_lines_refuse(const std::string& name, const char* what, const char* script) {
+    const char* path = name.c_str();
+    char begin[512];
+    const int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    struct stat info;
+    if (file < 0 || fstat(file, &info) != 0) die("%s: cannot be read: %s", path, strerror(errno));
+    if (!S_ISREG(info.st_mode)) die("%s: not a regular file; name the files of %s themselves", path, what);
+    const ssize_t n = std::max<ssize_t>(0, pread(file, begin, sizeof begin, 0));
+    close(file);
+    const FileFormat* other = file_format(name, std::string_view(begin, (size_t)n));
+    const std::string suffix = other ? other->suffix : "";
+    if (suffix == ".parquet" || suffix == ".arrow") die("%s: %s; %s makes %s of it", path, other->what, script, what);
+    if (other && suffix != ".gz") die("%s: not %s of JSON, but %s", path, what, format_advice(*other, name).c_str());
+    if (info.st_size == 0) die("%s: empty, where %s of JSON are needed", path, what);
+}
+
 struct Document {
     size_t start, end;      // its tokens in the .npy, end exclusive
     std::string id;

@@ -2541,6 +2541,7 @@ void olmoe_update(Olmoe* m, int64_t step, double grad_norm, const AdamWOptions& 
 #include "lib/peak.h"           // the most FLOP/s that a device can do, published or measured
 #include "lib/output.h"         // the output directory and its log, Ctrl-C
 #include "commands/generate.h"  // olmoe generate, and the samples of a training run
+#include "commands/evaluate.h"  // olmoe evaluate, and the evaluations of a training run
 #include "commands/verify.h"    // olmoe verify: a comparison with a reference file
 #include "commands/tokenize.h"  // olmoe tokenize: text files -> token files
 #include "commands/info.h"      // olmoe info: parameters, FLOPs, memory and traffic of a shape
@@ -2591,6 +2592,7 @@ struct TrainOptions {
     double epochs = 0, beta = 0.1;
     AdamWOptions adamw;
     bool no_filter = false, profile = false;
+    EvalOptions eval;
 };
 
 // The last losses and gradient norms. They are part of a checkpoint, so that a resumed run decides the same.
@@ -2634,6 +2636,7 @@ struct TrainingRun {
     bool has_tokenizer = false;
     ModelFiles came_with;                   // for the checkpoints
     DomainTable domains;                    // of the validation file, where its documents have few
+    Evaluation eval;
     Finetuning rows;                        // in the place of token files; `data` has their order
     int micro_batch = 0;                    // of the step, at work
     std::vector<double> measures;           // Measure: of this rank's rows in the step
@@ -2791,8 +2794,10 @@ void run_start(TrainingRun* run) {
     const int64_t sequences = o.B * sides_of(*run->objective);
     Capacity capacity = capacity_of_rows(run->config, sequences, o.T, Use::training, (int)o.recompute);
     if (run->has_tokenizer) capacity.positions = positions;
+    evaluation_capacity(run->eval, &capacity);
     olmoe_plan(&m, run->config, capacity);
-    if (run->has_tokenizer) cache_plan(&run->cache, &m, 1, positions);
+    if (run->has_tokenizer) slots_plan(&run->cache, &m, 1, positions);
+    evaluation_plan(&run->eval, &m);
     olmoe_allocate(&m);
     m.lb_global = o.lb == "global";
     if (!run->from.empty()) run_resume(run);
@@ -2896,30 +2901,20 @@ StepResult run_step(TrainingRun* run) {
 // In nats a token, and in bits a byte, where tokens are bytes, EOS not counted as one
 struct Validation { double loss = 0, bits_per_byte = 0; };
 
-// One pass over the sequences of the validation data, or over its first --val-batches batches. The ranks take turns;
-// one that has no batch left joins the others' exchanges with a row that counts for nothing.
+// One pass over the sequences of the validation data, or over its first --val-batches batches
 Validation validate(TrainingRun* run, bool by_domain) {
     Olmoe* m = &run->model;
-    const int B = (int)run->o.B, T = (int)run->o.T, eos = run->has_tokenizer ? run->tokenizer.eos : -1;
-    std::vector<int> inputs((size_t)B * T), targets((size_t)B * T);
+    const int B = (int)run->o.B, eos = run->has_tokenizer ? run->tokenizer.eos : -1;
     double nll = 0, tokens = 0, ends = 0;
     int64_t batches = ceil_div(run->val.instances, B);
     if (run->o.val_batches > 0) batches = std::min(batches, run->o.val_batches);
-    for (int64_t round = 0; round < batches; round += world.size) {
-        const int64_t batch = round + world.rank;
-        const size_t first = (size_t)batch * B;
-        const int rows = batch < batches ? (int)dataloader_rows(&run->val, first, B, inputs.data(), targets.data()) : 0;
-        olmoe_set_batch(m, batch_of_rows(inputs.data(), rows > 0 ? targets.data() : nullptr, std::max(rows, 1), T));
-        olmoe_forward(m);
-        if (rows == 0) continue;
-        olmoe_head(m, false);
-        const Losses l = olmoe_losses(m);
+    for_batches(m, &run->val, B, batches, [&](const Losses& l, size_t first) {
         nll += l.nll;
         tokens += l.valid;
-        ends += std::count(targets.begin(), targets.begin() + rows * T, eos);
+        ends += std::count(m->batch.targets.begin(), m->batch.targets.end(), eos);
         run->balance.add(*m);
-        if (by_domain) domains_add(&run->domains, m, first * T);
-    }
+        if (by_domain) domains_add(&run->domains, m, first * run->o.T);
+    });
     std::vector<double> sums = {nll, tokens, ends};
     host_sum(&sums);
     nll = sums[0]; tokens = sums[1]; ends = sums[2];
@@ -2981,12 +2976,14 @@ int command_train(int argc, char** argv) {
     run_open(&run, argc, argv);
     run_start(&run);
     run_table(run);
+    if (o.eval.start && run.step == 0) run_evaluate_start(&run);
     while (run.step < run.steps && !run.stop) {
         const StepResult result = run_step(&run);
         auto due = [&](int64_t every) { return every > 0 && run.step % every == 0; };
         const bool last = run.step == run.steps;    // a run that is stopped only saves: it may not have long
         Json line = run_report(run, result);
         if (last || due(o.val_every)) run_validate(&run, &line);
+        if (run.eval.o.any() && (last || due(o.eval.every))) evaluation_in_run(&run.eval, &run.model, &line);
         log_line(run, line);
         if (last || run.stop || due(o.save_every)) run_save(&run);
         if (run.has_tokenizer && (last || due(o.sample_every))) run_sample(&run);
@@ -3003,6 +3000,7 @@ int main(int argc, char** argv) {
     struct { const char* name; int (*run)(int, char**); const char* help; } commands[] = {
         {"train", command_train, "train a model, from random weights or from a Hugging Face directory"},
         {"generate", command_generate, "continue texts, or talk to an Instruct model"},
+        {"evaluate", command_evaluate, "perplexity of token files, and accuracy on multiple-choice tasks"},
         {"verify", command_verify, "compare logits, losses, gradients and routing with a reference file"},
         {"tokenize", command_tokenize, "text to token files"},
         {"info", command_info, "parameters, FLOPs and memory plan of a config or a model"},

@@ -2262,10 +2262,11 @@ static void model_frozen() {
 struct CachedModel {
     Olmoe m;
     Cache cache;
+    int slot;                               // tokens of one
 
-    CachedModel(const Model& from, int N, int T, int S, int P) {
+    CachedModel(const Model& from, int N, int T, int S, int P) : slot(P) {
         olmoe_plan(&m, from.m.config, {N, T, Use::inference, 0, S, P});
-        cache_plan(&cache, &m, S, P);
+        slots_plan(&cache, &m, S, P);
         olmoe_allocate(&m);
         for (const Tensor& t : m.tensors) copy_on_device(t.in(m.params), t.in(from.m.params), t.count);
     }
@@ -2274,8 +2275,21 @@ struct CachedModel {
 
     void prefill(const std::vector<Ints>& prompts, const Ints& slots) {
         MicroBatch batch;
+        Ints places;
         for (const Ints& ids : prompts) batch_add(&batch, ids.data(), nullptr, (int)ids.size());
-        olmoe_prefill(&m, cache, batch, slots.data());
+        for (int s : slots) places.push_back(s * slot);
+        olmoe_prefill(&m, cache, batch, places);
+        olmoe_classify(&m, 0, batch.B());
+    }
+    void decode(const Ints& ids, const Ints& slots, const Ints& positions) {
+        MicroBatch batch;
+        std::vector<CacheRow> rows;
+        for (size_t i = 0; i < ids.size(); i++) {
+            batch_add(&batch, &ids[i], nullptr, 1, 0, positions[i]);
+            rows.push_back({0, 0, slots[i] * slot, positions[i] + 1});
+        }
+        olmoe_decode(&m, cache, batch, rows);
+        olmoe_classify(&m, 0, batch.N());
     }
     Vec logits(int row) const { return Device<floatX>::get_from(m.acts.logits + (size_t)row * m.config.V, m.config.V); }
 };
@@ -2322,7 +2336,7 @@ static void check_cache(const OlmoeConfig& c) {
                 positions.push_back((int)s.ids.size() - 1);
                 who.push_back(i);
             }
-            olmoe_decode(&model.m, model.cache, ids.data(), at.data(), positions.data(), (int)ids.size());
+            model.decode(ids, at, positions);
             for (size_t row = 0; row < who.size(); row++) {
                 const Ints& all = sequences[who[row]].ids;
                 check(text("cache, token %zu, %zu sequences", all.size(), who.size()), model.logits((int)row),
@@ -2332,70 +2346,79 @@ static void check_cache(const OlmoeConfig& c) {
     }
 }
 
-// Queries at these positions against a cache, in which all that they must not read is NaN. `spread`: of the scores
-static void check_cached_attention(const Ints& positions, int H, int D, double spread) {
-    const int N = (int)positions.size(), S = N + 1, C = H * D;
-    const int P = *std::max_element(positions.begin(), positions.end()) + 2;
+// Queries that read so many keys of a context, and so many of their own, in a cache in which all that they must not read
+// is NaN. Neighbours with as long a context share one. `spread`: of the scores
+static void check_cached_attention(const std::vector<std::pair<int, int>>& keys_of_rows, int H, int D, double spread) {
+    const int N = (int)keys_of_rows.size(), C = H * D;
     const std::string name = text("cached attention H %d D %d spread %g ", H, D, spread);
-    const size_t layer = (size_t)S * H * P * D;
+    std::vector<CacheRow> rows;
+    int P = 1, most = 0;
+    for (int n = N - 1; n >= 0; n--) {                          // in another order than the rows, with gaps between
+        const auto [in_context, in_own] = keys_of_rows[n];
+        const bool shared = !rows.empty() && in_context == rows[0].in_context;
+        const int context = shared ? rows[0].context : P, own = (shared ? P : P + in_context) + 1;
+        rows.insert(rows.begin(), {in_context > 0 ? context : 0, in_context, own, in_own});
+        P = own + in_own + 1;
+        most = std::max(most, cache_parts(rows[0]));
+    }
+    const size_t layer = (size_t)H * P * D;
     OlmoeConfig c;
     c.C = C; c.H = H;
     Vec qk = random_vec((size_t)N * 2 * C, sqrt(spread)), k(2 * layer, NAN), v(2 * layer, NAN), out((size_t)N * C);
-    Ints slots(N);
-    for (int n = 0; n < N; n++) slots[n] = (n * 2 + 1) % S;     // in another order than the rows; S may be even
-    for (int n = 0; n < N; n++)
-        if (std::count(slots.begin(), slots.begin() + n, slots[n])) slots[n] = n * 2 % S;
     for (int n = 0; n < N; n++)
         for (int h = 0; h < H; h++) {
-            const int T = positions[n] + 1;
-            const size_t at = layer + ((size_t)slots[n] * H + h) * P * D;
-            const Vec keys = random_vec((size_t)T * D, sqrt(spread)), values = random_vec((size_t)T * D);
-            std::copy(keys.begin(), keys.end(), k.begin() + at);
-            std::copy(values.begin(), values.end(), v.begin() + at);
-            Vec scores(T);
+            Vec scores, values;
             double largest = -INFINITY, sum = 0;
-            for (int j = 0; j < T; j++) {
-                for (int i = 0; i < D; i++) scores[j] += qk[(size_t)n * 2 * C + h * D + i] * keys[j * D + i] / sqrt(D);
-                largest = std::max(largest, scores[j]);
-            }
+            for (auto [first, count] : {std::pair(rows[n].context, rows[n].in_context),
+                                        std::pair(rows[n].own, rows[n].in_own)})
+                for (int place = first; place < first + count; place++) {
+                    const size_t at = layer + ((size_t)h * P + place) * D;
+                    if (std::isnan(k[at])) {
+                        const Vec key = random_vec(D, sqrt(spread)), value = random_vec(D);
+                        std::copy(key.begin(), key.end(), k.begin() + at);
+                        std::copy(value.begin(), value.end(), v.begin() + at);
+                    }
+                    double score = 0;
+                    for (int i = 0; i < D; i++) score += qk[(size_t)n * 2 * C + h * D + i] * k[at + i] / sqrt(D);
+                    scores.push_back(score);
+                    largest = std::max(largest, score);
+                    values.insert(values.end(), v.begin() + at, v.begin() + at + D);
+                }
             for (double& s : scores) sum += s = exp(s - largest);
-            for (int j = 0; j < T; j++)
+            for (size_t j = 0; j < scores.size(); j++)
                 for (int i = 0; i < D; i++) out[(size_t)n * C + h * D + i] += scores[j] / sum * values[j * D + i];
         }
     Device<floatX> d_qk(qk), d_k(k), d_v(v), d_out(out.size());
-    Device<float> partial((size_t)N * C * ceil_div(P, CACHE_PART));
-    Device<float2> terms((size_t)N * H * ceil_div(P, CACHE_PART));
-    Device<int> d_slots(slots), d_positions(positions);
+    Device<float> partial((size_t)N * C * most);
+    Device<float2> terms((size_t)N * H * most);
+    Device<CacheRow> d_rows(rows);
     LayerActivations a = {};
     a.qk = d_qk; a.attn = d_out;
     Cache cache;
-    cache.S = S; cache.P = P; cache.keys = d_k; cache.values = d_v; cache.partial = partial; cache.terms = terms;
-    cache.slots = d_slots;
-    const int token = 0;
-    MicroBatch batch;
-    for (int position : positions) batch_add(&batch, &token, nullptr, 1, 0, position);
-    attention_cached(a, cache, 1, d_positions, batch, c);
+    cache.P = P; cache.keys = d_k; cache.values = d_v; cache.partial = partial; cache.terms = terms;
+    cache.rows = d_rows;
+    attention_cached(a, cache, 1, N, most, c);
     const Vec together = d_out.get();
     check(name + "o", together, out, roundings(1, 40 + 8 * spread + sqrt(P)));
     Vec alone;
     for (int n = 0; n < N; n++) {
-        MicroBatch one;
-        batch_add(&one, &token, nullptr, 1, 0, positions[n]);
-        cache.slots = d_slots + n;
+        cache.rows = d_rows + n;
         a.qk = d_qk + (size_t)n * 2 * C;
-        attention_cached(a, cache, 1, d_positions + n, one, c);
+        attention_cached(a, cache, 1, 1, cache_parts(rows[n]), c);
         append(&alone, Device<floatX>::get_from(d_out, C));
     }
     check_equal(name + "alone", alone, together);
 }
 
 static void test_cached_attention() {
-    const Ints lengths = {63, 0, 64, 256, 62, 300, 128};        // positions: one less than the keys
+    // the ends of parts, of both runs; the longest row is neither the first nor the last
+    const std::vector<std::pair<int, int>> keys = {{0, 64}, {0, 1}, {0, 65}, {64, 193}, {64, 1}, {65, 64}, {0, 257},
+                                                   {1, 63}, {1, 300}, {128, 1}, {300, 2}};
     for (auto& [H, D] : std::initializer_list<std::pair<int, int>>{{2, 3}, {3, 8}, {1, 20}, {2, 64}, {1, 72}, {2, 128},
                                                                    {1, 136}, {1, 264}})
-        for (double spread : {1., 20.}) check_cached_attention(lengths, H, D, spread);
-    check_cached_attention({0}, 1, 16, 1);
-    check_cached_attention({1000}, 1, 64, 5);
+        for (double spread : {1., 20.}) check_cached_attention(keys, H, D, spread);
+    check_cached_attention({{0, 1}}, 1, 16, 1);
+    check_cached_attention({{700, 300}}, 1, 64, 5);
 }
 
 // Prompts of very different lengths at the same time, one of them longer than a block of attention, against each alone.
@@ -2421,16 +2444,50 @@ static void check_prompts() {
         positions.push_back((int)prompts[i].size());
         prompts[i].push_back(next[i]);
     }
-    olmoe_decode(&together.m, together.cache, next.data(), slots.data(), positions.data(), 4);
+    together.decode(next, slots, positions);
     for (int i = 0; i < 4; i++)
         check(text("cache, prompts together, token %zu", prompts[i].size()), together.logits(i),
               last_logits(whole, prompts[i]), tolerance);
+}
+
+// Sequences that begin with one context of the cache go on from it, several tokens of each at once: as the whole
+// sequences without it, while another context and its own lie beside them
+static void check_continuations() {
+    const OlmoeConfig c = model_shape(2, 12, 3, 11, 4, 4, 6);
+    const int lengths[] = {70, 3}, more[] = {1, 5, 66, 2}, P = 73 + 74;
+    const double tolerance = model_tolerance(c, 1e-5);
+    Model whole(c, 1, 140);
+    whole.set(random_params(c));
+    CachedModel model(whole, 100, 70, 100, P);                  // with room for all parts
+    std::vector<Ints> contexts;
+    MicroBatch prompts, batch;
+    for (int n : lengths) {
+        contexts.push_back(random_ints(n, c.V));
+        batch_add(&prompts, contexts.back().data(), nullptr, n);
+    }
+    olmoe_prefill(&model.m, model.cache, prompts, {4, 4 + 70 + 1});
+    std::vector<CacheRow> rows;
+    std::vector<Ints> sequences;
+    for (int i = 0; i < 4; i++) {
+        const int context = i == 3, n = lengths[context], own = 4 + 75 + (int)rows.size();
+        const Ints ids = random_ints(more[i], c.V);
+        batch_add(&batch, ids.data(), nullptr, more[i], 0, n);
+        for (int t = 0; t < more[i]; t++) rows.push_back({context ? 75 : 4, n, own, t + 1});
+        sequences.push_back(contexts[context]);
+        append(&sequences.back(), ids);
+    }
+    olmoe_decode(&model.m, model.cache, batch, rows);
+    olmoe_classify(&model.m, 0, batch.N());
+    for (int i = 0; i < 4; i++)
+        check(text("cache, context of %zu and %d more", sequences[i].size() - more[i], more[i]),
+              model.logits(batch.begin(i) + more[i] - 1), last_logits(whole, sequences[i]), tolerance);
 }
 
 static void model_cache() {
     for (const OlmoeConfig& c : {model_shape(2, 20, 2, 23, 7, 3, 10), model_shape(1, 12, 3, 11, 4, 4, 6),
                                  model_shape(3, 24, 1, 17, 5, 1, 9)}) check_cache(c);
     check_prompts();
+    check_continuations();
 }
 
 // Which token is chosen, against the definitions written out over the whole vocabulary

@@ -6,255 +6,10 @@
 #include <fstream>
 #include <iostream>
 #include <set>
+#include "../lib/cache.h"
 #include "../lib/checkpoint.h"
 #include "../lib/options.h"
 #include "../lib/weights.h"
-
-// ------------------------------------------------------------------------------------------------
-// Cached attention. Keys and values of a layer stay in a cache (S, H, P, D): P positions for each of S sequences, which
-// have a "slot" each. A head's are together, because they are read together. A row of the micro-batch belongs to
-// sequence slots[row].
-//
-// One query attends to all keys before it. Alone, a head has too little work for a GPU, and so its keys are split into
-// parts of CACHE_PART, each a warp's, which a second kernel combines (flash-decoding, Dao et al. 2023). The parts
-// depend on positions alone: what a sequence gets does not depend on the others.
-
-constexpr int CACHE_PART = 64;
-constexpr int CACHE_KEYS = WARP == 1 ? 1 : 8;                               // that a warp loads at the same time
-constexpr int CACHE_COLUMNS = WARP == 1 ? 64 : 16 / (int)sizeof(floatX);    // of one that a lane takes at a time
-constexpr int COMBINE_LANE = WARP == 1 ? 64 : 1;                            // of a head that a lane combines
-
-struct Cache {
-    int S = 0, P = 0;           // sequences, positions of each
-    floatX* keys;               // (L, S, H, P, D)
-    floatX* values;             // (L, S, H, P, D)
-    float* partial;             // (S, H, ceil(P / CACHE_PART), D) scratch: attention to a part of the keys, ...
-    float2* terms;              // (S, H, ceil(P / CACHE_PART)) ... its largest score m, and the sum of exp(score - m)
-    int* slots;                 // (N) of the rows at work
-    int* last;                  // (S) rows whose logits are asked for
-    floatX* x;                  // (S, C) their residual stream
-};
-
-// One warp per row and head: its k and v into the cache
-__global__ void cache_store_kernel(floatX* keys, floatX* values, const floatX* qk, const floatX* qkv, const int* slots,
-                                   const int* positions, int N, int H, int D, int P) {
-    size_t warp = thread_index() / WARP, row = warp / H, head = warp % H;
-    int lane = threadIdx.x % WARP, C = H * D;
-    if (row >= (size_t)N) return;
-    const floatX *k = qk + row * 2 * C + C + head * D, *v = qkv + row * 3 * C + 2 * C + head * D;
-    size_t to = ((slots[row] * (size_t)H + head) * P + positions[row]) * D;
-    for (int i = lane; i < D; i += WARP) keys[to + i] = k[i];
-    for (int i = lane; i < D; i += WARP) values[to + i] = v[i];
-}
-
-// sum_i a_i b_i of a lane's n columns: 16 bytes, or few, or a CPU's whole row
-template <int COLUMNS> __device__ inline float product(const floatX* a, const floatX* b, int n) {
-    float sum = 0;
-    if constexpr (COLUMNS * sizeof(floatX) == 16) {
-        const Floats<COLUMNS> x = load_floats<COLUMNS>(a), y = load_floats<COLUMNS>(b);
-        UNROLL for (int i = 0; i < COLUMNS; i++) sum += x[i] * y[i];
-    } else {
-        for (int i = 0; i < n; i++) sum += (float)a[i] * (float)b[i];
-    }
-    return sum;
-}
-
-// sum_i += p v_i, for the first n of a lane's columns
-template <int COLUMNS> __device__ inline void add_scaled(Floats<COLUMNS>& sum, float p, const floatX* v, int n) {
-    if constexpr (COLUMNS * sizeof(floatX) == 16) {
-        const Floats<COLUMNS> x = load_floats<COLUMNS>(v);
-        UNROLL for (int i = 0; i < COLUMNS; i++) sum[i] += p * x[i];
-    } else if (n >= COLUMNS) {
-        for (int i = 0; i < COLUMNS; i++) sum[i] += p * (float)v[i];
-    } else {
-        for (int i = 0; i < n; i++) sum[i] += p * (float)v[i];
-    }
-}
-
-// One query q of a sequence, at position t, and one part of the keys j <= t:
-//     s_j = q k_j / sqrt(D),   m = max_j s_j,   o = sum_j exp(s_j - m) v_j,   l = sum_j exp(s_j - m)
-// One warp per row, head and part. Key j of the part is lane j % WARP's. Reads the part of the cache once: 2 D floatX a
-// key.
-template <int COLUMNS>
-__global__ void attention_cached_kernel(float* partial, float2* terms, const floatX* __restrict__ qk,
-                                        const floatX* __restrict__ keys, const floatX* __restrict__ values,
-                                        const int* slots, const int* positions, int N, int H, int D, int P, int parts,
-                                        float scale) {
-    const size_t warp = thread_index() / WARP, row = warp / parts / H, head = warp / parts % H;
-    const int lane = threadIdx.x % WARP, first = (int)(warp % parts) * CACHE_PART;
-    if (row >= (size_t)N || first > positions[row]) return;
-    const int last = min(CACHE_PART, positions[row] + 1 - first) - 1;
-    const size_t cached = ((slots[row] * (size_t)H + head) * P + first) * D;
-    const floatX *q = qk + row * 2 * H * D + head * D, *k = keys + cached, *v = values + cached;
-
-    float scores[CACHE_PART / WARP], max = -INFINITY, sum = 0;
-    const int width = WARP == 1 ? D : COLUMNS;
-    UNROLL for (int i = 0; i < CACHE_PART / WARP; i++) {
-        scores[i] = -INFINITY;
-        for (int at = 0; at < WARP && i * WARP + at <= last; at += CACHE_KEYS) {
-            float dots[CACHE_KEYS] = {};
-            for (int c = lane * width; c < D; c += WARP * width)
-                UNROLL for (int j = 0; j < CACHE_KEYS; j++)
-                    dots[j] += product<COLUMNS>(q + c, k + (min(i * WARP + at + j, last) * D + c), width);
-            UNROLL for (int j = 0; j < CACHE_KEYS; j++) {
-                const float dot = warp_sum(dots[j]) * scale;
-                if (lane == at + j && i * WARP + at + j <= last) scores[i] = dot;
-            }
-        }
-    }
-    UNROLL for (int i = 0; i < CACHE_PART / WARP; i++) max = fmaxf(max, scores[i]);
-    max = warp_max(max);
-    UNROLL for (int i = 0; i < CACHE_PART / WARP; i++) sum += scores[i] = expf(scores[i] - max);
-    sum = warp_sum(sum);
-    if (lane == 0) terms[warp] = {max, sum};
-
-    for (int begin = 0; begin < D; begin += WARP * COLUMNS) {
-        const int c = begin + lane * COLUMNS;
-        Floats<COLUMNS> total = {};
-        UNROLL for (int i = 0; i < CACHE_PART / WARP; i++)
-            for (int at = 0; at < WARP && i * WARP + at <= last; at += CACHE_KEYS)
-                UNROLL for (int j = 0; j < CACHE_KEYS; j++) {
-                    const float p = __shfl_sync(0xffffffff, scores[i], at + j);     // 0 for keys after the last
-                    const int at_value = min(i * WARP + at + j, last) * D + c;
-                    if (c < D) add_scaled<COLUMNS>(total, p, v + at_value, D - c);
-                }
-        float* to = partial + warp * D + c;
-        if constexpr (COLUMNS * sizeof(floatX) == 16) {
-            if (c < D) store_pack(to, total);
-        } else {
-            for (int i = 0; i < COLUMNS; i++) if (c + i < D) to[i] = total[i];
-        }
-    }
-}
-
-// The parts i of all keys:   m = max_i m_i,   o = sum_i exp(m_i - m) o_i / sum_i exp(m_i - m) l_i
-// One warp per row, head and slice of WARP * COMBINE_LANE columns.
-__global__ void attention_combine_kernel(floatX* out, const float* __restrict__ partial,
-                                         const float2* __restrict__ terms, const int* positions, int N, int H, int D,
-                                         int parts, int slices) {
-    const size_t warp = thread_index() / WARP, head = warp / slices;        // of all rows
-    const int lane = threadIdx.x % WARP, column = (int)(warp % slices) * WARP * COMBINE_LANE + lane;
-    if (head >= (size_t)N * H) return;
-    const int mine = positions[head / H] / CACHE_PART + 1;      // parts that have keys for this row
-    partial += head * parts * D; terms += head * parts;
-
-    float max = -INFINITY, sum = 0, total[COMBINE_LANE] = {};
-    for (int i = lane; i < mine; i += WARP) max = fmaxf(max, terms[i].x);
-    max = warp_max(max);
-    for (int i = 0; i < mine; i++) {
-        const float factor = expf(terms[i].x - max);
-        sum += factor * terms[i].y;
-        for (int c = 0; c < COMBINE_LANE; c++)
-            if (column + c * WARP < D) total[c] += factor * partial[(size_t)i * D + column + c * WARP];
-    }
-    for (int c = 0; c < COMBINE_LANE; c++)
-        if (column + c * WARP < D) out[head * D + column + c * WARP] = (floatX)(total[c] / sum);
-}
-
-// The keys and values of layer l into the cache
-void cache_store(const Cache& cache, const LayerActivations& a, int l, const int* positions /* (N) */, int N,
-                 const OlmoeConfig& c) {
-    const size_t layer = (size_t)l * cache.S * cache.P * c.C;
-    LAUNCH(cache_store_kernel, blocks_for_rows((size_t)N * c.H), cache.keys + layer, cache.values + layer, a.qk, a.qkv,
-           cache.slots, positions, N, c.H, c.C / c.H, cache.P);
-}
-
-// attn from qk and the cache of layer l, for rows that are one a sequence. COLUMNS: of a lane at a time
-template <int COLUMNS>
-void attention_cached(LayerActivations& a, const Cache& cache, int l, const int* positions /* (N) */,
-                      const MicroBatch& batch, const OlmoeConfig& c) {
-    const int N = batch.N(), H = c.H, D = c.C / H, slices = ceil_div(D, WARP * COMBINE_LANE);
-    const int parts = *std::max_element(batch.positions.begin(), batch.positions.end()) / CACHE_PART + 1;
-    const size_t layer = (size_t)l * cache.S * cache.P * c.C, rows = (size_t)N * H;
-    LAUNCH(attention_cached_kernel<COLUMNS>, blocks_for_rows(rows * parts), cache.partial, cache.terms, a.qk,
-           cache.keys + layer, cache.values + layer, cache.slots, positions, N, H, D, cache.P, parts,
-           1 / sqrtf((float)D));
-    LAUNCH(attention_combine_kernel, blocks_for_rows(rows * slices), a.attn, cache.partial, cache.terms, positions, N,
-           H, D, parts, slices);
-}
-
-void attention_cached(LayerActivations& a, const Cache& cache, int l, const int* positions /* (N) */,
-                      const MicroBatch& batch, const OlmoeConfig& c) {
-    if (WARP == 1 || c.C / c.H % CACHE_COLUMNS == 0)
-        attention_cached<CACHE_COLUMNS>(a, cache, l, positions, batch, c);
-    else attention_cached<1>(a, cache, l, positions, batch, c);
-}
-
-// Between olmoe_plan and olmoe_allocate: room for S sequences of up to P tokens.
-void cache_plan(Cache* cache, Olmoe* m, int S, int P) {
-    const OlmoeConfig& c = m->config;
-    const size_t positions = (size_t)c.L * S * P;
-    cache->S = S;
-    cache->P = P;
-    m->cache_memory.add(positions * c.C, &cache->keys);
-    m->cache_memory.add(positions * c.C, &cache->values);
-    m->cache_memory.add((size_t)S * c.C * ceil_div(P, CACHE_PART), &cache->partial);
-    m->cache_memory.add((size_t)S * c.H * ceil_div(P, CACHE_PART), &cache->terms);
-    m->cache_memory.add(m->capacity.N, &cache->slots);
-    m->cache_memory.add(S, &cache->last);
-    m->cache_memory.add((size_t)S * c.C, &cache->x);
-}
-
-// A layer for rows that are one a sequence, against the keys and values before them
-void decode_layer(Olmoe* m, const Cache& cache, int l) {
-    LayerActivations& a = m->acts.layers[l];
-    attention_inputs(m, l);
-    cache_store(cache, a, l, m->acts.positions, m->N, m->config);
-    attention_cached(a, cache, l, m->acts.positions, m->batch, m->config);
-    attention_output(m, l);
-    experts_block(m, l);
-}
-
-// One token each of n sequences: their keys and values go into the cache, their logits (n, V) into acts.logits.
-void olmoe_decode(Olmoe* m, const Cache& cache, const int* inputs /* (n) */, const int* slots /* (n) */,
-                  const int* positions /* (n) */, int n) {
-    MicroBatch batch;
-    for (int i = 0; i < n; i++) batch_add(&batch, inputs + i, nullptr, 1, 0, positions[i]);
-    olmoe_set_batch(m, batch);
-    copy_to_device(cache.slots, slots, n);
-    embedding_forward(m->acts.layers[0].x, m->acts.inputs, m->params.embed, m->N, m->config.C);
-    for (int l = 0; l < m->config.L; l++) {
-        at_layer(l);
-        decode_layer(m, cache, l);
-    }
-    olmoe_classify(m, 0, n);
-}
-
-// Prompts of any lengths, each into its slot: their keys and values go into the cache, the logits (B, V) of each one's
-// last token into acts.logits. The last layer's other tokens matter to nothing: it gives its keys and values, and then
-// the last tokens go through it as in olmoe_decode.
-void olmoe_prefill(Olmoe* m, const Cache& cache, const MicroBatch& prompts, const int* slots /* (B) */) {
-    const OlmoeConfig& c = m->config;
-    const int L = c.L, B = prompts.B();
-    Activations& a = m->acts;
-    std::vector<int> row_slots, last;
-    MicroBatch last_tokens;
-    for (int b = 0; b < B; b++) {
-        row_slots.insert(row_slots.end(), prompts.length(b), slots[b]);
-        last.push_back(prompts.begin(b) + prompts.length(b) - 1);
-        batch_add(&last_tokens, &prompts.inputs[last[b]], nullptr, 1, 0, prompts.positions[last[b]]);
-    }
-    olmoe_set_batch(m, prompts);
-    copy_to_device(cache.slots, row_slots);
-    copy_to_device(cache.last, last);
-    embedding_forward(a.layers[0].x, a.inputs, m->params.embed, m->N, c.C);
-    for (int l = 0; l < L; l++) {
-        at_layer(l);
-        attention_inputs(m, l);
-        cache_store(cache, a.layers[l], l, a.positions, m->N, c);
-        if (l + 1 == L) break;
-        attention_forward(a.layers[l], m->scratch, m->batch, c);
-        attention_output(m, l);
-        experts_block(m, l);
-    }
-    gather(cache.x, a.layers[L - 1].x, cache.last, B, c.C, 1);
-    copy_on_device(a.layers[L - 1].x, cache.x, (size_t)B * c.C);
-    olmoe_set_batch(m, last_tokens);
-    copy_to_device(cache.slots, slots, B);
-    attention_norm(m, L - 1);
-    decode_layer(m, cache, L - 1);
-    olmoe_classify(m, 0, B);
-}
 
 // ------------------------------------------------------------------------------------------------
 // Sampling
@@ -337,7 +92,7 @@ struct Sequence {
     size_t prompt = 0;                      // tokens of the prompt
     int number = 0, sample = 0;             // of the prompt among the inputs, of the sample among its prompt's
     Json id;                                // what the input calls it
-    int slot = -1;                          // in the cache
+    int place = -1;                         // its first in the cache
     std::vector<double> logprobs;           // of the tokens generated
     TextStream stream;
     std::string text;                       // generated
@@ -377,36 +132,46 @@ void sequence_append(Sequence* s, const std::vector<float>& logits, const Genera
     if (found != std::string::npos) { s->text.resize(found); s->finish = "stop"; }
 }
 
-// Copies the keys and values of n tokens from one slot to another.
-void cache_copy(const Cache& cache, int to_slot, int from_slot, size_t n, const OlmoeConfig& c) {
-    const size_t P = cache.P, D = c.C / c.H, H = c.H, S = cache.S;
-    for (size_t h = 0; h < c.L * H; h++)                        // heads of all layers
+// Copies the keys and values of n tokens from one place to another.
+void cache_copy(const Cache& cache, size_t to, size_t from, size_t n, const OlmoeConfig& c) {
+    const size_t D = c.C / c.H;
+    for (size_t h = 0; h < (size_t)c.L * c.H; h++)              // heads of all layers
         for (floatX* all : {cache.keys, cache.values}) {
-            floatX *layer = all + h / H * S * H * P * D, *head = layer + h % H * P * D;
-            copy_on_device(head + to_slot * H * P * D, head + from_slot * H * P * D, n * D);
+            floatX* head = all + h * cache.P * D;
+            copy_on_device(head + to * D, head + from * D, n * D);
         }
 }
 
-// Continues all sequences, as many at a time as the cache has slots. `report` is called with a sequence whenever it has
-// a new token. What a sequence becomes depends neither on the others nor on their number, but for rounding in the
+// Between olmoe_plan and olmoe_allocate: a cache of S slots, each of places for a sequence of up to P tokens
+void slots_plan(Cache* cache, Olmoe* m, int S, int P) {
+    cache_plan(cache, m, (size_t)S * P, S, (size_t)S * ceil_div(P, CACHE_PART));
+}
+
+// Continues all sequences, S at a time, each of which has a slot of the cache. `report` is called with a sequence whenever
+// it has a new token. What a sequence becomes depends neither on the others nor on their number, but for rounding in the
 // matmuls.
 template <typename Report>
-GenerateCounts generate(Olmoe* m, const Cache& cache, std::vector<Sequence>* sequences, const GenerateOptions& o,
+GenerateCounts generate(Olmoe* m, const Cache& cache, int S, std::vector<Sequence>* sequences, const GenerateOptions& o,
                         Report report) {
     const OlmoeConfig& c = m->config;
+    const int slot = cache.P / S;
     const size_t V = c.V, usable = o.tokenizer ? std::min<size_t>(V, o.tokenizer->vocab) : V, rows = m->capacity.N;
     std::vector<floatX> logits;
     std::vector<Sequence*> active;
-    std::vector<int> free, ids, slots, positions;
+    std::vector<int> free, places;          // first ones of slots: of those that are free, of the prompts at work
     GenerateCounts counts;
-    for (int slot = cache.S - 1; slot >= 0; slot--) free.push_back(slot);
+    for (int i = S - 1; i >= 0; i--) free.push_back(i * slot);
     auto append = [&](Sequence* s, size_t row) {                // the padding of the vocabulary is never chosen
         auto first = logits.begin() + row * V;
-        sequence_append(s, std::vector<float>(first, first + usable), o, cache.P);
+        sequence_append(s, std::vector<float>(first, first + usable), o, slot);
         counts.generated++;
         report(s);
     };
-    auto fetch = [&](size_t n) { logits.resize(n * V); copy_to_host(logits.data(), m->acts.logits, n * V); };
+    auto fetch = [&](int n) {
+        olmoe_classify(m, 0, n);
+        logits.resize(n * V);
+        copy_to_host(logits.data(), m->acts.logits, n * V);
+    };
     if (o.max_tokens == 0) for (Sequence& s : *sequences) { s.finish = "length"; report(&s); }
     for (size_t next = o.max_tokens > 0 ? 0 : sequences->size(); next < sequences->size() || !active.empty(); ) {
         // prompts into free slots, as many as fit into a micro-batch; samples of one prompt share its sequence there,
@@ -414,21 +179,21 @@ GenerateCounts generate(Olmoe* m, const Cache& cache, std::vector<Sequence>* seq
         double start = seconds_now();
         MicroBatch prompts;
         std::vector<std::pair<Sequence*, int>> begun;           // and its number in prompts
-        slots.clear();
+        places.clear();
         for (; next < sequences->size() && begun.size() < free.size(); next++) {
             Sequence* s = &(*sequences)[next];
             bool same = !begun.empty() && begun.back().first->number == s->number;
             if (!same && prompts.N() + s->ids.size() > rows) break;
-            s->slot = free[free.size() - 1 - begun.size()];
-            if (!same) { batch_add(&prompts, s->ids.data(), nullptr, (int)s->ids.size()); slots.push_back(s->slot); }
+            s->place = free[free.size() - 1 - begun.size()];
+            if (!same) { batch_add(&prompts, s->ids.data(), nullptr, (int)s->ids.size()); places.push_back(s->place); }
             begun.push_back({s, prompts.B() - 1});
         }
         if (!begun.empty()) {
             free.resize(free.size() - begun.size());
-            olmoe_prefill(m, cache, prompts, slots.data());
+            olmoe_prefill(m, cache, prompts, places);
             fetch(prompts.B());
             for (auto& [s, prompt] : begun) {
-                if (s->slot != slots[prompt]) cache_copy(cache, s->slot, slots[prompt], prompts.length(prompt), c);
+                if (s->place != places[prompt]) cache_copy(cache, s->place, places[prompt], prompts.length(prompt), c);
                 append(s, prompt);
                 active.push_back(s);
             }
@@ -437,17 +202,18 @@ GenerateCounts generate(Olmoe* m, const Cache& cache, std::vector<Sequence>* seq
         }
         for (size_t i = 0; i < active.size(); )
             if (active[i]->finish.empty()) i++;
-            else { free.push_back(active[i]->slot); active.erase(active.begin() + i); }
+            else { free.push_back(active[i]->place); active.erase(active.begin() + i); }
         if (active.empty()) continue;
         start = seconds_now();
-        ids.clear(); slots.clear(); positions.clear();
+        MicroBatch batch;
+        std::vector<CacheRow> seen;
         for (Sequence* s : active) {
-            ids.push_back(s->ids.back());
-            slots.push_back(s->slot);
-            positions.push_back((int)s->ids.size() - 1);
+            const int n = (int)s->ids.size();
+            batch_add(&batch, &s->ids[n - 1], nullptr, 1, 0, n - 1);
+            seen.push_back({0, 0, s->place, n});
         }
-        olmoe_decode(m, cache, ids.data(), slots.data(), positions.data(), (int)active.size());
-        fetch(active.size());
+        olmoe_decode(m, cache, batch, seen);
+        fetch((int)active.size());
         for (size_t i = 0; i < active.size(); i++) append(active[i], i);
         counts.decode_seconds += seconds_now() - start;
     }
@@ -463,8 +229,7 @@ std::vector<int> sample_prompt(const Tokenizer& tokenizer, const std::string& pr
     return ids;
 }
 
-// Continues a prompt, of which it takes the last tokens where it is longer than there is room for. The cache has one
-// slot. All ranks together.
+// Continues a prompt, of which it takes the last tokens where it is longer than there is room for. All ranks together.
 std::string sample_text(Olmoe* m, const Cache& cache, const Tokenizer& tokenizer, const std::string& prompt,
                         int64_t tokens, uint64_t seed) {
     GenerateOptions o;
@@ -479,7 +244,7 @@ std::string sample_text(Olmoe* m, const Cache& cache, const Tokenizer& tokenizer
     if (most < 1) return "";
     if (n > most) one[0].ids.erase(one[0].ids.begin(), one[0].ids.end() - most);
     one[0].prompt = one[0].ids.size();
-    generate(m, cache, &one, o, [](Sequence*) {});
+    generate(m, cache, 1, &one, o, [](Sequence*) {});
     return one[0].text;
 }
 
@@ -500,6 +265,7 @@ struct GenerateCommand {
     std::vector<ChatMessage> messages;      // before each prompt of --chat
     Olmoe olmoe;
     Cache cache;
+    int at_once = 1;                        // sequences that it has slots for
 };
 
 std::vector<Option> generate_options(GenerateCommand* g) {
@@ -675,13 +441,13 @@ void generate_start(GenerateCommand* g) {
         total += s.sample == 0 ? s.ids.size() : 0;
     }
     if (g->talk) longest = c.max_T - 1;
-    const int S = g->talk ? 1 : (int)std::min<int64_t>(g->batch, g->sequences.size());
+    const int S = g->at_once = g->talk ? 1 : (int)std::min<int64_t>(g->batch, g->sequences.size());
     const int P = (int)std::min<int64_t>(c.max_T, longest + g->o.max_tokens);
     const int rows = (int)std::max({longest, std::min<size_t>(total, 2048), (size_t)S});
 
     device_open();
     olmoe_plan(&g->olmoe, c, {rows, (int)longest, Use::inference, 0, S, P});
-    cache_plan(&g->cache, &g->olmoe, S, P);
+    slots_plan(&g->cache, &g->olmoe, S, P);
     olmoe_allocate(&g->olmoe);
     olmoe_load(&g->olmoe, g->model);
 }
@@ -734,7 +500,8 @@ void generate_talk(GenerateCommand* g) {
         if (ids.empty()) continue;
         add_prompt(g, ids, "");
         size_t printed = 0;
-        generate(&g->olmoe, g->cache, &g->sequences, g->o, [&](Sequence* s) { print_stream(*s, g->o.stop, &printed); });
+        generate(&g->olmoe, g->cache, 1, &g->sequences, g->o,
+                 [&](Sequence* s) { print_stream(*s, g->o.stop, &printed); });
         printf("\n");
         print_check();
         g->messages.push_back({"assistant", g->sequences[0].text});
@@ -765,7 +532,7 @@ void print_sequence(const GenerateCommand& g, const Sequence& s, bool first) {
 void generate_all(GenerateCommand* g) {
     const bool streaming = g->sequences.size() == 1 && !g->json && g->o.tokenizer;
     size_t printed = 0, reported = 0;       // bytes of the one text; sequences that are printed
-    GenerateCounts n = generate(&g->olmoe, g->cache, &g->sequences, g->o, [&](Sequence* s) {
+    GenerateCounts n = generate(&g->olmoe, g->cache, g->at_once, &g->sequences, g->o, [&](Sequence* s) {
         if (streaming) print_stream(*s, g->o.stop, &printed);
         else
             for (; reported < g->sequences.size() && !g->sequences[reported].finish.empty(); reported++)

@@ -107,7 +107,7 @@ inline cudaDataType cuda_type(const __nv_bfloat16*) { return CUDA_R_16BF; }
 inline ncclDataType_t nccl_type(const float*) { return ncclFloat; }
 inline ncclDataType_t nccl_type(const __nv_bfloat16*) { return ncclBfloat16; }
 
-inline int ceil_div(size_t a, size_t b) { return (int)((a + b - 1) / b); }
+constexpr __host__ __device__ int ceil_div(size_t a, size_t b) { return (int)((a + b - 1) / b); }
 inline int blocks_for(size_t threads) { return ceil_div(threads, BLOCK); }
 inline int blocks_for_rows(size_t rows) { return blocks_for(rows * WARP); }     // a warp for each row
 

@@ -4,6 +4,7 @@
 // Included once, by olmoe.cu, after TrainingRun.
 #pragma once
 #include "rows.h"
+#include "../commands/evaluate.h"
 
 // ------------------------------------------------------------------------------------------------
 // A step's rows, dealt to ranks and micro-batches
@@ -89,18 +90,6 @@ RowBlock block_mismatched(const Rows& rows, const std::vector<size_t>& numbers) 
     for (size_t i = 0; i < numbers.size(); i++)
         block.push_back({row_mismatched(rows, numbers[i], numbers[numbers.size() - 1 - i])});
     return block;
-}
-
-// After olmoe_head: the sums of log p over the targets of each sequence of the micro-batch
-std::vector<double> batch_logps(Olmoe* m) {
-    const MicroBatch& b = m->batch;
-    std::vector<double> logps(b.B(), 0.0);
-    m->losses.resize(m->N);
-    copy_to_host(m->losses.data(), m->acts.losses, m->losses.size());
-    for (int s = 0; s < b.B(); s++)
-        for (int t = b.begin(s); t < b.begin(s) + b.length(s); t++)
-            if (b.targets[t] != IGNORED) logps[s] -= m->losses[t];
-    return logps;
 }
 
 // Of all sequences of a block, by the weights of now, on all ranks; `balance` gets the experts' rows of this rank.

@@ -134,6 +134,32 @@ void output_check(const std::string& out) {
             "it has to be on a file system that all machines share", out.c_str(), blind, world.size);
 }
 
+// A text under a name: all of it, or what was there before. A device, such as /dev/stdout, is written to.
+void file_replace(const std::string& path, const std::string& contents) {
+    struct stat info;
+    const bool device = stat(path.c_str(), &info) == 0 && !S_ISREG(info.st_mode);
+    const std::string to = device ? path : path + ".tmp";
+    FILE* f = fopen(to.c_str(), "w");
+    bool written = f && fwrite(contents.data(), 1, contents.size(), f) == contents.size();
+    if (f) written = fclose(f) == 0 && written;
+    if (!device && written) written = rename(to.c_str(), path.c_str()) == 0;
+    if (written) return;
+    const int error = errno;
+    if (!device && f) unlink(to.c_str());
+    die("cannot write %s: %s", path.c_str(), strerror(error));
+}
+
+// Ends the program where file_replace could not write, before much work is done for it.
+void file_check_writable(const std::string& path) {
+    struct stat info;
+    const bool there = stat(path.c_str(), &info) == 0;
+    if (there && S_ISDIR(info.st_mode)) die("cannot write %s: it is a directory", path.c_str());
+    const size_t slash = path.rfind('/');
+    const std::string folder = slash == std::string::npos ? "." : path.substr(0, slash + 1);
+    const std::string& asked = there && !S_ISREG(info.st_mode) ? path : folder;
+    if (access(asked.c_str(), W_OK) != 0) die("cannot write %s: %s", path.c_str(), strerror(errno));
+}
+
 // Drops the lines of steps after `step` from a log, so that a resumed run's log reads as if it had never stopped (but
 // for the expert balance without --val, which counts from where the run went on).
 void log_truncate(const std::string& path, int64_t step) {
@@ -144,10 +170,5 @@ void log_truncate(const std::string& path, int64_t step) {
         if (line.find("{\"step\":") == 0 && atoll(line.c_str() + 8) > step) continue;
         kept += line;
     }
-    if (kept == old) return;
-    std::string temporary = path + ".tmp";
-    FILE* f = fopen(temporary.c_str(), "w");
-    if (!f || fwrite(kept.data(), 1, kept.size(), f) != kept.size() || fclose(f) != 0)
-        die("cannot write %s: %s", temporary.c_str(), strerror(errno));
-    if (rename(temporary.c_str(), path.c_str()) != 0) die("cannot replace %s: %s", path.c_str(), strerror(errno));
+    if (kept != old) file_replace(path, kept);
 }

@@ -165,26 +165,6 @@ inline RowTable rows_read(const std::vector<std::string>& paths, const RowFormat
     return table;
 }
 
-// Refuses what holds no rows, by how it begins.
-inline void rows_check_files(const std::vector<std::string>& paths) {
-    for (const std::string& name : paths) {
-        const char* path = name.c_str();
-        char begin[512];
-        const int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-        struct stat info;
-        if (file < 0 || fstat(file, &info) != 0) die("%s: cannot be read: %s", path, strerror(errno));
-        if (!S_ISREG(info.st_mode)) die("%s: not a regular file; name the files of rows themselves", path);
-        const ssize_t n = std::max<ssize_t>(0, pread(file, begin, sizeof begin, 0));
-        close(file);
-        const FileFormat* other = file_format(name, std::string_view(begin, (size_t)n));
-        if (other && std::string(".parquet") == other->suffix)
-            die("%s: %s; scripts/rows.py makes rows of it", path, other->what);
-        if (other && std::string(".gz") != other->suffix)
-            die("%s: not rows of JSON, but %s", path, format_advice(*other, name).c_str());
-        if (info.st_size == 0) die("%s: empty, where rows of JSON are needed", path);
-    }
-}
-
 // FNV-1a of up to `most` blocks of 4 KB, spread evenly, the first and the last included
 inline uint64_t fnv1a_of_blocks(uint64_t hash, const unsigned char* data, size_t bytes, size_t most) {
     const size_t blocks = (bytes + 4095) / 4096, n = std::min(blocks, most);

@@ -100,8 +100,9 @@ std::vector<Option> train_options(TrainOptions* o) {
          "the device's peak, of which MFU is a share; 0: what NVIDIA publishes for its name, dense BF16 or FP32 as the "
          "build, or else a large product's, measured", 0, 1e9},
     };
-    const std::vector<Option> more = finetune_options(o);
-    options.insert(options.begin(), more.begin(), more.end());
+    const std::vector<Option> first = finetune_options(o), last = evaluation_options(&o->eval);
+    options.insert(options.begin(), first.begin(), first.end());
+    options.insert(options.end(), last.begin(), last.end());
     return with_launch_checks(options);
 }
 
@@ -160,6 +161,8 @@ void train_options_parse(TrainOptions* o, int argc, char** argv) {
     o->adamw.eps = std::max(o->adamw.eps, 1e-30);
     o->adamw.rmsprop = o->optimizer == "rmsprop";
     train_check_objective(*o);
+    if (!o->eval.any() && (o->eval.every > 0 || o->eval.start))
+        die("--eval-%s needs --eval-tasks FILES or --eval-perplexity FILES", o->eval.start ? "start" : "every");
     if (o->reference.empty() && (o->objective == "dpo" || o->objective == "kto")) o->reference = o->model;
 }
 
@@ -256,27 +259,32 @@ void run_open_files(TrainingRun* run) {
     Texts own;                              // the tokenizer.json of --tokenizer
     run->has_tokenizer = !o.tokenizer.empty();
     if (run->has_tokenizer) tokenizer_open(&t, o.tokenizer);
-    else if (run->objective->of_rows) {
-        if (o.model.empty() || access((o.model + "/tokenizer.json").c_str(), F_OK) != 0)
-            die("rows need a tokenizer, and %s has none: give --tokenizer NAME",
-                o.model.empty() ? "a config" : o.model.c_str());
-        tokenizer_open(&t, o.model);
-    }
+    const bool of_rows = run->objective->of_rows, of_texts = of_rows || !o.eval.tasks.empty();
+    const bool models = !o.model.empty() && access((o.model + "/tokenizer.json").c_str(), F_OK) == 0;
+    if (!run->has_tokenizer && of_texts && !models)
+        die("%s need a tokenizer, and %s has none: give --tokenizer NAME", of_rows ? "rows" : "tasks",
+            o.model.empty() ? "a config" : o.model.c_str());
+    const bool known = run->has_tokenizer || of_texts;
+    if (!run->has_tokenizer && known) tokenizer_open(&t, o.model);
     if (t.vocab > run->config.V)
         die("the tokenizer's %d ids don't fit the model's vocabulary of %d", t.vocab, run->config.V);
     if (run->has_tokenizer && !t.path.empty()) files_add(&own, t.path, "tokenizer.json");
 
-    std::string models, from = o.tokenizer.empty() ? o.model : "";
+    std::string theirs, from = o.tokenizer.empty() ? o.model : "";
     std::error_code ignored;
     if (!own.empty() && std::filesystem::is_directory(o.tokenizer, ignored)) from = o.tokenizer;
-    else if (!own.empty() && file_contents(&models, o.model + "/tokenizer.json") && models == own[0].second)
+    else if (!own.empty() && file_contents(&theirs, o.model + "/tokenizer.json") && theirs == own[0].second)
         from = o.model;
     if (!o.model.empty()) run->came_with = model_files_read(o.model, from);
     Texts& files = run->came_with.files;
     if (o.model.empty() || from.empty()) files.insert(files.end(), own.begin(), own.end());
-    if (!run->objective->of_rows) return;
+    run->eval.o = o.eval;
+    run->eval.o.B = o.B;
+    evaluation_open(&run->eval, run->config, known ? &t : nullptr, o.token_type);
+    if (!of_rows) return;
     chat_template_add(&files, t);
-    for (const std::vector<std::string>* paths : {&o.data, &o.val}) rows_check_files(*paths);
+    for (const std::vector<std::string>* paths : {&o.data, &o.val})
+        for (const std::string& path : *paths) json_lines_refuse(path, "rows", "scripts/rows.py");
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -459,6 +467,13 @@ void log_open(TrainingRun* run) {
     first["steps"] = run->steps;
     Json line = {{"config", first}};
     if (run->objective->of_rows) line["dropped_rows"] = run->rows.training.dropped;
+    log_line(*run, line);
+}
+
+// Before the first step: a line of step 0
+void run_evaluate_start(TrainingRun* run) {
+    Json line = {{"step", 0}};
+    evaluation_in_run(&run->eval, &run->model, &line);
     log_line(*run, line);
 }
 
