@@ -2391,7 +2391,8 @@ static void check_cached_attention(const std::vector<std::pair<int, int>>& keys_
     Device<floatX> d_qk(qk), d_k(k), d_v(v), d_out(out.size());
     Device<float> partial((size_t)N * C * most);
     Device<float2> terms((size_t)N * H * most);
-    Device<CacheRow> d_rows(rows);
+    Device<CacheRow> d_rows(rows.size());
+    copy_to_device((CacheRow*)d_rows, rows);
     LayerActivations a = {};
     a.qk = d_qk; a.attn = d_out;
     Cache cache;
