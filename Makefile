@@ -302,7 +302,7 @@ RUN_TESTS = $(PYTHON) tests/run.py $(if $(TALLY),--tally $(TALLY))
 .PHONY: test test-peers test-full-size test-ptx test-mutants
 test: olmoe
 	OLMOE=$(BUILD)/olmoe \
-	$(RUN_TESTS) $(filter-out tests/test_peers.py tests/test_tokenizer_peers.py tests/test_tensorboard.py tests/test_rows_parquet.py tests/test_full_size.py tests/test_ptxrun.py tests/test_mutants.py,$(sort $(wildcard tests/test_*.py))) tests/machine
+	$(RUN_TESTS) $(filter-out tests/test_peers.py tests/test_tokenizer_peers.py tests/test_tensorboard.py tests/test_rows_parquet.py tests/test_tasks_arrow.py tests/test_full_size.py tests/test_ptxrun.py tests/test_mutants.py,$(sort $(wildcard tests/test_*.py))) tests/machine
 
 # Every layout of 2 and 4 ranks against one rank
 .PHONY: test-parallel
@@ -320,7 +320,7 @@ venv: build/venv/made
 test-peers: build/venv/made
 	$(MAKE) DEVICE=cpu PRECISION=BF16 olmoe
 	$(MAKE) DEVICE=cpu PRECISION=FP32 olmoe
-	OLMOE=build/cpu-fp32/olmoe OLMOE_BF16=build/cpu-bf16/olmoe build/venv/bin/python tests/run.py $(if $(TALLY),--tally $(TALLY)) tests/test_peers.py tests/test_tokenizer_peers.py tests/test_tensorboard.py tests/test_rows_parquet.py tests/test_finetune.py
+	OLMOE=build/cpu-fp32/olmoe OLMOE_BF16=build/cpu-bf16/olmoe build/venv/bin/python tests/run.py $(if $(TALLY),--tally $(TALLY)) tests/test_peers.py tests/test_tokenizer_peers.py tests/test_tensorboard.py tests/test_rows_parquet.py tests/test_tasks_arrow.py tests/test_finetune.py
 
 # OLMoE-1B-7B at its full size with random weights: 14 GB of disk, 16 GB of memory
 test-full-size: build/venv/made

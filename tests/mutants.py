@@ -10,7 +10,7 @@ CHECKPOINT, MAKE, GENERATE = ("tests/test_checkpoint.py::test_group", "tests/tes
                               "tests/test_generate.py::test_")
 ROWS, OBJECTIVES = "tests/test_rows.py::test_", "tests/test_objectives.py::test_"
 GPU_SCRIPT, RANKS = "tests/test_gpu_script.py::test_", "tests/test_ranks.py::test_"
-INSTRUCT = "tests/test_instruct_script.py::test_"
+INSTRUCT, TASKS = "tests/test_instruct_script.py::test_", "tests/test_tasks_script.py::test_"
 
 MUTANTS = [
     # ---- Embedding, norms, rotation
@@ -607,6 +607,49 @@ MUTANTS = [
      'train "$stage" "$model"; done', INSTRUCT + "in_order_and_again"),
     ("kto_has_the_mask_of_sft", "scripts/olmoe_instruct.sh", "common=(--seq 4096",
      "common=(--label-mask olmoe --seq 4096", INSTRUCT + "recipe[8]"),
+
+    # ---- Evaluation: request files, and GSM8K
+    ("ctx_b_keeps_its_large_letters", "scripts/render_tasks.py",
+     "{record['ctx_b'].capitalize()}", "{record['ctx_b'][:1].upper() + record['ctx_b'][1:]}",
+     TASKS + "requests[hellaswag1]"),
+    ("titles_are_left_out", "scripts/render_tasks.py", '.replace(" [title]", ". ")', "",
+     TASKS + "requests[hellaswag1]"),
+    ("brackets_end_at_the_last", "scripts/render_tasks.py", r'r"\[.*?\]"', r'r"\[.*\]"',
+     TASKS + "requests[hellaswag1]"),
+    ("double_spaces_stay", "scripts/render_tasks.py", '.replace("  ", " ")', "", TASKS + "requests[hellaswag1]"),
+    ("winogrande_has_two_spaces", "scripts/render_tasks.py", '" " + after.strip()', '" " + after',
+     TASKS + "requests[winogrande3]"),
+    ("yes_and_no_are_swapped", "scripts/render_tasks.py", '0 if record["answer"] else 1',
+     '1 if record["answer"] else 0', TASKS + "requests[boolq5]"),
+    ("the_correct_answer_is_first", "scripts/render_tasks.py",
+     '("distractor1", "distractor2", "distractor3", "correct_answer")',
+     '("correct_answer", "distractor1", "distractor2", "distractor3")', TASKS + "requests[sciq7]"),
+    ("numbers_of_arc_begin_at_0", "scripts/render_tasks.py", "LETTERS[int(answer) - 1]", "LETTERS[int(answer) - 2]",
+     TASKS + "requests[arc_challenge10]"),
+    ("the_premise_keeps_its_end", "scripts/render_tasks.py", "{record['premise'].strip()[:-1]}",
+     "{record['premise'].strip()}", TASKS + "requests[copa12]"),
+    ("choices_of_copa_are_small", "scripts/render_tasks.py", "choice[:1].lower() + choice[1:]", "choice.lower()",
+     TASKS + "requests[copa12]"),
+    ("no_document_with_five_examples", "scripts/render_tasks.py", "range(EXAMPLES + 1)", "range(EXAMPLES)",
+     TASKS + "mmlu_var[stem]"),
+    ("subjects_keep_their_lines", "scripts/render_tasks.py", "{subject.replace('_', ' ')}", "{subject}",
+     TASKS + "mmlu_var[stem]"),
+    ("examples_have_the_first_answer", "scripts/render_tasks.py", '"".join(requests[right])', '"".join(requests[0])',
+     TASKS + "mmlu_with_letters[mc_5shot-validation-3]"),
+    ("questions_keep_their_white_space", "scripts/render_tasks.py", 'record["question"].strip(), record["choices"]',
+     'record["question"], record["choices"]', TASKS + "mmlu_with_letters[mc_5shot-validation-3]"),
+    ("the_test_split_is_the_validation", "scripts/render_tasks.py", '("mc_5shot_test", "test")',
+     '("mc_5shot_test", "validation")', TASKS + "mmlu_with_letters[mc_5shot_test-test-2]"),
+    ("documents_begin_at_1", "scripts/render_tasks.py", "enumerate(documents(label, data))",
+     "enumerate(documents(label, data), 1)", TASKS + "lines"),
+    ("the_next_question_counts", "scripts/gsm8k.py", 'text.split("Question:")[0]', "text",
+     TASKS + "last_number[a question after it]"),
+    ("the_first_number_counts", "scripts/gsm8k.py", "numbers[-1]", "numbers[0]", TASKS + "last_number[several]"),
+    ("commas_end_a_number", "scripts/gsm8k.py", "(?:,[0-9]{3})+(?![0-9])", "(?![0-9])",
+     TASKS + "last_number[commas]"),
+    ("the_calculator_stays", "scripts/gsm8k.py", 're.sub("<<.*?>>", "", reasoning)', "reasoning", TASKS + "prompts"),
+    ("error_of_all_scores", "scripts/gsm8k.py", "statistics.stdev(scores)", "statistics.pstdev(scores)",
+     TASKS + "scores"),
 
     # ---- Fine-tuning on rows
     ("header_ends_a_token_late", "dataloader.h",
