@@ -2346,8 +2346,8 @@ static void check_cache(const OlmoeConfig& c) {
     }
 }
 
-// Queries that read so many keys of a context, and so many of their own, in a cache in which all that they must not read
-// is NaN. Neighbours with as long a context share one. `spread`: of the scores
+// Queries that read so many keys of a context, and so many of their own, in a cache in which all else is NaN.
+// Neighbours with as long a context share one. `spread`: of the scores
 static void check_cached_attention(const std::vector<std::pair<int, int>>& keys_of_rows, int H, int D, double spread) {
     const int N = (int)keys_of_rows.size(), C = H * D;
     const std::string name = text("cached attention H %d D %d spread %g ", H, D, spread);

@@ -13,8 +13,8 @@
 // ------------------------------------------------------------------------------------------------
 // Tasks: files of requests, one a line, as OLMo ships them,
 //     {"request": {"context": TEXT, "continuation": TEXT}, "doc_id": 7, "idx": 0, "label": 2, ...}
-// Choice idx of a document is a continuation and what stands before it; the label is the right choice. The model's choice
-// is the likeliest one (spec section 8.2).
+// Choice idx of a document is a continuation and what stands before it; the label is the right one. The model's choice
+// is the likeliest (spec section 8.2).
 
 constexpr int64_t UNCONDITIONAL = 1000000;  // requests of this doc_id and above have no context: they are left out
 constexpr int MOST_CHOICES = 4096;
@@ -64,15 +64,15 @@ struct TaskReader {
     const Tokenizer* tokenizer;
     size_t T, limit;                        // tokens that the model reads at most; documents, 0: all
     std::map<int64_t, size_t> numbers = {}; // of the documents, by id
-    std::string text = "";                  // the last context, and its ids: it often comes again
+    std::string last = "";                  // the last context, and its ids: it often comes again
     std::vector<int> ids = {};
 };
 
 // The context of a request as ids; an empty one is EOS.
-const std::vector<int>& context_ids(TaskReader* r, const std::string& text) {
-    if (r->ids.empty() || text != r->text) {
-        r->text = text;
-        r->ids = tokenizer_encode(*r->tokenizer, text);
+const std::vector<int>& context_ids(TaskReader* r, const std::string& context) {
+    if (r->ids.empty() || context != r->last) {
+        r->last = context;
+        r->ids = tokenizer_encode(*r->tokenizer, context);
         if (r->ids.empty()) r->ids = {r->tokenizer->eos};
     }
     return r->ids;
@@ -121,9 +121,9 @@ EvalChoice* task_choice(TaskReader* r, const Json& j, const std::string& where, 
 }
 
 // A task's request from its line
-void task_read_line(TaskReader* r, const std::string& text, int line) {
+void task_read_line(TaskReader* r, const std::string& request_text, int line) {
     const std::string where = r->task.path + ":" + std::to_string(line);
-    const Json j = json_parse(text);
+    const Json j = json_parse(request_text);
     if (!j.is_object()) die("%s: not a JSON object", where.c_str());
     EvalDocument* d = nullptr;
     EvalChoice* choice = task_choice(r, j, where, &d);
@@ -148,18 +148,18 @@ void task_read_line(TaskReader* r, const std::string& text, int line) {
 Task task_read(const std::string& path, const std::string& name, const Tokenizer& t, size_t T, size_t limit) {
     TaskReader r = {{name, path, {}, {}}, &t, T, limit};
     LineReader lines;
-    std::string text;
+    std::string line;
     json_lines_refuse(path, "requests", "scripts/render_tasks.py");
     if (!lines_open(&lines, path)) die("%s: cannot be read: %s", path.c_str(), strerror(errno));
-    int line = 0;
-    while (lines_next(&lines, &text)) {
-        line++;
-        if (!strip(text).empty()) task_read_line(&r, text, line);
-        if (line % 1024 == 0) ranks_alive();
+    int number = 0;
+    while (lines_next(&lines, &line)) {
+        number++;
+        if (!strip(line).empty()) task_read_line(&r, line, number);
+        if (number % 1024 == 0) ranks_alive();
     }
     gzclose(lines.file);
     if (lines.failed)
-        die("%s:%d: cannot be read from here on; the file is damaged or cut short", path.c_str(), line + 1);
+        die("%s:%d: cannot be read from here on; the file is damaged or cut short", path.c_str(), number + 1);
     if (r.task.documents.empty()) die("%s: no request in it", path.c_str());
     for (const EvalDocument& d : r.task.documents) {
         for (size_t i = 0; i < d.choices.size(); i++)
@@ -171,8 +171,8 @@ Task task_read(const std::string& path, const std::string& name, const Tokenizer
 }
 
 // ------------------------------------------------------------------------------------------------
-// Micro-batches. A context goes through the layers once, and its last token predicts the first of each continuation. The
-// other tokens of continuations follow in passes against the keys and values of all contexts of the micro-batch.
+// Micro-batches. A context goes through the layers once, and its last token predicts the first of each continuation.
+// Their other tokens follow in passes against the keys and values of all contexts of the micro-batch.
 
 constexpr size_t PASS_PARTS = 1 << 14;      // of the cache, for the rows of a pass, unless one continuation needs more
 
@@ -320,7 +320,8 @@ void tasks_score(Olmoe* m, const Cache& cache, std::vector<Task>* tasks, const s
         const std::vector<int> places = batch_contexts(m, cache, b);
         for (size_t i = 0; i < passes; i++) {
             const bool more = mine < n && i < b.passes.size();
-            batch_pass(m, cache, more ? b : idle, more ? b.passes[i] : idle.passes[0], more ? places : std::vector{0, 1});
+            if (more) batch_pass(m, cache, b, b.passes[i], places);
+            else batch_pass(m, cache, idle, idle.passes[0], {0, 1});
         }
         ranks_alive();
         show_progress(end, n);
@@ -416,7 +417,8 @@ std::string olmo_metric(const std::string& task) {
     std::string name;
     for (char c : task) if (c != '_') name += c;
     for (const char* acc : {"winogrande", "boolq", "sciq", "arceasy", "copa"}) if (name.find(acc) == 0) return "acc";
-    for (const char* norm : {"piqa", "hellaswag", "openbookqa", "arcchallenge", "commonsenseqa", "csqa", "socialiqa", "mmlu"})
+    for (const char* norm : {"piqa", "hellaswag", "openbookqa", "arcchallenge", "commonsenseqa", "csqa", "socialiqa",
+                             "mmlu"})
         if (name.find(norm) == 0) return "len_norm";
     return "";
 }
@@ -521,7 +523,8 @@ void evaluation_print(const Evaluation& e) {
 
 std::vector<Option> evaluation_options(EvalOptions* o) {
     return {
-        {"eval-tasks", &o->tasks, "FILES", "request files of multiple-choice tasks to evaluate on (.jsonl, gzipped or not)"},
+        {"eval-tasks", &o->tasks, "FILES",
+         "request files of multiple-choice tasks to evaluate on (.jsonl, gzipped or not)"},
         {"eval-perplexity", &o->perplexity, "FILES", "token files to evaluate on, each on its own"},
         {"eval-every", &o->every, "S", "steps between evaluations; 0: only at the end"},
         {"eval-start", &o->start, "", "evaluate before the first step, too"},
@@ -567,12 +570,14 @@ std::vector<Option> evaluate_options(EvaluateCommand* v) {
     return with_launch_checks({
         {"model", &v->model, "DIR", "Hugging Face directory, or a checkpoint"},
         {"tasks", &o.tasks, "FILES", "request files of multiple-choice tasks (.jsonl, gzipped or not)"},
-        {"perplexity", &o.perplexity, "FILES", "token files (.npy of uint16 or uint32, or llm.c's .bin), each on its own"},
+        {"perplexity", &o.perplexity, "FILES",
+         "token files (.npy of uint16 or uint32, or llm.c's .bin), each on its own"},
         {"tokenizer", &v->tokenizer_name, "NAME", "bytes, or a tokenizer.json; default: the model's"},
         {"token-type", &v->token_type, "uint16|uint32", "what token files without a header hold"},
         {"batch", &o.B, "B", "pieces of a token file at a time, or contexts of as many tokens", 1, 1 << 20},
-        {"seq", &o.T, "T", "tokens that the model reads at most: requests are cut on the left, token files are in pieces "
-         "of it; 0: 2048, or max_position_embeddings if less", 0, 1 << 20},
+        {"seq", &o.T, "T",
+         "tokens that the model reads at most: requests are cut on the left, token files into pieces; 0: 2048, "
+         "or max_position_embeddings if less", 0, 1 << 20},
         {"limit", &o.limit, "N", "only the first N documents of each task; 0: all", 0, 1e15},
         {"json", &v->json, "OUT.json", "the figures as JSON"},
         {"samples", &v->samples, "OUT.jsonl", "each document's log-probabilities, a line of JSON each"},
@@ -602,7 +607,8 @@ void evaluation_check(const Evaluation& e) {
     for (const Task& t : e.tasks)
         for (const EvalContext& c : t.contexts)
             for (const Continuation& k : c.continuations)
-                if (!std::isfinite(k.logp)) die("%s: a log-probability is not finite; are the model's weights damaged?", t.path.c_str());
+                if (!std::isfinite(k.logp))
+                    die("%s: a log-probability is not finite; are the model's weights damaged?", t.path.c_str());
     for (const PerplexitySet& s : e.sets)
         if (!std::isfinite(s.nll)) die("%s: the loss is not finite; are the model's weights damaged?", s.name.c_str());
 }
@@ -610,7 +616,8 @@ void evaluation_check(const Evaluation& e) {
 int command_evaluate(int argc, char** argv) {
     EvaluateCommand v;
     Evaluation& e = v.e;
-    options_parse(argc, argv, "evaluate --model DIR [--tasks FILES] [--perplexity FILES] [options]", evaluate_options(&v));
+    options_parse(argc, argv, "evaluate --model DIR [--tasks FILES] [--perplexity FILES] [options]",
+                  evaluate_options(&v));
     if (v.model.empty()) die("evaluate needs --model DIR");
     if (!e.o.any()) die("evaluate needs --tasks FILES or --perplexity FILES");
     if (!v.samples.empty() && e.o.tasks.empty()) die("--samples needs --tasks");

@@ -147,9 +147,9 @@ void slots_plan(Cache* cache, Olmoe* m, int S, int P) {
     cache_plan(cache, m, (size_t)S * P, S, (size_t)S * ceil_div(P, CACHE_PART));
 }
 
-// Continues all sequences, S at a time, each of which has a slot of the cache. `report` is called with a sequence whenever
-// it has a new token. What a sequence becomes depends neither on the others nor on their number, but for rounding in the
-// matmuls.
+// Continues all sequences, S at a time, each of which has a slot of the cache. `report` is called with a sequence
+// whenever it has a new token. What a sequence becomes depends neither on the others nor on their number, but for
+// rounding in the matmuls.
 template <typename Report>
 GenerateCounts generate(Olmoe* m, const Cache& cache, int S, std::vector<Sequence>* sequences, const GenerateOptions& o,
                         Report report) {

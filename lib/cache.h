@@ -1,5 +1,5 @@
-// A cache of keys and values: sequences go on, or begin, from tokens that went through the layers before. olmoe generate
-// and olmoe evaluate work with it.
+// A cache of keys and values: sequences go on from tokens that went through the layers before. olmoe generate and olmoe
+// evaluate work with it.
 //
 // Included once, by olmoe.cu, after the model.
 #pragma once
@@ -86,7 +86,8 @@ __global__ void attention_cached_kernel(float* partial, float2* terms, const flo
     const CacheRow r = rows[row];
     const int lane = threadIdx.x % WARP, part = (int)(warp % parts), of_context = ceil_div(r.in_context, CACHE_PART);
     const bool own = part >= of_context;
-    const int first = (own ? part - of_context : part) * CACHE_PART, keys_left = (own ? r.in_own : r.in_context) - first;
+    const int first = (own ? part - of_context : part) * CACHE_PART;
+    const int keys_left = (own ? r.in_own : r.in_context) - first;
     if (keys_left <= 0) return;
     const int last = min(CACHE_PART, keys_left) - 1;
     const size_t cached = (head * P + (own ? r.own : r.context) + first) * D;
