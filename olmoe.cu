@@ -1598,7 +1598,7 @@ struct AdamWOptions {
 };
 
 // One thread per pack: 28 bytes an element moved in fp32, 28 with bf16 parameters and gradients and an fp32 master.
-// position: of p[0] in the model.
+// position: of p[0] in the model. A sum with l2 * old where l2 is 0 could be rounded otherwise in another instance.
 template <int P, typename Master, typename Moment>
 __global__ void adamw_kernel(Out<floatX> p, Out<Master> master, In<floatX> g, Out<Moment> m, Out<Moment> v, size_t n,
                              float grad_scale, float decay, float l2, float step_size, float beta1, float beta2,
