@@ -185,6 +185,10 @@ class Encoder:
             return self.tokenizer.encode(text, add_special_tokens=False).ids
         return list(text.encode())
 
+    def size(self, token):
+        """Bytes of its text. The vocabulary writes each byte as a character; what ends a document is no text."""
+        return 0 if token == self.end else len(self.tokenizer.id_to_token(token)) if self.tokenizer else 1
+
 
 class Document:
     def __init__(self, doc_id, contexts, continuations, label):
@@ -273,10 +277,8 @@ def perplexity(model, encoder, seq, tokens):
         losses.append(-rows.gather(1, torch.tensor(piece[1:])[:, None]).mean().item())
         targets += piece[1:]
     loss = sum(losses) / len(losses)
-    result = {"loss": loss, "perplexity": math.exp(loss), "tokens": len(targets)}
-    if not encoder.tokenizer:               # a token is a byte, but for the one that ends a document
-        result["bits_per_byte"] = loss * len(targets) / sum(t != encoder.end for t in targets) / math.log(2)
-    return result
+    return {"loss": loss, "perplexity": math.exp(loss), "tokens": len(targets),
+            "bits_per_byte": loss * len(targets) / sum(map(encoder.size, targets)) / math.log(2)}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -379,7 +381,7 @@ def make(out, case):
                                                 for line in lines).encode())
         for file, count in c["tokens"].items():
             seqs = lengths_of(case, file, config.max_position_embeddings)
-            vocab = 256 if not encoder.tokenizer else encoder.tokenizer.get_vocab_size()
+            vocab = 256 if not encoder.tokenizer else encoder.tokenizer.get_vocab_size(with_added_tokens=False)
             sets[file] = draw_tokens(exact, encoder, seqs, count, vocab, f"{case} {file}")
             write(f"{building}/{file}", numpy.array(sets[file], dtype="<u2").tobytes())
     for seq, files, token_files, limits in c["runs"]:
