@@ -302,14 +302,15 @@ RUN_TESTS = $(PYTHON) tests/run.py $(if $(TALLY),--tally $(TALLY))
 .PHONY: test test-peers test-full-size test-ptx test-mutants
 test: olmoe
 	OLMOE=$(BUILD)/olmoe \
-	$(RUN_TESTS) $(filter-out tests/test_peers.py tests/test_tokenizer_peers.py tests/test_tensorboard.py tests/test_rows_parquet.py tests/test_tasks_arrow.py tests/test_full_size.py tests/test_ptxrun.py tests/test_mutants.py,$(sort $(wildcard tests/test_*.py))) tests/machine
+	$(RUN_TESTS) $(filter-out tests/test_peers.py tests/test_tokenizer_peers.py tests/test_evaluate_peers.py tests/test_tensorboard.py tests/test_rows_parquet.py tests/test_tasks_arrow.py tests/test_full_size.py tests/test_ptxrun.py tests/test_mutants.py,$(sort $(wildcard tests/test_*.py))) tests/machine
 
 # Every layout of 2 and 4 ranks against one rank
 .PHONY: test-parallel
 test-parallel: olmoe
 	OLMOE=$(BUILD)/olmoe OLMOE_LAYOUTS=all $(RUN_TESTS) tests/test_parallel.py tests/test_ranks.py
 
-# Against transformers on PyTorch, and `tokenizers`, in a Python environment of their own, build/venv
+# Against transformers on PyTorch, TRL, lm-evaluation-harness and `tokenizers`, in a Python environment of their own,
+# build/venv
 build/venv/made: scripts/requirements.txt
 	$(PYTHON) -m venv build/venv
 	build/venv/bin/pip install -q --disable-pip-version-check -r scripts/requirements.txt
@@ -320,7 +321,7 @@ venv: build/venv/made
 test-peers: build/venv/made
 	$(MAKE) DEVICE=cpu PRECISION=BF16 olmoe
 	$(MAKE) DEVICE=cpu PRECISION=FP32 olmoe
-	OLMOE=build/cpu-fp32/olmoe OLMOE_BF16=build/cpu-bf16/olmoe build/venv/bin/python tests/run.py $(if $(TALLY),--tally $(TALLY)) tests/test_peers.py tests/test_tokenizer_peers.py tests/test_tensorboard.py tests/test_rows_parquet.py tests/test_tasks_arrow.py tests/test_finetune.py
+	OLMOE=build/cpu-fp32/olmoe OLMOE_BF16=build/cpu-bf16/olmoe build/venv/bin/python tests/run.py $(if $(TALLY),--tally $(TALLY)) tests/test_peers.py tests/test_tokenizer_peers.py tests/test_evaluate_peers.py tests/test_tensorboard.py tests/test_rows_parquet.py tests/test_tasks_arrow.py tests/test_finetune.py
 
 # OLMoE-1B-7B at its full size with random weights: 14 GB of disk, 16 GB of memory
 test-full-size: build/venv/made
@@ -354,7 +355,8 @@ test-gpu-fp32 test-gpu-bf16: test-gpu-%: build/ranks.flags
 test-mutants:
 	$(RUN_TESTS) tests/test_mutants.py $(if $(MUTANTS_FOR_CI),-p ci_mutants --ci-seconds $(MUTANTS_FOR_CI))
 
-# Times of kernels, of matmuls alone, and of transformers, tokenizers and llama.cpp; on an idle machine
+# Times of kernels, of matmuls alone, and of transformers, tokenizers, llama.cpp and lm-evaluation-harness; on an idle
+# machine
 bench: build/venv/made
 	$(PYTHON) scripts/bench.py
 

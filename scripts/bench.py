@@ -12,7 +12,8 @@ For each shape of configs/ and each precision, on this machine's CPU:
   - tokens/s of transformers on PyTorch, in the same run (scripts/bench_transformers.py, in build/venv).
 Then what rows of different lengths cost in a micro-batch (scripts/bench_rows.py). Then, where OLMOE_DATA has texts and
 OLMoE's tokenizer, MB/s of reading conversations and of encoding texts, also by other tokenizers
-(scripts/bench_tokenizers.py), and tokens/s of `olmoe generate` and of llama.cpp (scripts/bench_generate.py).
+(scripts/bench_tokenizers.py), tokens/s of `olmoe generate` and of llama.cpp (scripts/bench_generate.py), and documents/s
+of `olmoe evaluate` and of lm-evaluation-harness (scripts/bench_evaluate.py).
 Prints tables and writes build/bench.json. Run it on an idle machine. Standard library only.
 """
 import argparse
@@ -167,9 +168,9 @@ def main():
     python = ROOT / "build/venv/bin/python"
     if not data or not python.exists():
         missing = "no OLMOE_DATA=FOLDER" if python.exists() else "no build/venv; make venv"
-        print(f"(the tokenizer and generation are not timed: {missing})")
+        print(f"(the tokenizer, generation and evaluation are not timed: {missing})")
     else:
-        for script in ("tokenizers", "generate"):
+        for script in ("tokenizers", "generate", "evaluate"):
             path = ROOT / f"build/bench/{script}.json"
             print(run([python, f"scripts/bench_{script}.py", data, "--json", path]).rstrip())
             out.update(json.loads(path.read_text()))

@@ -38,7 +38,8 @@ BUILDS = {
 # Compiled for quick compiling; the tests' tolerances hold with any optimisation
 FLAGS = "CXXFLAGS=-O0 -g0 -w"
 # Which program a test of the command line runs
-PROGRAMS = {f"tests/test_{name}.py": "build/cpu-fp32/olmoe" for name in ("cli", "generate", "rows", "objectives")}
+PROGRAMS = {f"tests/test_{name}.py": "build/cpu-fp32/olmoe"
+            for name in ("cli", "generate", "rows", "objectives", "evaluate")}
 
 # The options of a make that called this one are not meant for the copies.
 NOT_FOR_COPIES = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "CUDA_SEED", "OLMOE", "PYTEST_ADDOPTS")
