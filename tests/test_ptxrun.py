@@ -117,6 +117,25 @@ def test_fine_tuning(tmp_path, case, mode):
         assert abs(got - step["loss"]) <= 1e-5 * abs(step["loss"]), (got, step["loss"])
 
 
+@pytest.mark.parametrize("mode", ["race", "async"])
+@pytest.mark.parametrize("case, number", [("bytes", 1), ("words", 1)])
+def test_evaluation(tmp_path, case, number, mode):
+    """Against the references of scripts/reference_evaluate.py, as tests/test_evaluate.py does on the CPU"""
+    folder = ROOT / "tests" / "fixtures" / "evaluate" / case
+    e = json.loads((folder / "expected.json").read_text())
+    wanted = e["runs"][number]
+    result = run("ptx-fp32/olmoe", "evaluate", "--model", folder / e["model"], "--tokenizer", e["tokenizer"], "--tasks",
+                 *(folder / name for name in wanted["task_files"]), "--perplexity",
+                 *(folder / name for name in wanted["perplexity_files"]), "--seq", wanted["seq"], "--json",
+                 tmp_path / "out.json", "--samples", tmp_path / "samples.jsonl", **MODES[mode])
+    assert result.returncode == 0, ending(result)
+    logprobs = [json.loads(line)["logprobs"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert logprobs == [pytest.approx(d["logprobs"], rel=1e-5) for task in wanted["tasks"].values()
+                        for d in task["documents"]]
+    losses = {name: s["loss"] for name, s in json.loads((tmp_path / "out.json").read_text())["perplexity"].items()}
+    assert losses == pytest.approx({name: s["loss"] for name, s in wanted["perplexity"].items()}, rel=1e-5)
+
+
 def tokens(path, vocabulary, count):
     random.seed(1)
     with open(path, "wb") as f:
