@@ -2,16 +2,19 @@
 //
 // A data set is a list of files of uint16 or uint32 tokens. A file of n tokens holds floor(n / T) instances: instance j
 // is its tokens [jT, (j+1)T). The tail is dropped, and an instance never crosses files. The numbers of the instances go
-// on from file to file. An epoch visits them in the order of NumPy's Generator(PCG64(seed + epoch)).shuffle, which is
+// on from file to file. A file may count more than once, or in part: b.npy:2.5 is all of b twice, then the first half of
+// its instances. An epoch visits them in the order of NumPy's Generator(PCG64(seed + epoch)).shuffle, which is
 // written out below: each batch is the same as in a run of OLMo's. Batch b of G instances is positions [bG, (b+1)G) of
-// that order, on any number of ranks.
+// that order, on any number of ranks. Batches may be skipped: the next one takes their step.
 //
 // The state to save is (epoch, position), both counted over all ranks; nothing else changes.
 
 #pragma once
 
 #include <algorithm>
+#include <cctype>
 #include <cerrno>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -443,6 +446,57 @@ inline void token_file_check(const TokenFile& f, int V, const Sample& sample, bo
 
 enum class DataOrder { global, sequential };    // shuffled again in every epoch, or in the order of the files
 
+// Batches [first, last] of a run, which counts them from 1
+struct BatchRange { int64_t first, last; };
+
+// "412000-412100", or one number
+inline BatchRange batch_range_of(const std::string& given) {
+    char* end = nullptr;
+    BatchRange r = {strtoll(given.c_str(), &end, 10), 0};
+    r.last = *end == '-' && isdigit((unsigned char)end[1]) ? strtoll(end + 1, &end, 10) : r.first;
+    if (given.empty() || !isdigit((unsigned char)given[0]) || *end || r.first < 1 || r.last < r.first ||
+        r.last > (int64_t)1e15)
+        die("--skip-batches '%s': not FROM-TO, numbers of batches from 1 on", given.c_str());
+    return r;
+}
+
+// The same batches as ranges in order, no two of which touch
+inline std::vector<BatchRange> batch_ranges_joined(std::vector<BatchRange> all) {
+    std::sort(all.begin(), all.end(), [](const BatchRange& a, const BatchRange& b) { return a.first < b.first; });
+    std::vector<BatchRange> joined;
+    for (const BatchRange& r : all)
+        if (joined.empty() || r.first > joined.back().last + 1) joined.push_back(r);
+        else joined.back().last = std::max(joined.back().last, r.last);
+    return joined;
+}
+
+inline Json batch_ranges_json(const std::vector<BatchRange>& ranges) {
+    Json list = Json::array();
+    for (const BatchRange& r : ranges) list.push_back({r.first, r.last});
+    return list;
+}
+
+// The batch that a step trains on: both are counted from 1, and step S takes batch S where none is skipped.
+inline int64_t batch_of_step(int64_t step, const std::vector<BatchRange>& skipped) {
+    for (const BatchRange& r : skipped) if (r.first <= step) step += r.last - r.first + 1;
+    return step;
+}
+
+// A file of a data set, and how often it counts
+struct DataShare { std::string path; double times = 1; };
+
+// FILE or FILE:TIMES; a name that exists is one, whatever it ends in.
+inline DataShare data_share_of(const std::string& name) {
+    struct stat info;
+    const size_t colon = name.rfind(':');
+    if (colon == std::string::npos || colon + 1 == name.size() || stat(name.c_str(), &info) == 0) return {name};
+    char* end;
+    const double times = strtod(name.c_str() + colon + 1, &end);
+    if (*end) return {name};
+    if (!(times > 0 && times <= 1000)) die("%s: a file counts more than 0 and up to 1000 times", name.c_str());
+    return {name.substr(0, colon), times};
+}
+
 struct DataLoader {
     std::vector<TokenFile> files;
     int T = 0, V = 0;
@@ -454,6 +508,7 @@ struct DataLoader {
     int64_t masked = 0;                 // instances that the filter masked on this rank since the loader was opened
     std::vector<uint32_t> shuffled;     // (instances), of epoch shuffled_epoch; empty when sequential
     int64_t shuffled_epoch = -1;
+    std::vector<BatchRange> skipped;    // in order, see batch_ranges_joined
 };
 
 // The blocks of a file that are looked at: about 4096 of the whole set
@@ -485,14 +540,19 @@ inline void dataloader_open(DataLoader* d, const std::vector<std::string>& files
     d->seed = seed;
     d->repetition_filter = repetition_filter;
     size_t longest = 0;
-    for (const std::string& path : files) {
-        TokenFile f;
-        token_file_open(&f, path, token_type == "uint32" ? 4 : 2);
-        f.instances = f.tokens / T;
-        f.first = d->instances;
-        d->instances += f.instances;
-        longest = std::max(longest, f.tokens);
-        d->files.push_back(f);
+    for (const std::string& name : files) {
+        const DataShare share = data_share_of(name);
+        for (double left = share.times; left > 0; left -= 1) {          // each time a file of its own
+            TokenFile f;
+            token_file_open(&f, share.path, token_type == "uint32" ? 4 : 2);
+            f.instances = f.tokens / T;
+            longest = std::max(longest, f.tokens);
+            if (left < 1) f.instances = (size_t)floor(left * (double)f.instances + 1e-6);   // 0.29 of 100 are 29
+            if (left < 1 && f.instances == 0) die("%s: not one sequence of %d tokens", name.c_str(), T);
+            f.first = d->instances;
+            d->instances += f.instances;
+            d->files.push_back(f);
+        }
     }
     if (files.empty()) die("data: no token file given; name one or more");
     dataloader_check_files(d);
@@ -528,16 +588,26 @@ inline void dataloader_row(DataLoader* d, size_t instance, int32_t* inputs, int3
     for (int t = 0; t < d->T; t++) targets[t] = hit || t + 1 == d->T ? -100 : inputs[t + 1];
 }
 
-// The next global batch of G instances, by their numbers. What is left of an epoch after its floor(instances / G)
-// batches is dropped.
+// Of the batch that the position is at, counted from 1 over all epochs
+inline int64_t dataloader_batch(const DataLoader& d, int G) {
+    return d.epoch * (int64_t)(d.instances / G) + d.position / G + 1;
+}
+
+// To a batch, of which an epoch has floor(instances / G): what is left of it is dropped
+inline void dataloader_go_to(DataLoader* d, int G, int64_t batch) {
+    const int64_t each = (int64_t)(d->instances / G);
+    d->epoch = (batch - 1) / each;
+    d->position = (batch - 1) % each * G;
+}
+
+// The next global batch of G instances, by their numbers
 inline std::vector<size_t> dataloader_draw(DataLoader* d, int G) {
     if ((size_t)G > d->instances)
         die("data: a global batch of %d sequences, but only %zu of %d tokens in the data; "
             "lower --global-batch or give more data", G, d->instances, d->T);
-    if ((size_t)d->position + G > d->instances) {
-        d->epoch++;
-        d->position = 0;
-    }
+    int64_t batch = dataloader_batch(*d, G);
+    for (const BatchRange& r : d->skipped) if (r.first <= batch && batch <= r.last) batch = r.last + 1;
+    dataloader_go_to(d, G, batch);
     if (d->order == DataOrder::global && d->shuffled_epoch != d->epoch) {
         d->shuffled.resize(d->instances);
         for (size_t i = 0; i < d->instances; i++) d->shuffled[i] = (uint32_t)i;
@@ -594,9 +664,12 @@ inline void dataloader_seek(DataLoader* d, int64_t epoch, int64_t position) {
 
 inline int64_t dataloader_masked(const DataLoader* d) { return d->masked; }
 
+// Whether only a part of the file's instances counts
+inline bool in_part(const TokenFile& f, int T) { return f.instances < f.tokens / T; }
+
 inline size_t dataloader_tokens(const DataLoader* d) {
     size_t tokens = 0;
-    for (const TokenFile& f : d->files) tokens += f.tokens;
+    for (const TokenFile& f : d->files) tokens += in_part(f, d->T) ? f.instances * d->T : f.tokens;
     return tokens;
 }
 
@@ -614,6 +687,7 @@ inline uint64_t dataloader_fingerprint(const DataLoader* d) {
     for (const TokenFile& f : d->files) {
         uint64_t tokens = f.tokens;
         hash = fnv1a(hash, (const unsigned char*)&tokens, sizeof tokens);
+        if (in_part(f, d->T)) hash = fnv1a(hash, (const unsigned char*)&f.instances, sizeof f.instances);
         for (std::string_view block : token_file_blocks(f, blocks_per_file(*d)))
             hash = fnv1a(hash, (const unsigned char*)block.data(), block.size());
     }

@@ -2580,7 +2580,7 @@ double learning_rate(const Schedule& s, double step) {
 // allenai/OLMoE), as far as they don't depend on the machine.
 struct TrainOptions {
     std::string config, model, out, tokenizer, prompt, trace, rendezvous, reference, ce_divisor = "all";
-    std::vector<std::string> data, val, freeze;
+    std::vector<std::string> data, val, freeze, skip_batches;
     Optional resume;
     Steps steps, warmup = "2500", decay_steps;
     Choice objective = "pretrain", schedule = "cosine", order = "global", lb = "rank", optimizer = "adamw";

@@ -163,9 +163,13 @@ std::vector<std::vector<size_t>> validation_blocks(const TrainingRun& run) {
 std::string reference_key(const TrainingRun& run, const Rows& rows) {
     const TrainOptions& o = run.o;
     const size_t validation = &rows == &run.rows.validation ? validation_rows(run) : 0;
-    return Json({{"data", text("%016lx", rows.fingerprint)}, {"reference", run.rows.reference_fingerprint},
-                 {"precision", BF16 ? "BF16" : "FP32"}, {"global_batch", o.global_batch}, {"seed", o.seed},
-                 {"order", std::string(o.order)}, {"validation_rows", validation}}).dump();
+    Json key = {{"data", text("%016lx", rows.fingerprint)}, {"reference", run.rows.reference_fingerprint},
+                {"precision", BF16 ? "BF16" : "FP32"}, {"global_batch", o.global_batch}, {"seed", o.seed},
+                {"order", std::string(o.order)}, {"validation_rows", validation}};
+    // which rows are in a step, and so the mismatched ones
+    if (rows.format.kind == RowKind::kto && !run.data.skipped.empty())
+        key["skipped"] = batch_ranges_json(run.data.skipped);
+    return key.dump();
 }
 
 // What is known already, from OUT/NAME.safetensors. Rank 0 reads it: all have to compute the same.

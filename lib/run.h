@@ -29,8 +29,8 @@ std::vector<Option> train_options(TrainOptions* o) {
     std::vector<Option> options = {
         {"config", &o->config, "FILE", "start from random weights in the shape of this config.json"},
         {"model", &o->model, "DIR", "start from the weights of a Hugging Face directory"},
-        {"data", &o->data, "FILES", "token files to train on (.npy of uint16 or uint32, or llm.c's .bin); "
-         "or files of rows (.jsonl, gzipped or not)"},
+        {"data", &o->data, "FILES", "token files to train on (.npy of uint16 or uint32, or llm.c's .bin), FILE:2.5 one that "
+         "counts two and a half times; or files of rows (.jsonl, gzipped or not)"},
         {"val", &o->val, "FILES", "files of the same kind to validate on"},
         {"token-type", &o->token_type, "uint16|uint32", "what token files without a header hold"},
         {"out", &o->out, "DIR", "directory for log.jsonl and checkpoints"},
@@ -68,6 +68,8 @@ std::vector<Option> train_options(TrainOptions* o) {
          "the sum of a step's cross entropy is divided by all positions, as in OLMoE's pretraining, by those with a "
          "target, or by a number"},
         {"seed", &o->seed, "N", "of initialisation and data order", 0, 9e15},
+        {"skip-batches", &o->skip_batches, "FROM-TO...", "do not train on these batches of the data, counted from 1 as the "
+         "steps of a run that skips none: the next one takes their step. Checkpoints remember them"},
         {"order", &o->order, "global|sequential",
          "sequences shuffled over the whole data set, or in the order of the files"},
         {"no-filter", &o->no_filter, "", "train on sequences of 32 or more repetitions as well"},
@@ -211,6 +213,8 @@ void run_set_steps(TrainingRun* run) {
     if (o.schedule == "anneal") s.warmup = 0;
     else if (!o.warmup.empty()) s.warmup = steps_of("warmup", o.warmup, tokens, fractions);
     else s.warmup = s.total * (o.objective == "sft" ? 0.03 : o.objective == "dpo" ? 0.1 : 0);
+    for (const std::string& range : o.skip_batches) run->data.skipped.push_back(batch_range_of(range));
+    run->data.skipped = batch_ranges_joined(run->data.skipped);
 }
 
 // The chat template of fine-tuning, for transformers, where there is a tokenizer.json and no template came with it. It
@@ -290,6 +294,13 @@ void run_open_files(TrainingRun* run) {
 // ------------------------------------------------------------------------------------------------
 // The screen and the log
 
+void box_skipped(Box* box, const TrainingRun& run) {
+    std::string list;
+    for (const BatchRange& r : run.data.skipped)
+        list += text("%s%ld-%ld", list.empty() ? "" : ", ", r.first, r.last);
+    if (!list.empty()) box->add("batches skipped", list);
+}
+
 // The data and the steps of a run on token files
 void box_tokens(Box* box, const TrainingRun& run) {
     const TrainOptions& o = run.o;
@@ -298,6 +309,7 @@ void box_tokens(Box* box, const TrainingRun& run) {
                           human((double)run.data.instances).c_str(), o.T));
     box->add("validation", o.val.empty() ? "none" : join(o.val) + ": " + size_of(run.val));
     box->add("order", o.order + (o.no_filter ? "" : ", repetitive sequences without targets"));
+    box_skipped(box, run);
     box->add("step", text("%s tokens: %ld sequences of %ld in micro-batches of %s%ld",
                           human(run.tokens_per_step).c_str(), o.global_batch, o.T,
                           world.size > 1 ? text("%d x ", world.size).c_str() : "", o.B));
@@ -320,6 +332,7 @@ void box_rows(Box* box, const TrainingRun& run) {
                           world.size > 1 ? text("%d x ", world.size).c_str() : "", o.B));
     box->add("steps", text("%ld (%.2f epochs), order %s", run.steps,
                            run.steps * (double)o.global_batch / run.data.instances, o.order.c_str()));
+    box_skipped(box, run);
 }
 
 // What a run is and does, in a box
@@ -433,6 +446,7 @@ Json trainer_state(const TrainingRun& run) {
     s["load_balancing"] = std::string(o.lb);
     s["order"] = std::string(o.order);
     s["repetition_filter"] = !o.no_filter;
+    if (!run.data.skipped.empty()) s["skip_batches"] = batch_ranges_json(run.data.skipped);
     const bool of_rows = run.objective->of_rows;
     s["data_fingerprint"] = text("%016lx", of_rows ? run.rows.training.fingerprint : dataloader_fingerprint(&run.data));
     if (of_rows) {
@@ -529,6 +543,23 @@ std::string checkpoint_to_resume(const TrainingRun& run) {
     return from;
 }
 
+// The batches that a resumed run skips: those that the checkpoint's run did, and of --skip-batches what is still to come
+void run_resume_skipped(TrainingRun* run, const Json& recorded) {
+    std::vector<BatchRange> before, all = run->data.skipped;
+    for (const Json& r : recorded) before.push_back({r.at(0), r.at(1)});
+    const int64_t next = batch_of_step(run->step + 1, before);
+    for (const BatchRange& r : run->data.skipped) {
+        const bool known = std::any_of(before.begin(), before.end(), [&](const BatchRange& b) {
+            return b.first <= r.first && r.last <= b.last;
+        });
+        if (!known && r.first < next)
+            die("--skip-batches %ld-%ld: %s has trained up to batch %ld; resume from a checkpoint before these batches",
+                r.first, r.last, run->from.c_str(), next - 1);
+    }
+    all.insert(all.end(), before.begin(), before.end());
+    run->data.skipped = batch_ranges_joined(all);
+}
+
 // Step and data position of the checkpoint `from`; refuses one of another run. What is different and may be, the
 // recipe, goes to `changed`.
 void run_resume(TrainingRun* run) {
@@ -542,6 +573,7 @@ void run_resume(TrainingRun* run) {
                     "to start anew choose another --out", dir.c_str(), what, s.value(what, Json()).dump().c_str(),
                     now.value(what, Json()).dump().c_str());
         run->step = s.at("step");
+        run_resume_skipped(run, s.value("skip_batches", Json::array()));
         run->updates = s.at("updates");
         run->spikes.losses = s.at("skip_spikes").at("losses").get<std::vector<double>>();
         run->spikes.norms = s.at("skip_spikes").at("norms").get<std::vector<double>>();
