@@ -301,7 +301,7 @@ inline void json_lines_refuse(const std::string& name, const char* what, const c
 
 struct Document {
     size_t start, end;      // its tokens in the .npy, end exclusive
-    std::string id;
+    std::string id, source; // source: the file that it was tokenized from
 };
 
 // The domain of story-000123 is story.
@@ -346,7 +346,7 @@ inline std::vector<Document> documents_list(const std::string& path, std::string
             valid_row = valid_row && end != fields[i].c_str() && *end == 0;
             return n;
         };
-        Document d = {0, 0, valid_row ? fields[2] : ""};
+        Document d = {0, 0, valid_row ? fields[2] : "", fields.size() > 3 ? fields[3] : ""};
         if (valid_row) {
             d.start = number(0);
             d.end = number(1);
@@ -570,11 +570,16 @@ inline void dataloader_close(DataLoader* d) {
     *d = DataLoader();
 }
 
+// The file that an instance is in
+inline const TokenFile& token_file_of(const DataLoader& d, size_t instance) {
+    auto before = [](size_t i, const TokenFile& file) { return i < file.first; };
+    return *(std::upper_bound(d.files.begin(), d.files.end(), instance, before) - 1);
+}
+
 // Copies one instance into a row of inputs and a row of targets, both (T). The targets are the inputs shifted left.
 // The last one would be outside of the instance and is -100 (ignored), as are all of an instance that the filter hits.
 inline void dataloader_row(DataLoader* d, size_t instance, int32_t* inputs, int32_t* targets) {
-    auto before = [](size_t i, const TokenFile& file) { return i < file.first; };
-    auto f = std::upper_bound(d->files.begin(), d->files.end(), instance, before) - 1;
+    const TokenFile* f = &token_file_of(*d, instance);
     size_t start = (instance - f->first) * d->T;
     for (int t = 0; t < d->T; t++) {
         uint32_t id = token_at(*f, start + t);

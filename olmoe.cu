@@ -2465,7 +2465,7 @@ void olmoe_backward(Olmoe* m, double lb_coef, double z_coef, int micro_batches, 
 // Update
 
 // Global L2 norm of the gradients. Where it is not finite, *bad is the first tensor that is not.
-double olmoe_grad_norm(Olmoe* m, const Tensor** bad = nullptr) {
+double olmoe_grad_norm(Olmoe* m, const Tensor** bad = nullptr, std::vector<double>* by_tensor = nullptr) {
     std::vector<size_t> parts;              // runs of each tensor, in this rank's share: the ranks' sums are added
     size_t runs = 0;
     for (const Tensor& t : m->tensors) {
@@ -2486,6 +2486,7 @@ double olmoe_grad_norm(Olmoe* m, const Tensor** bad = nullptr) {
         sum += n;
     }
     host_sum(&squares);
+    if (by_tensor) *by_tensor = squares;
     double total = 0;
     if (bad) *bad = nullptr;
     for (size_t i = 0; i < squares.size(); i++) {
@@ -2580,7 +2581,7 @@ double learning_rate(const Schedule& s, double step) {
 // allenai/OLMoE), as far as they don't depend on the machine.
 struct TrainOptions {
     std::string config, model, out, tokenizer, prompt, trace, rendezvous, reference, ce_divisor = "all";
-    std::vector<std::string> data, val, freeze, skip_batches;
+    std::vector<std::string> data, val, freeze, skip_batches, command;
     Optional resume;
     Steps steps, warmup = "2500", decay_steps;
     Choice objective = "pretrain", schedule = "cosine", order = "global", lb = "rank", optimizer = "adamw";
@@ -2611,6 +2612,7 @@ bool is_spike(std::vector<double>* window, double x, double deviations) {
 }
 
 struct TrainingRun;
+struct StepResult;
 
 // What a run trains for; `pretraining` below is one. In each step run_step asks for the micro-batches, and in each
 // micro-batch, between the layers' forward and backward, for the losses and the head's backward.
@@ -2657,6 +2659,11 @@ struct TrainingRun {
     FILE* log = nullptr;
     double started = 0;
     bool stop = false;                      // a signal asked for it
+
+    // olmoe batch --replay: the step that is looked into, 0 for a run that trains and writes; before its update is called
+    // at_gradient, with the squares of the gradient's norm by tensor
+    int64_t replayed = 0;
+    std::function<void(const std::vector<MicroBatch>&, const StepResult&, const std::vector<double>&)> at_gradient;
 };
 
 struct StepResult {
@@ -2741,12 +2748,10 @@ std::vector<MicroBatch> pretraining_micro_batches(TrainingRun* run) {
 
 static const Objective pretraining = {"pretrain", false, RowKind::sft, pretraining_micro_batches, weighted_gradient};
 
-// Options, ranks, files; nothing of the device. The ranks meet before the files are opened: an error that all of
-// them find is then one line.
-void run_open(TrainingRun* run, int argc, char** argv) {
+// Ranks and files, when the options are there; nothing of the device. The ranks meet before the files are opened: an
+// error that all of them find is then one line.
+void run_open(TrainingRun* run) {
     TrainOptions& o = run->o;
-    ranks.rank = ranks_number();            // until they have met
-    train_options_parse(&o, argc, argv);
     choose_state(&run->model, o.master_weights, o.moments);
 
     signals_watch();                        // before any other thread starts
@@ -2780,13 +2785,14 @@ void run_open(TrainingRun* run, int argc, char** argv) {
 void run_start(TrainingRun* run) {
     TrainOptions& o = run->o;
     Olmoe& m = run->model;
-    output_make(o.out);
+    const bool writes = run->replayed == 0;
+    if (writes) output_make(o.out);
     device_open();
     comm_open();
-    output_lock(o.out);
+    if (writes) output_lock(o.out);
     if (run->objective->of_rows) run_open_rows(run);
-    run->from = checkpoint_to_resume(*run);
-    output_check(o.out);
+    run->from = writes ? checkpoint_to_resume(*run) : checkpoint_before(o.out, run->replayed);
+    if (writes) output_check(o.out);
 
     run->peak = machine_peak(o.peak_tflops);
     const int prompt = run->has_tokenizer ? (int)sample_prompt(run->tokenizer, o.prompt).size() : 0;
@@ -2875,11 +2881,13 @@ StepResult run_step(TrainingRun* run) {
 
     at_phase("update");
     const Tensor* bad = nullptr;
-    r.norm = olmoe_grad_norm(m, &bad);
+    std::vector<double> squares;
+    r.norm = olmoe_grad_norm(m, &bad, &squares);
     if (!std::isfinite(r.norm))
         die("step %ld: the gradient is not finite; first in %s. The last checkpoint in %s is untouched", run->step,
             bad ? ("the tensor that begins with " + file_name_of(*bad, run->config)).c_str() : "all of them together",
             o.out.c_str());
+    if (run->step == run->replayed) run->at_gradient(batches, r, squares);
     if (o.skip_spikes > 0) {
         bool loss = is_spike(&run->spikes.losses, r.losses.loss, o.skip_spikes);
         r.skipped = is_spike(&run->spikes.norms, r.norm, o.skip_spikes) || loss;
@@ -2973,7 +2981,9 @@ void run_close(TrainingRun* run) {
 int command_train(int argc, char** argv) {
     TrainingRun run;
     const TrainOptions& o = run.o;
-    run_open(&run, argc, argv);
+    ranks.rank = ranks_number();            // until they have met
+    train_options_parse(&run.o, argc, argv);
+    run_open(&run);
     run_start(&run);
     run_table(run);
     if (o.eval.start && run.step == 0) run_evaluate_start(&run);
@@ -2993,6 +3003,8 @@ int command_train(int argc, char** argv) {
     return 0;
 }
 
+#include "commands/batch.h"     // olmoe batch: what was in a step, and its gradients
+
 // ------------------------------------------------------------------------------------------------
 
 #ifndef TESTING
@@ -3000,6 +3012,7 @@ int main(int argc, char** argv) {
     struct { const char* name; int (*run)(int, char**); const char* help; } commands[] = {
         {"train", command_train, "train a model, from random weights or from a Hugging Face directory"},
         {"generate", command_generate, "continue texts, or talk to an Instruct model"},
+        {"batch", command_batch, "what a step of a run trained on"},
         {"evaluate", command_evaluate, "perplexity of token files, and accuracy on multiple-choice tasks"},
         {"verify", command_verify, "compare logits, losses, gradients and routing with a reference file"},
         {"tokenize", command_tokenize, "text to token files"},

@@ -272,17 +272,23 @@ RowFormat row_format(const TrainingRun& run) {
     return {run.objective->rows, run.o.label_mask == "olmoe", (int)run.o.T, &run.tokenizer};
 }
 
-// The rows and the order of their steps, after the ranks have met in OUT
-void finetune_open(TrainingRun* run) {
+// The rows to train on, and the order of their steps; `make`: as rows_open says
+void finetune_open_rows(TrainingRun* run, bool make) {
     const TrainOptions& o = run->o;
     DataLoader& d = run->data;
-    rows_open(&run->rows.training, o.out, "rows", o.data, row_format(*run));
-    if (!o.val.empty()) rows_open(&run->rows.validation, o.out, "val-rows", o.val, row_format(*run));
+    rows_open(&run->rows.training, o.out, "rows", o.data, row_format(*run), make);
     d.instances = run->rows.training.count;
     d.order = o.order == "global" ? DataOrder::global : DataOrder::sequential;
     d.seed = o.seed;
     if (o.global_batch > (int64_t)d.instances)
         die("--global-batch %ld is more than the %zu rows; use a smaller one", o.global_batch, d.instances);
+}
+
+// After the ranks have met in OUT
+void finetune_open(TrainingRun* run) {
+    const TrainOptions& o = run->o;
+    finetune_open_rows(run, run->replayed == 0);
+    if (!o.val.empty()) rows_open(&run->rows.validation, o.out, "val-rows", o.val, row_format(*run));
     if (run->objective->rows != RowKind::sft)
         run->rows.reference_fingerprint = text("%016lx", weights_fingerprint(o.reference, run->config));
 }

@@ -189,10 +189,11 @@ const char* name_of(RowKind kind) {
     return kind == RowKind::sft ? "sft" : kind == RowKind::dpo ? "dpo" : "kto";
 }
 
-// The rows of the files, from OUT/NAME.safetensors where it is of these files, of this tokenizer and format. All ranks
-// call it.
+// The rows of the files, from OUT/NAME.safetensors where it is of these files, of this tokenizer and format; where it is
+// not, `make` says whether it becomes that. All ranks call it.
 inline void rows_open(Rows* rows, const std::string& out, const std::string& name,
-                      const std::vector<std::string>& paths, const RowFormat& format) {
+                      const std::vector<std::string>& paths, const RowFormat& format,
+                      bool make = true) {
     const Tokenizer& t = *format.tokenizer;
     std::string vocabulary;
     if (!t.bytes && !file_contents(&vocabulary, t.path)) die("cannot read %s: %s", t.path.c_str(), strerror(errno));
@@ -204,6 +205,7 @@ inline void rows_open(Rows* rows, const std::string& out, const std::string& nam
     const std::string key = from.dump();
     Safetensors& f = rows->file;
     if (world.rank == 0 && !table_open(&f, out, name, key)) {
+        if (!make) die("%s/%s.safetensors is not of these files and options", out.c_str(), name.c_str());
         const RowTable r = rows_read(paths, format);
         const int64_t R = (int64_t)r.labels.size(), S = (int64_t)r.prompts.size(), n = (int64_t)r.ids.size();
         const int64_t counts[] = {r.dropped, r.left_out};

@@ -147,10 +147,7 @@ void train_check_objective(const TrainOptions& o) {
     if (!o.steps.empty() && o.epochs > 0) die("--steps and --epochs both say how long the run is; give one of them");
 }
 
-void train_options_parse(TrainOptions* o, int argc, char** argv) {
-    finetune_defaults(o, argc, argv);
-    options_parse(argc, argv, "train --config FILE | --model DIR  --data FILES [--val FILES] --out DIR [options]",
-                  train_options(o));
+void train_options_check(TrainOptions* o) {
     if (o->config.empty() == o->model.empty())
         die("train needs either --config FILE (random weights) or --model DIR (a Hugging Face directory)");
     if (o->data.empty() && o->objective != "pretrain")
@@ -166,6 +163,14 @@ void train_options_parse(TrainOptions* o, int argc, char** argv) {
     if (!o->eval.any() && (o->eval.every > 0 || o->eval.start))
         die("--eval-%s needs --eval-tasks FILES or --eval-perplexity FILES", o->eval.start ? "start" : "every");
     if (o->reference.empty() && (o->objective == "dpo" || o->objective == "kto")) o->reference = o->model;
+}
+
+void train_options_parse(TrainOptions* o, int argc, char** argv) {
+    finetune_defaults(o, argc, argv);
+    options_parse(argc, argv, "train --config FILE | --model DIR  --data FILES [--val FILES] --out DIR [options]",
+                  train_options(o));
+    o->command.assign(argv, argv + argc);
+    train_options_check(o);
 }
 
 int sides_of(const Objective& objective) { return objective.of_rows && objective.rows == RowKind::dpo ? 2 : 1; }
@@ -249,8 +254,8 @@ void checkpoints_refuse(const TrainOptions& o) {
 
 // Rows are kept in OUT, where the ranks share them: they are opened when that is there.
 void run_open_rows(TrainingRun* run) {
-    output_check(run->o.out);
-    checkpoints_refuse(run->o);             // before its rows are replaced
+    if (run->replayed == 0) output_check(run->o.out);
+    if (run->replayed == 0) checkpoints_refuse(run->o);          // before its rows are replaced
     finetune_open(run);
     run_set_steps(run);
 }
@@ -470,7 +475,7 @@ Json trainer_state(const TrainingRun& run) {
 
 // The log of this run, after its last line that is still true; a new one begins with the configuration.
 void log_open(TrainingRun* run) {
-    const std::string path = log_path(run->o);
+    const std::string path = run->replayed > 0 ? "/dev/null" : log_path(run->o);
     if (!run->from.empty() && world.rank == 0) log_truncate(path, run->step);
     run->log = fopen(world.rank == 0 ? path.c_str() : "/dev/null", run->from.empty() ? "w" : "a");
     if (!run->log) die("cannot write %s: %s", path.c_str(), strerror(errno));
@@ -479,7 +484,9 @@ void log_open(TrainingRun* run) {
     for (const char* progress : {"step", "updates", "epoch", "position"}) recipe.erase(progress);
     first.update(recipe);
     first["steps"] = run->steps;
-    Json line = {{"config", first}};
+    std::error_code ignored;
+    Json line = {{"config", first}, {"command", run->o.command},
+                 {"folder", std::filesystem::current_path(ignored).string()}};
     if (run->objective->of_rows) line["dropped_rows"] = run->rows.training.dropped;
     log_line(*run, line);
 }
@@ -560,6 +567,16 @@ void run_resume_skipped(TrainingRun* run, const Json& recorded) {
     run->data.skipped = batch_ranges_joined(all);
 }
 
+// The newest whole checkpoint of an earlier step, or "". Rank 0 looks for it.
+std::string checkpoint_before(const std::string& out, int64_t step) {
+    double found = 0;
+    for (auto& [at, dir] : checkpoint_list(out))
+        if (world.rank == 0 && found == 0 && at < step && checkpoint_damage(dir, true, {}, ranks_alive).empty())
+            found = (double)at + 1;
+    found = host_sum(found);
+    return found > 0 ? out + text("/step-%08ld", (int64_t)found - 1) : "";
+}
+
 // Step and data position of the checkpoint `from`; refuses one of another run. What is different and may be, the
 // recipe, goes to `changed`.
 void run_resume(TrainingRun* run) {
@@ -585,7 +602,7 @@ void run_resume(TrainingRun* run) {
         die("%s/trainer_state.json: %s", dir.c_str(), e.what());
     }
     auto existing = checkpoint_list(run->o.out);                // (step, directory), newest first
-    if (run->o.resume != "newest" && !existing.empty() && existing[0].first > run->step)
+    if (run->o.resume != "newest" && run->replayed == 0 && !existing.empty() && existing[0].first > run->step)
         die("%s holds checkpoints of later steps than %s; choose another --out, or remove them", run->o.out.c_str(),
             dir.c_str());
 }

@@ -1,0 +1,394 @@
+// olmoe batch: what a step of a run trained on. The order of the data follows from the options, so it needs no log of
+// it. With a model, how likely that finds each sequence; with --replay, the step's gradients.
+//
+// Included once, by olmoe.cu, after the training run.
+#pragma once
+#include <filesystem>
+#include <map>
+#include "evaluate.h"
+#include "../lib/run.h"
+
+// ------------------------------------------------------------------------------------------------
+// Which run, and which step
+
+struct BatchCommand {
+    std::string run, model;
+    int64_t step = 0, most = 5;
+    bool json = false, replay = false;
+    TrainingRun r;                          // of which only the data are opened, unless it is replayed
+    Json logged;                            // the step's line in the log, or null
+    Json found = Json::object();            // what is printed
+    std::vector<double> losses, targets, norms;     // (G) of the step's sequences or rows, see replay_gradients
+};
+
+// The command's own options, and train's where it has none of that name
+std::vector<Option> batch_options(BatchCommand* b) {
+    std::vector<Option> options = {
+        {"run", &b->run, "OUT",
+         "the directory of a run, whose log has its options; train's options given here take their place"},
+        {"step", &b->step, "S", "of the run", 1, 1e15},
+        {"model", &b->model, "DIR", "weights, for the losses of each sequence"},
+        {"most", &b->most, "N", "how many documents, tokens and tensors are listed", 1, 1e9},
+        {"json", &b->json, "", "a JSON object, of all tensors"},
+        {"replay", &b->replay, "", "train from the newest checkpoint before the step through the steps between, and show "
+         "its gradients: the norm of each tensor's, and of each sequence's share"},
+    };
+    const size_t own = options.size();
+    for (const Option& t : train_options(&b->r.o))
+        if (std::none_of(options.begin(), options.begin() + own, [&](auto& o) { return !strcmp(o.name, t.name); }))
+            options.push_back(t);
+    return options;
+}
+
+// The options of the run from its log, as its command line gave them. Finds the step's line, too.
+void batch_read_log(BatchCommand* b) {
+    TrainOptions& o = b->r.o;
+    const std::string path = b->run + "/log.jsonl";
+    LineReader lines;
+    std::string line;
+    Json first;
+    if (!lines_open(&lines, path)) die("%s: cannot be read: %s", path.c_str(), strerror(errno));
+    if (lines_next(&lines, &line)) first = json_parse(line);
+    if (!first.is_object() || !first.contains("command"))
+        die("%s: its first line does not name the run's options; give them in the place of --run", path.c_str());
+    std::string folder;
+    try {
+        const std::vector<std::string> words = first["command"];
+        std::vector<char*> argv;
+        for (const std::string& word : words) argv.push_back((char*)word.c_str());
+        finetune_defaults(&o, (int)argv.size(), argv.data());
+        options_parse((int)argv.size(), argv.data(), "", train_options(&o));
+        o.global_batch = first.at("config").at("global_batch");
+        folder = first.at("folder");
+    } catch (const Json::exception& e) { die("%s:1: %s", path.c_str(), e.what()); }
+    auto anchor = [&](std::string* file) {                      // it was relative to the folder
+        if (!file->empty() && file->front() != '/' && *file != "bytes") *file = folder + "/" + *file;
+    };
+    for (std::string* file : {&o.config, &o.model, &o.tokenizer, &o.reference}) anchor(file);
+    for (std::vector<std::string>* files : {&o.data, &o.val}) for (std::string& file : *files) anchor(&file);
+    const std::string begin = text("{\"step\":%ld,", b->step);
+    while (lines_next(&lines, &line)) if (line.compare(0, begin.size(), begin) == 0) b->logged = json_parse(line);
+    gzclose(lines.file);
+}
+
+void batch_parse(BatchCommand* b, int argc, char** argv) {
+    const char* usage = "batch --run OUT --step S [--model DIR] [--replay] [options of train]";
+    TrainOptions& o = b->r.o;
+    BatchCommand given;
+    options_parse(argc, argv, usage, batch_options(&given));
+    if (given.step == 0) die("batch needs --step S");
+    if (given.replay && given.run.empty()) die("--replay needs --run OUT");
+    if (given.replay && !given.model.empty()) die("--replay has the run's own weights; leave out --model");
+    b->run = given.run;
+    b->step = given.step;
+    finetune_defaults(&o, argc, argv);
+    if (!b->run.empty()) batch_read_log(b);
+    for (auto list : {&TrainOptions::data, &TrainOptions::val, &TrainOptions::freeze, &TrainOptions::skip_batches})
+        if (!(given.r.o.*list).empty()) (o.*list).clear();
+    options_parse(argc, argv, usage, batch_options(b));
+    o.out = b->run.empty() ? "." : b->run;
+    if (b->run.empty() && o.config.empty()) o.model = b->model;
+    o.val.clear();                          // what a step trains on does not depend on these
+    o.trace.clear();
+    o.resume.clear();
+    o.eval = EvalOptions();
+    o.profile = false;
+    train_options_check(&o);
+}
+
+// ------------------------------------------------------------------------------------------------
+// What the step trains on
+
+// Text for a table: on one line, and cut where it is long
+std::string one_line(const std::string& all, size_t most) {
+    std::string line = Json(all.substr(0, 4 * most)).dump(-1, ' ', false, Json::error_handler_t::replace);
+    if (line.size() > most) line = utf8_replace(line.substr(0, most - 4)) + "...\"";
+    return line;
+}
+
+// The beginning of a text of tokens, or their numbers
+std::string tokens_shown(const TrainingRun& r, const int* ids, size_t n) {
+    const size_t shown = std::min<size_t>(n, 40);
+    if (r.tokenizer.vocab > 0) return tokenizer_decode(r.tokenizer, std::vector<int>(ids, ids + shown), false);
+    std::string numbers;
+    for (size_t i = 0; i < shown; i++) numbers += (i ? " " : "") + std::to_string(ids[i]);
+    return numbers;
+}
+
+// The documents of a sequence of tokens [start, start + n) of a file: by the list beside the file, else as EOS ends them
+Json sequence_documents(const TrainingRun& r, const std::vector<Document>& documents, size_t start, const int* ids,
+                        int n) {
+    Json list = Json::array();
+    auto add = [&](size_t begin, size_t end, const Document* d) {
+        Json j;
+        if (d) j = {{"id", d->id}, {"source", d->source}};
+        j["tokens"] = {begin, end - 1};
+        j["text"] = tokens_shown(r, ids + begin, end - begin);
+        list.push_back(j);
+    };
+    auto ends_before = [](const Document& d, size_t at) { return d.end <= at; };
+    for (auto d = std::lower_bound(documents.begin(), documents.end(), start, ends_before);
+         d != documents.end() && d->start < start + n; d++)
+        if (d->start < d->end) add(std::max(d->start, start) - start, std::min(d->end, start + n) - start, &*d);
+    for (int begin = 0, t = 0; documents.empty() && t < n; t++)
+        if (ids[t] == r.tokenizer.eos || t + 1 == n) { add(begin, t + 1, nullptr); begin = t + 1; }
+    return list;
+}
+
+// A sequence of a token file, with all that is known of it but by a model; `targets` may all be ignored.
+Json token_sequence(TrainingRun* r, size_t instance, std::map<std::string, std::vector<Document>>* known,
+                    std::vector<int>* ids, std::vector<int>* targets) {
+    DataLoader& d = r->data;
+    const TokenFile& f = token_file_of(d, instance);
+    const size_t start = (instance - f.first) * d.T;
+    ids->resize(d.T);
+    targets->resize(d.T);
+    dataloader_row(&d, instance, ids->data(), targets->data());
+    if (!known->count(f.path)) {
+        std::string problem;
+        (*known)[f.path] = documents_read(f, &problem);
+        if (!problem.empty()) fprintf(stderr, "note: %s\n", problem.c_str());
+    }
+    return {{"instance", instance}, {"file", f.path}, {"tokens", {start, start + d.T - 1}},
+            {"masked", d.T > 1 && (*targets)[0] == IGNORED},
+            {"documents", sequence_documents(*r, (*known)[f.path], start, ids->data(), d.T)}};
+}
+
+// The text of a line of a file
+std::string line_of(const std::string& path, int64_t number) {
+    LineReader lines;
+    std::string line;
+    if (!lines_open(&lines, path)) die("%s: cannot be read: %s", path.c_str(), strerror(errno));
+    for (int64_t i = 0; i < number; i++)
+        if (!lines_next(&lines, &line)) die("%s: it has no line %ld any more", path.c_str(), number);
+    gzclose(lines.file);
+    return line;
+}
+
+Json row_of_step(const TrainingRun& r, size_t row) {
+    const Rows& rows = r.rows.training;
+    const int64_t* at = rows.lines + 2 * row;
+    Json lengths = Json::array();
+    for (int side = 0; side < rows.sides(); side++) lengths.push_back(rows.length(row * rows.sides() + side));
+    const std::string& path = r.o.data[at[0]];
+    return {{"row", row}, {"file", path}, {"line", at[1]}, {"lengths", lengths}, {"text", line_of(path, at[1])}};
+}
+
+// ------------------------------------------------------------------------------------------------
+// By a model
+
+// Adds to a sequence's JSON: -log p a target, the tokens that it finds the least likely, and its experts' load.
+void sequence_by_model(const BatchCommand& b, Olmoe* m, const MicroBatch& batch, Json* j) {
+    olmoe_set_batch(m, batch);
+    olmoe_forward(m);
+    olmoe_head(m, false);
+    const Losses l = olmoe_losses(m);
+    (*j)["targets"] = l.valid;
+    (*j)["loss"] = l.valid > 0 ? digits(l.nll / (double)l.valid) : Json();
+    std::vector<int> order;
+    for (int t = 0; t < m->N; t++) if (batch.targets[t] != IGNORED) order.push_back(t);
+    std::stable_sort(order.begin(), order.end(), [&](int x, int y) { return m->losses[x] > m->losses[y]; });
+    if (order.size() > (size_t)b.most) order.resize(b.most);
+    (*j)["worst"] = Json::array();
+    for (int t : order)
+        (*j)["worst"].push_back({{"token", t + 1}, {"id", batch.targets[t]},
+                                 {"text", tokens_shown(b.r, &batch.targets[t], 1)}, {"loss", digits(m->losses[t])}});
+    Balance balance;
+    balance.add(*m);
+    (*j)["experts"] = balance_json(balance);
+}
+
+// ------------------------------------------------------------------------------------------------
+// Replay
+
+// Sequences [first, last) of a micro-batch
+MicroBatch batch_part(const MicroBatch& all, size_t first, size_t last) {
+    MicroBatch part;
+    for (size_t s = first; s < last; s++) {
+        const int begin = all.begin((int)s);
+        batch_add(&part, &all.inputs[begin], &all.targets[begin], all.length((int)s), all.weights[begin]);
+    }
+    return part;
+}
+
+// Before the update of the step: norms of its gradient by tensor, then those of each sequence's share, which is of its
+// own part of the cross entropy, or of the preference loss. Each share goes through the model alone, on the rank that had
+// it, while the others join in with a token that counts for nothing.
+void replay_gradients(BatchCommand* b, const std::vector<MicroBatch>& batches, const StepResult& result,
+                      const std::vector<double>& squares) {
+    TrainingRun* run = &b->r;
+    Olmoe* m = &run->model;
+    const bool of_rows = run->objective->of_rows;
+    const size_t B = run->o.B, G = run->o.global_batch, ranks_n = world.size, sides = sides_of(*run->objective);
+    b->found["loss"] = digits(result.losses.loss);
+    b->found["grad_norm"] = digits(result.norm);
+    for (size_t i = 0; i < squares.size(); i++)
+        if (!m->tensors[i].frozen)
+            b->found["tensors"][file_name_of(m->tensors[i], run->config)] = digits(sqrt(squares[i]));
+    for (auto* all : {&b->losses, &b->targets, &b->norms}) all->assign(G, 0.0);
+    const Deal dealt = run->rows.step.deal;
+    const int nothing = 0;
+    for (size_t rank = 0; rank < ranks_n; rank++)
+        for (size_t i = 0; i < G / ranks_n; i++) {
+            const bool mine = rank == (size_t)world.rank;
+            MicroBatch one = batch_of_rows(&nothing, nullptr, 1, 1);
+            if (mine) one = batch_part(batches[i / B], i % B * sides, (i % B + 1) * sides);
+            olmoe_set_batch(m, one);
+            olmoe_forward(m);
+            if (mine && of_rows) {
+                run->rows.step.deal.mine = {{dealt.mine[i / B][i % B]}};
+                run->micro_batch = 0;
+                run->objective->gradient(run);
+            } else {
+                olmoe_head(m, true);
+            }
+            olmoe_backward(m, 0, 0, 1, true);
+            const double norm = olmoe_grad_norm(m);
+            if (!mine) continue;
+            const Losses l = olmoe_losses(m);
+            const size_t place = of_rows ? dealt.mine[i / B][i % B] : i * ranks_n + rank;
+            b->norms[place] = norm;
+            b->losses[place] = l.nll;
+            b->targets[place] = (double)l.valid;
+        }
+    for (auto* all : {&b->losses, &b->targets, &b->norms}) host_sum(all);
+}
+
+void batch_replay(BatchCommand* b) {
+    TrainingRun& r = b->r;
+    r.replayed = b->step;
+    r.at_gradient = [b](const std::vector<MicroBatch>& batches, const StepResult& result,
+                        const std::vector<double>& squares) { replay_gradients(b, batches, result, squares); };
+    run_start(&r);
+    if (b->step > r.steps) die("--step %ld: the run has %ld", b->step, r.steps);
+    if (!b->json) printf("from %s\n", r.from.empty() ? "the beginning" : r.from.c_str());
+    while (r.step < b->step) {
+        run_step(&r);
+        if (r.stop) die("stopped at step %ld", r.step);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------
+// The command
+
+void batch_print_sequence(const BatchCommand& b, const Json& j) {
+    const bool row = j.contains("row");
+    if (row) printf("#%-4ld row %ld: %s:%ld", (int64_t)j["place"], (int64_t)j["row"], j["file"].get<std::string>().c_str(),
+                    (int64_t)j["line"]);
+    else printf("#%-4ld instance %ld: %s, tokens %ld to %ld", (int64_t)j["place"], (int64_t)j["instance"],
+                j["file"].get<std::string>().c_str(), (int64_t)j["tokens"][0], (int64_t)j["tokens"][1]);
+    if (j.contains("loss")) printf(", loss %s", j["loss"].is_null() ? "none" : text("%.4f", (double)j["loss"]).c_str());
+    if (j.contains("grad_norm")) printf(", gradient %.4g", (double)j["grad_norm"]);
+    printf("%s\n", !row && j["masked"] ? ", repetitive: no targets" : "");
+    if (row) printf("      %s\n", one_line(j["text"], 100).c_str());
+    size_t shown = 0;
+    for (const Json& d : row ? Json::array() : j["documents"]) {
+        if (shown++ == (size_t)b.most) { printf("      and %zu documents more\n", j["documents"].size() - (size_t)b.most); break; }
+        const std::string name = d.contains("id") ? d["id"].get<std::string>() + " (" + d["source"].get<std::string>() + ") " : "";
+        printf("      from %-5ld %s%s\n", (int64_t)d["tokens"][0], name.c_str(), one_line(d["text"], 70).c_str());
+    }
+    if (j.contains("worst")) {
+        printf("      worst:");
+        for (const Json& w : j["worst"])
+            printf(" %s at %ld (%.2f)", one_line(w["text"], 20).c_str(), (int64_t)w["token"], (double)w["loss"]);
+        printf("\n      experts, max/mean load by layer:");
+        for (const Json& layer : j["experts"]) printf(" %.2f", (double)layer["max_over_mean"]);
+        printf("\n");
+    }
+}
+
+void batch_print(const BatchCommand& b) {
+    const Json& f = b.found;
+    if (b.json) { printf("%s\n", f.dump(-1, ' ', false, Json::error_handler_t::replace).c_str()); return; }
+    printf("step %ld: batch %ld of the data, in epoch %ld\n", b.step, (int64_t)f["batch"], (int64_t)f["epoch"]);
+    if (b.replay) {
+        auto logged = [&](const char* name) {
+            if (!b.logged.is_object()) return std::string("not in the log");
+            return b.logged[name] == f[name] ? std::string("as logged") : "logged: " + b.logged[name].dump();
+        };
+        printf("loss %s (%s), gradient norm %s (%s)\n", f["loss"].dump().c_str(), logged("loss").c_str(),
+               f["grad_norm"].dump().c_str(), logged("grad_norm").c_str());
+        std::vector<std::pair<double, std::string>> tensors;
+        for (auto& [name, norm] : f["tensors"].items()) tensors.push_back({norm, name});
+        std::sort(tensors.rbegin(), tensors.rend());
+        for (size_t i = 0; i < std::min(tensors.size(), (size_t)b.most); i++)
+            printf("  %10.4g  %s\n", tensors[i].first, tensors[i].second.c_str());
+    }
+    for (const Json& j : f["sequences"]) batch_print_sequence(b, j);
+}
+
+// The sequences of the step; `model`: or null
+void batch_sequences_find(BatchCommand* b, Olmoe* model) {
+    TrainingRun& r = b->r;
+    DataLoader& d = r.data;
+    const int G = (int)r.o.global_batch;
+    dataloader_go_to(&d, G, batch_of_step(b->step, d.skipped));
+    const std::vector<size_t> numbers = dataloader_draw(&d, G);
+    b->found["step"] = b->step;
+    b->found["batch"] = batch_of_step(b->step, d.skipped);
+    b->found["epoch"] = d.epoch;
+    std::map<std::string, std::vector<Document>> known;
+    for (size_t i = 0; i < numbers.size(); i++) {
+        MicroBatch batch;
+        std::vector<int> ids, targets;
+        Json j = {{"place", i}};
+        if (r.objective->of_rows) {
+            j.update(row_of_step(r, numbers[i]));
+            for (const RowSequence& s : block_of_rows(r.rows.training, {numbers[i]})[0]) batch_add(&batch, s, 0);
+        } else {
+            j.update(token_sequence(&r, numbers[i], &known, &ids, &targets));
+            batch = batch_of_rows(ids.data(), targets.data(), 1, d.T);
+        }
+        if (model) sequence_by_model(*b, model, batch, &j);
+        if (b->replay) {
+            j["targets"] = (int64_t)b->targets[i];
+            j["loss"] = b->targets[i] > 0 ? digits(b->losses[i] / b->targets[i]) : Json();
+            j["grad_norm"] = digits(b->norms[i]);
+        }
+        b->found["sequences"].push_back(j);
+    }
+}
+
+// The batches that the run skipped: those of its newest checkpoint, too
+void batch_skipped(TrainingRun* r) {
+    const auto checkpoints = checkpoint_list(r->o.out);
+    std::string contents;
+    if (checkpoints.empty() || !file_contents(&contents, checkpoints[0].second + "/trainer_state.json")) return;
+    const Json state = json_parse(contents);
+    try {
+        if (state.is_object())
+            for (const Json& range : state.at("trainer").value("skip_batches", Json::array()))
+                r->data.skipped.push_back({range.at(0), range.at(1)});
+    } catch (const Json::exception& e) { die("%s/trainer_state.json: %s", checkpoints[0].second.c_str(), e.what()); }
+    r->data.skipped = batch_ranges_joined(r->data.skipped);
+}
+
+int command_batch(int argc, char** argv) {
+    BatchCommand b;
+    TrainingRun& r = b.r;
+    ranks.rank = ranks_number();
+    batch_parse(&b, argc, argv);
+    run_open(&r);
+    const bool models = !r.has_tokenizer && access((r.o.model + "/tokenizer.json").c_str(), F_OK) == 0;
+    if (r.tokenizer.vocab == 0 && models) tokenizer_open(&r.tokenizer, r.o.model);
+    if (b.replay) batch_replay(&b);
+    else if (r.objective->of_rows) { finetune_open_rows(&r, false); run_set_steps(&r); }
+    if (!b.run.empty() && !b.replay) batch_skipped(&r);
+    Olmoe model;
+    if (!b.model.empty()) {
+        OlmoeConfig config;
+        config_read(&config, b.model);
+        device_open();
+        olmoe_plan(&model, config, capacity_of_rows(config, sides_of(*r.objective), r.o.T, Use::inference));
+        olmoe_allocate(&model);
+        olmoe_load(&model, b.model);
+    }
+    batch_sequences_find(&b, b.model.empty() ? nullptr : &model);
+    batch_print(b);
+    if (b.replay) olmoe_free(&r.model);
+    if (b.replay) comm_close();
+    if (!b.model.empty()) olmoe_free(&model);
+    if (b.replay || !b.model.empty()) device_close();
+    ranks_leave();
+    return 0;
+}
