@@ -40,35 +40,40 @@ std::vector<Option> batch_options(BatchCommand* b) {
     return options;
 }
 
-// The options of the run from its log, as its command line gave them. Finds the step's line, too.
+// The options of the run from its log, as the command line gave them that the step was trained by. Finds the step's
+// line, too.
 void batch_read_log(BatchCommand* b) {
     TrainOptions& o = b->r.o;
     const std::string path = b->run + "/log.jsonl";
-    LineReader lines;
-    std::string line;
-    Json first;
-    if (!lines_open(&lines, path)) die("%s: cannot be read: %s", path.c_str(), strerror(errno));
-    if (lines_next(&lines, &line)) first = json_parse(line);
-    if (!first.is_object() || !first.contains("command"))
-        die("%s: its first line does not name the run's options; give them in the place of --run", path.c_str());
-    std::string folder;
+    std::string all, folder;
+    std::vector<std::string> words;
+    if (!file_contents(&all, path)) die("%s: cannot be read: %s", path.c_str(), strerror(errno));
+    const Json config = json_parse(all.substr(0, all.find('\n')));
+    const std::string step_begins = text("{\"step\":%ld,", b->step);
     try {
-        const std::vector<std::string> words = first["command"];
+        for (size_t begin = 0, end; (end = all.find('\n', begin)) != std::string::npos; begin = end + 1) {
+            if (all.compare(begin, step_begins.size(), step_begins) == 0)
+                b->logged = json_parse(all.substr(begin, end - begin));
+            const bool resumed = all.compare(begin, 12, "{\"resumed_at") == 0;
+            if (begin > 0 && !resumed) continue;
+            const Json line = json_parse(all.substr(begin, end - begin));
+            if (resumed && line.at("resumed_at") >= b->step) continue;
+            words = line.at("command").get<std::vector<std::string>>();
+            folder = line.at("folder");
+        }
         std::vector<char*> argv;
-        for (const std::string& word : words) argv.push_back((char*)word.c_str());
+        for (std::string& word : words) argv.push_back(word.data());
         finetune_defaults(&o, (int)argv.size(), argv.data());
         options_parse((int)argv.size(), argv.data(), "", train_options(&o));
-        o.global_batch = first.at("config").at("global_batch");
-        folder = first.at("folder");
-    } catch (const Json::exception& e) { die("%s:1: %s", path.c_str(), e.what()); }
+        o.global_batch = config.at("config").at("global_batch");
+    } catch (const Json::exception&) {
+        die("%s: it does not name the run's options; give them in the place of --run", path.c_str());
+    }
     auto anchor = [&](std::string* file) {                      // it was relative to the folder
         if (!file->empty() && file->front() != '/' && *file != "bytes") *file = folder + "/" + *file;
     };
     for (std::string* file : {&o.config, &o.model, &o.tokenizer, &o.reference}) anchor(file);
     for (std::vector<std::string>* files : {&o.data, &o.val}) for (std::string& file : *files) anchor(&file);
-    const std::string begin = text("{\"step\":%ld,", b->step);
-    while (lines_next(&lines, &line)) if (line.compare(0, begin.size(), begin) == 0) b->logged = json_parse(line);
-    gzclose(lines.file);
 }
 
 void batch_parse(BatchCommand* b, int argc, char** argv) {
@@ -154,15 +159,15 @@ Json token_sequence(TrainingRun* r, size_t instance, std::map<std::string, std::
             {"documents", sequence_documents(*r, (*known)[f.path], start, ids->data(), d.T)}};
 }
 
-// The text of a line of a file
-std::string line_of(const std::string& path, int64_t number) {
+// A line of a file; null where that is not there any more
+Json line_of(const std::string& path, int64_t number) {
     LineReader lines;
     std::string line;
-    if (!lines_open(&lines, path)) die("%s: cannot be read: %s", path.c_str(), strerror(errno));
-    for (int64_t i = 0; i < number; i++)
-        if (!lines_next(&lines, &line)) die("%s: it has no line %ld any more", path.c_str(), number);
+    bool there = lines_open(&lines, path);
+    if (!there) return nullptr;
+    for (int64_t i = 0; i < number && there; i++) there = lines_next(&lines, &line);
     gzclose(lines.file);
-    return line;
+    return there ? Json(line) : Json();
 }
 
 Json row_of_step(const TrainingRun& r, size_t row) {
@@ -280,7 +285,7 @@ void batch_print_sequence(const BatchCommand& b, const Json& j) {
     if (j.contains("loss")) printf(", loss %s", j["loss"].is_null() ? "none" : text("%.4f", (double)j["loss"]).c_str());
     if (j.contains("grad_norm")) printf(", gradient %.4g", (double)j["grad_norm"]);
     printf("%s\n", !row && j["masked"] ? ", repetitive: no targets" : "");
-    if (row) printf("      %s\n", one_line(j["text"], 100).c_str());
+    if (row) printf("      %s\n", j["text"].is_null() ? "(not there any more)" : one_line(j["text"], 100).c_str());
     size_t shown = 0;
     for (const Json& d : row ? Json::array() : j["documents"]) {
         if (shown++ == (size_t)b.most) { printf("      and %zu documents more\n", j["documents"].size() - (size_t)b.most); break; }
@@ -334,7 +339,8 @@ void batch_sequences_find(BatchCommand* b, Olmoe* model) {
         Json j = {{"place", i}};
         if (r.objective->of_rows) {
             j.update(row_of_step(r, numbers[i]));
-            for (const RowSequence& s : block_of_rows(r.rows.training, {numbers[i]})[0]) batch_add(&batch, s, 0);
+            const RowBlock block = block_of_rows(r.rows.training, {numbers[i]});
+            for (const RowSequence& s : block[0]) batch_add(&batch, s, 0);
         } else {
             j.update(token_sequence(&r, numbers[i], &known, &ids, &targets));
             batch = batch_of_rows(ids.data(), targets.data(), 1, d.T);

@@ -45,13 +45,13 @@ inline void table_write(const std::string& out, const std::string& name, const s
     directory_sync(out);
 }
 
-// Maps the file, if it is there and was made from `key`.
+// Maps the file, if it is there and was made from `key`; an empty one: from whatever.
 inline bool table_open(Safetensors* f, const std::string& out, const std::string& name, const std::string& key) {
     const std::string path = out + "/" + name + ".safetensors";
     if (access(path.c_str(), F_OK) != 0) return false;
     safetensors_open(f, path);
     auto made_from = f->metadata.find("made_from");
-    const bool same = made_from != f->metadata.end() && made_from->second == key;
+    const bool same = key.empty() || (made_from != f->metadata.end() && made_from->second == key);
     if (!same) safetensors_close(f);
     return same;
 }
@@ -189,8 +189,8 @@ const char* name_of(RowKind kind) {
     return kind == RowKind::sft ? "sft" : kind == RowKind::dpo ? "dpo" : "kto";
 }
 
-// The rows of the files, from OUT/NAME.safetensors where it is of these files, of this tokenizer and format; where it is
-// not, `make` says whether it becomes that. All ranks call it.
+// The rows of the files, from OUT/NAME.safetensors where it is of these files, of this tokenizer and format. Without
+// `make` the rows that are there, whatever their files are now. All ranks call it.
 inline void rows_open(Rows* rows, const std::string& out, const std::string& name,
                       const std::vector<std::string>& paths, const RowFormat& format,
                       bool make = true) {
@@ -202,10 +202,10 @@ inline void rows_open(Rows* rows, const std::string& out, const std::string& nam
                            {"seq", format.T}, {"tokenizer", {t.bytes ? "bytes" : crc_text(crc), t.eos}},
                            {"files", nlohmann::json::array()}};
     for (const std::string& path : paths) from["files"].push_back(file_stamp(path));
-    const std::string key = from.dump();
+    const std::string key = make ? from.dump() : "";
     Safetensors& f = rows->file;
     if (world.rank == 0 && !table_open(&f, out, name, key)) {
-        if (!make) die("%s/%s.safetensors is not of these files and options", out.c_str(), name.c_str());
+        if (!make) die("%s/%s.safetensors is not there", out.c_str(), name.c_str());
         const RowTable r = rows_read(paths, format);
         const int64_t R = (int64_t)r.labels.size(), S = (int64_t)r.prompts.size(), n = (int64_t)r.ids.size();
         const int64_t counts[] = {r.dropped, r.left_out};
@@ -232,8 +232,8 @@ inline void rows_open(Rows* rows, const std::string& out, const std::string& nam
     rows->dropped = counts[0];
     rows->left_out = counts[1];
     rows->fingerprint = table_fingerprint(f);
-    if (rows->left_out > 0) printf("%s: left out %ld bad rows\n", join(paths).c_str(), rows->left_out);
-    if (rows->dropped > 0) printf("%s: dropped %ld rows without targets\n", join(paths).c_str(), rows->dropped);
+    if (make && rows->left_out > 0) printf("%s: left out %ld bad rows\n", join(paths).c_str(), rows->left_out);
+    if (make && rows->dropped > 0) printf("%s: dropped %ld rows without targets\n", join(paths).c_str(), rows->dropped);
     if (rows->count == 0 && rows->dropped == 0)
         die("%s: none of %ld lines is a row of --objective %s", join(paths).c_str(), rows->left_out,
             name_of(format.kind));
