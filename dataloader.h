@@ -2,8 +2,8 @@
 //
 // A data set is a list of files of uint16 or uint32 tokens. A file of n tokens holds floor(n / T) instances: instance j
 // is its tokens [jT, (j+1)T). The tail is dropped, and an instance never crosses files. The numbers of the instances go
-// on from file to file. A file may count more than once, or in part: b.npy:2.5 is all of b twice, then the first half of
-// its instances. An epoch visits them in the order of NumPy's Generator(PCG64(seed + epoch)).shuffle, which is
+// on from file to file. A file may count more than once, or in part: b.npy:2.5 is b twice, then the first half of its
+// instances. An epoch visits them in the order of NumPy's Generator(PCG64(seed + epoch)).shuffle, which is
 // written out below: each batch is the same as in a run of OLMo's. Batch b of G instances is positions [bG, (b+1)G) of
 // that order, on any number of ranks. Batches may be skipped: the next one takes their step.
 //

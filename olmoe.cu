@@ -2660,8 +2660,8 @@ struct TrainingRun {
     double started = 0;
     bool stop = false;                      // a signal asked for it
 
-    // olmoe batch --replay: the step that is looked into, 0 for a run that trains and writes; before its update is called
-    // at_gradient, with the squares of the gradient's norm by tensor
+    // olmoe batch --replay: the step that is looked into, 0 for a run that trains and writes. at_gradient is called
+    // before its update, with the squares of the gradient's norm by tensor
     int64_t replayed = 0;
     std::function<void(const std::vector<MicroBatch>&, const StepResult&, const std::vector<double>&)> at_gradient;
 };

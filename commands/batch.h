@@ -30,8 +30,9 @@ std::vector<Option> batch_options(BatchCommand* b) {
         {"model", &b->model, "DIR", "weights, for the losses of each sequence"},
         {"most", &b->most, "N", "how many documents, tokens and tensors are listed", 1, 1e9},
         {"json", &b->json, "", "a JSON object, of all tensors"},
-        {"replay", &b->replay, "", "train from the newest checkpoint before the step through the steps between, and show "
-         "its gradients: the norm of each tensor's, and of each sequence's share"},
+        {"replay", &b->replay, "",
+         "train from the newest checkpoint before the step through the steps between, and show its gradients: "
+         "the norm of each tensor's, and of each sequence's share"},
     };
     const size_t own = options.size();
     for (const Option& t : train_options(&b->r.o))
@@ -120,7 +121,7 @@ std::string tokens_shown(const TrainingRun& r, const int* ids, size_t n) {
     return numbers;
 }
 
-// The documents of a sequence of tokens [start, start + n) of a file: by the list beside the file, else as EOS ends them
+// The documents of a sequence, tokens [start, start + n) of a file: by the list beside it, else as EOS ends them
 Json sequence_documents(const TrainingRun& r, const std::vector<Document>& documents, size_t start, const int* ids,
                         int n) {
     Json list = Json::array();
@@ -217,8 +218,8 @@ MicroBatch batch_part(const MicroBatch& all, size_t first, size_t last) {
 }
 
 // Before the update of the step: norms of its gradient by tensor, then those of each sequence's share, which is of its
-// own part of the cross entropy, or of the preference loss. Each share goes through the model alone, on the rank that had
-// it, while the others join in with a token that counts for nothing.
+// own part of the cross entropy, or of the preference loss. Each share goes through the model alone, on the rank that
+// had it, while the others join in with a token that counts for nothing.
 void replay_gradients(BatchCommand* b, const std::vector<MicroBatch>& batches, const StepResult& result,
                       const std::vector<double>& squares) {
     TrainingRun* run = &b->r;
@@ -276,30 +277,38 @@ void batch_replay(BatchCommand* b) {
 // ------------------------------------------------------------------------------------------------
 // The command
 
+std::string string_of(const Json& j) { return j.is_string() ? j.get<std::string>() : ""; }
+
+void batch_print_documents(const BatchCommand& b, const Json& documents) {
+    const size_t n = documents.size(), shown = std::min(n, (size_t)b.most);
+    for (size_t i = 0; i < shown; i++) {
+        const Json& d = documents[i];
+        const std::string name = d.contains("id") ? string_of(d["id"]) + " (" + string_of(d["source"]) + ") " : "";
+        printf("      from %-5ld %s%s\n", (int64_t)d["tokens"][0], name.c_str(), one_line(d["text"], 70).c_str());
+    }
+    if (n > shown) printf("      and %zu documents more\n", n - shown);
+}
+
 void batch_print_sequence(const BatchCommand& b, const Json& j) {
     const bool row = j.contains("row");
-    if (row) printf("#%-4ld row %ld: %s:%ld", (int64_t)j["place"], (int64_t)j["row"], j["file"].get<std::string>().c_str(),
-                    (int64_t)j["line"]);
-    else printf("#%-4ld instance %ld: %s, tokens %ld to %ld", (int64_t)j["place"], (int64_t)j["instance"],
-                j["file"].get<std::string>().c_str(), (int64_t)j["tokens"][0], (int64_t)j["tokens"][1]);
-    if (j.contains("loss")) printf(", loss %s", j["loss"].is_null() ? "none" : text("%.4f", (double)j["loss"]).c_str());
+    const std::string file = string_of(j["file"]);
+    printf("#%-4ld ", (int64_t)j["place"]);
+    if (row) printf("row %ld: %s:%ld", (int64_t)j["row"], file.c_str(), (int64_t)j["line"]);
+    else printf("instance %ld: %s, tokens %ld to %ld", (int64_t)j["instance"], file.c_str(), (int64_t)j["tokens"][0],
+                (int64_t)j["tokens"][1]);
+    if (j.contains("loss"))
+        printf(", loss %s", j["loss"].is_null() ? "none" : text("%.4f", (double)j["loss"]).c_str());
     if (j.contains("grad_norm")) printf(", gradient %.4g", (double)j["grad_norm"]);
     printf("%s\n", !row && j["masked"] ? ", repetitive: no targets" : "");
     if (row) printf("      %s\n", j["text"].is_null() ? "(not there any more)" : one_line(j["text"], 100).c_str());
-    size_t shown = 0;
-    for (const Json& d : row ? Json::array() : j["documents"]) {
-        if (shown++ == (size_t)b.most) { printf("      and %zu documents more\n", j["documents"].size() - (size_t)b.most); break; }
-        const std::string name = d.contains("id") ? d["id"].get<std::string>() + " (" + d["source"].get<std::string>() + ") " : "";
-        printf("      from %-5ld %s%s\n", (int64_t)d["tokens"][0], name.c_str(), one_line(d["text"], 70).c_str());
-    }
-    if (j.contains("worst")) {
-        printf("      worst:");
-        for (const Json& w : j["worst"])
-            printf(" %s at %ld (%.2f)", one_line(w["text"], 20).c_str(), (int64_t)w["token"], (double)w["loss"]);
-        printf("\n      experts, max/mean load by layer:");
-        for (const Json& layer : j["experts"]) printf(" %.2f", (double)layer["max_over_mean"]);
-        printf("\n");
-    }
+    else batch_print_documents(b, j["documents"]);
+    if (!j.contains("worst")) return;
+    printf("      worst:");
+    for (const Json& w : j["worst"])
+        printf(" %s at %ld (%.2f)", one_line(w["text"], 20).c_str(), (int64_t)w["token"], (double)w["loss"]);
+    printf("\n      experts, max/mean load by layer:");
+    for (const Json& layer : j["experts"]) printf(" %.2f", (double)layer["max_over_mean"]);
+    printf("\n");
 }
 
 void batch_print(const BatchCommand& b) {

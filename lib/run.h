@@ -25,14 +25,25 @@ std::vector<Option> finetune_options(TrainOptions* o) {
     };
 }
 
+std::vector<Option> data_options(TrainOptions* o) {
+    return {
+        {"data", &o->data, "FILES", "token files to train on (.npy of uint16 or uint32, or llm.c's .bin), FILE:2.5 one "
+         "that counts two and a half times; or files of rows (.jsonl, gzipped or not)"},
+        {"val", &o->val, "FILES", "files of the same kind to validate on"},
+        {"token-type", &o->token_type, "uint16|uint32", "what token files without a header hold"},
+        {"order", &o->order, "global|sequential",
+         "sequences shuffled over the whole data set, or in the order of the files"},
+        {"no-filter", &o->no_filter, "", "train on sequences of 32 or more repetitions as well"},
+        {"skip-batches", &o->skip_batches, "FROM-TO...",
+         "do not train on these batches of the data, counted from 1 as the steps of a run that skips none: the next "
+         "one takes their step. Checkpoints remember them"},
+    };
+}
+
 std::vector<Option> train_options(TrainOptions* o) {
     std::vector<Option> options = {
         {"config", &o->config, "FILE", "start from random weights in the shape of this config.json"},
         {"model", &o->model, "DIR", "start from the weights of a Hugging Face directory"},
-        {"data", &o->data, "FILES", "token files to train on (.npy of uint16 or uint32, or llm.c's .bin), FILE:2.5 one that "
-         "counts two and a half times; or files of rows (.jsonl, gzipped or not)"},
-        {"val", &o->val, "FILES", "files of the same kind to validate on"},
-        {"token-type", &o->token_type, "uint16|uint32", "what token files without a header hold"},
         {"out", &o->out, "DIR", "directory for log.jsonl and checkpoints"},
         {"resume", &o->resume, "[DIR]", "go on from the newest complete checkpoint in --out, or from DIR"},
         {"tokenizer", &o->tokenizer, "NAME",
@@ -68,11 +79,6 @@ std::vector<Option> train_options(TrainOptions* o) {
          "the sum of a step's cross entropy is divided by all positions, as in OLMoE's pretraining, by those with a "
          "target, or by a number"},
         {"seed", &o->seed, "N", "of initialisation and data order", 0, 9e15},
-        {"skip-batches", &o->skip_batches, "FROM-TO...", "do not train on these batches of the data, counted from 1 as the "
-         "steps of a run that skips none: the next one takes their step. Checkpoints remember them"},
-        {"order", &o->order, "global|sequential",
-         "sequences shuffled over the whole data set, or in the order of the files"},
-        {"no-filter", &o->no_filter, "", "train on sequences of 32 or more repetitions as well"},
         {"skip-spikes", &o->skip_spikes, "X",
          "skip the update where loss or gradient norm is X deviations above the last 128; 0: never", 0, INFINITY},
         {"recompute", &o->recompute, "0|1|2",
@@ -102,7 +108,8 @@ std::vector<Option> train_options(TrainOptions* o) {
          "the device's peak, of which MFU is a share; 0: what NVIDIA publishes for its name, dense BF16 or FP32 as the "
          "build, or else a large product's, measured", 0, 1e9},
     };
-    const std::vector<Option> first = finetune_options(o), last = evaluation_options(&o->eval);
+    const std::vector<Option> first = finetune_options(o), data = data_options(o), last = evaluation_options(&o->eval);
+    options.insert(options.begin() + 2, data.begin(), data.end());
     options.insert(options.begin(), first.begin(), first.end());
     options.insert(options.end(), last.begin(), last.end());
     return with_launch_checks(options);
@@ -581,7 +588,7 @@ std::string checkpoint_to_resume(const TrainingRun& run) {
     return from;
 }
 
-// The batches that a resumed run skips: those that the checkpoint's run did, and of --skip-batches what is still to come
+// What a resumed run skips: the batches that the checkpoint's run did, and of --skip-batches those still to come
 void run_resume_skipped(TrainingRun* run, const Json& recorded) {
     std::vector<BatchRange> before, all = run->data.skipped;
     for (const Json& r : recorded) before.push_back({r.at(0), r.at(1)});
