@@ -11,7 +11,7 @@ CHECKPOINT, MAKE, GENERATE = ("tests/test_checkpoint.py::test_group", "tests/tes
 ROWS, OBJECTIVES = "tests/test_rows.py::test_", "tests/test_objectives.py::test_"
 GPU_SCRIPT, RANKS = "tests/test_gpu_script.py::test_", "tests/test_ranks.py::test_"
 INSTRUCT, TASKS = "tests/test_instruct_script.py::test_", "tests/test_tasks_script.py::test_"
-EVALUATE = "tests/test_evaluate.py::test_"
+EVALUATE, BATCH = "tests/test_evaluate.py::test_", "tests/test_batch.py::test_"
 
 MUTANTS = [
     # ---- Embedding, norms, rotation
@@ -608,6 +608,32 @@ MUTANTS = [
      'train "$stage" "$model"; done', INSTRUCT + "in_order_and_again"),
     ("kto_has_the_mask_of_sft", "scripts/olmoe_instruct.sh", "common=(--seq 4096",
      "common=(--label-mask olmoe --seq 4096", INSTRUCT + "recipe[8]"),
+
+    # ---- A step that is looked into
+    ("the_batch_after", "commands/batch.h",
+     "dataloader_go_to(&d, G, batch_of_step(b->step, d.skipped));",
+     "dataloader_go_to(&d, G, batch_of_step(b->step + 1, d.skipped));", BATCH + "sequences_are_those_that_were_trained_on"),
+    ("the_likeliest_are_the_worst", "commands/batch.h",
+     "return m->losses[x] > m->losses[y];",
+     "return m->losses[x] < m->losses[y];", BATCH + "a_document_of_noise_is_found"),
+    ("a_token_is_where_it_is_predicted", "commands/batch.h",
+     '{{"token", t + 1},',
+     '{{"token", t},', BATCH + "a_document_of_noise_is_found"),
+    ("a_document_that_ended_before", "commands/batch.h",
+     "return d.end <= at;",
+     "return d.end < at;", BATCH + "documents"),
+    ("eos_begins_a_document", "commands/batch.h",
+     "{ add(begin, t + 1, nullptr); begin = t + 1; }",
+     "{ add(begin, t + 1, nullptr); begin = t; }", BATCH + "several_documents_and_repetitions"),
+    ("shares_weigh_one", "commands/batch.h",
+     "all.length((int)s), all.weights[begin]);",
+     "all.length((int)s), 1);", BATCH + "a_replayed_step_is_the_one_in_the_log[1]"),
+    ("shares_of_ranks_in_a_row", "commands/batch.h",
+     ": i * ranks_n + rank;",
+     ": rank * (G / ranks_n) + i;", BATCH + "a_replayed_step_is_the_one_in_the_log[2, experts]"),
+    ("rows_by_their_place", "commands/batch.h",
+     "j.update(row_of_step(r, numbers[i]));",
+     "j.update(row_of_step(r, i));", BATCH + "rows[sft-words]"),
 
     # ---- Evaluation: request files, and GSM8K
     ("ctx_b_keeps_its_large_letters", "scripts/render_tasks.py",
