@@ -575,6 +575,13 @@ MUTANTS = [
     ("a_plan_that_does_not_fit", "scripts/test_gpu.py",
      "if fits[group] and plan(candidate) <= budget:",
      "if fits[group]:", GPU_SCRIPT + "choice_of_a_plan"),
+    ("later_choices_are_not_compared", "scripts/test_gpu.py",
+     'found.near(f"{at}, log p of choice {i}", got, right, RELATIVE * abs(right))',
+     'found.near(f"{at}, log p of choice {i}", got, right, RELATIVE * abs(right) if i < 1 else math.inf)',
+     GPU_SCRIPT + "values_that_are_off"),
+    ("any_norm_of_gradients_will_do", "scripts/test_gpu.py",
+     'limit = RELATIVE_NORM if field == "grad_norm" else RELATIVE',
+     'limit = math.inf if field == "grad_norm" else RELATIVE', GPU_SCRIPT + "values_that_are_off"),
 
     # ---- make, and the scripts that launch ranks
     ("native_without_a_gpu", "Makefile", 'case $$said in *"Cannot find valid GPU"*) false;; esac;', "true;",

@@ -342,20 +342,28 @@ def gone(pid):
         return True
 
 
-@pytest.mark.parametrize("body, of, pattern, name", [
-    ("test_olmoe", "test_olmoe", "fp32/test_olmoe$", "test_olmoe FP32"),
-    ("fine_tuning", "train", "bf16/.* dpo ", "fine-tuning dpo-words BF16"),
-    ("evaluate", "evaluate", "fp32/.*evaluate/words", "evaluate words FP32")])
-def test_what_hangs_is_ended(tree, monkeypatch, body, of, pattern, name):
-    """It has failed, and so has nothing else; what it has started ends too."""
+def hangs(tree, body, of, pattern, name):
+    """With a command that hangs, in the only body that does something, its step alone has failed; what it has started
+    ends too."""
     tree.without(*{"test_olmoe", "verify", "train_twice", "recompute", "fine_tuning", "evaluate", "sanitize",
                    "test_ranks", "layout", "full_size"} - {body})
-    monkeypatch.setitem(script.PATIENCE, of, 0.4)
+    tree.monkeypatch.setitem(script.PATIENCE, of, 0.4)
     tree.set(FAULTS=json.dumps({pattern: "hang"}))
     code, report = tree.run()
     assert code == 1 and named(report, "FAILED") == [name + ": it hangs: ended after 0 s"]
     assert "    | it has begun" in report
     assert all(gone(pid) for pid in tree.pids.read_text().split()) and len(tree.pids.read_text().split()) == 2
+
+
+def test_what_hangs_is_ended(tree):
+    hangs(tree, "test_olmoe", "test_olmoe", "fp32/test_olmoe$", "test_olmoe FP32")
+
+
+@pytest.mark.parametrize("body, of, pattern, name", [
+    ("fine_tuning", "train", "bf16/.* dpo ", "fine-tuning dpo-words BF16"),
+    ("evaluate", "evaluate", "fp32/.*evaluate/words", "evaluate words FP32")])
+def test_cases_that_hang(tree, body, of, pattern, name):
+    hangs(tree, body, of, pattern, name)
 
 
 def test_minutes_are_over(tree):
