@@ -627,7 +627,8 @@ def evaluate_run(session, precision, folder, e, number, found, errors):
     """One call of `olmoe evaluate`. Appends to errors what each choice's log p is off by, per token. Returns what it
     did."""
     run, out = e["runs"][number], session.folder / "evaluate"
-    out.mkdir(exist_ok=True)
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
     words = session.words(precision, "olmoe", "evaluate", "--model", folder / e["model"], "--tokenizer", e["tokenizer"],
                           "--tasks", *(folder / name for name in run["task_files"]), "--perplexity",
                           *(folder / name for name in run["perplexity_files"]),
