@@ -40,7 +40,7 @@ struct Task {
 
 // arc_easy of eval/arc_easy.jsonl.gz: what keys are named after. No two files may have one name.
 std::string evaluation_name(const std::string& path, std::set<std::string>* names) {
-    const std::string file = path.substr(path.rfind('/') + 1), name = file.substr(0, file.find('.'));
+    const std::string file = path.substr(path.rfind('/') + 1), name = utf8_replace(file.substr(0, file.find('.')));
     if (name.empty()) die("%s: no name is left before the first dot", path.c_str());
     if (!names->insert(name).second) die("%s: another file is named %s, too", path.c_str(), name.c_str());
     return name;
@@ -405,7 +405,7 @@ TaskFigures task_figures(const Task& task, std::string* samples) {
         const Json line = {{"task", task.name}, {"doc_id", d.id}, {"label", d.label}, {"logprobs", logps},
                            {"tokens", tokens}, {"characters", characters}, {"bytes", bytes}, {"acc", acc},
                            {"acc_norm", acc_norm}, {"acc_bytes", acc_bytes}};
-        *samples += line.dump(-1, ' ', false, Json::error_handler_t::replace) + "\n";
+        *samples += line.dump() + "\n";
     }
     for (double* sum : {&f.acc, &f.acc_norm, &f.acc_bytes, &f.bpb, &f.ce_loss}) *sum /= f.n;
     f.acc_stderr = f.n > 1 ? sqrt(f.acc * (1 - f.acc) / (f.n - 1)) : NAN;
