@@ -304,15 +304,19 @@ void show_progress(size_t done, size_t all) {
     fprintf(stderr, "\revaluating: %.0f %%%s", 100.0 * done / all, done < all ? "" : "\r                 \r");
 }
 
-// log p of all continuations of all tasks. The ranks take turns; one that has no batch or pass left joins the others'
-// exchanges with a token or two that count for nothing.
-void tasks_score(Olmoe* m, const Cache& cache, std::vector<Task>* tasks, const std::vector<EvalBatch>& batches) {
+// Was a training run asked to stop? It may not have long, and its last steps are to be saved. All ranks together
+bool evaluation_stops() { return stopping_saves && host_sum((double)stop_requested) > 0; }
+
+// log p of all continuations of all tasks; false where it stopped. The ranks take turns; one that has no batch or pass
+// left joins the others' exchanges with a token or two that count for nothing.
+bool tasks_score(Olmoe* m, const Cache& cache, std::vector<Task>* tasks, const std::vector<EvalBatch>& batches) {
     Task nothing;
     nothing.contexts = {{{0}, {{{0, 0}, 0}}}};
     const EvalBatch idle = {&nothing, 0, 1, {{{0, 0}}}};
     const size_t n = batches.size(), ranks_n = (size_t)world.size;
     for (Task& t : *tasks) for (EvalContext& c : t.contexts) for (Continuation& k : c.continuations) k.logp = 0;
     for (size_t round = 0; round < n; round += ranks_n) {
+        if (evaluation_stops()) return false;
         const size_t mine = round + world.rank, end = std::min(n, round + ranks_n);
         const EvalBatch& b = mine < n ? batches[mine] : idle;
         size_t passes = 0;
@@ -332,6 +336,7 @@ void tasks_score(Olmoe* m, const Cache& cache, std::vector<Task>* tasks, const s
     host_sum(&logps);
     auto next = logps.begin();
     for (Task& t : *tasks) for (EvalContext& c : t.contexts) for (Continuation& k : c.continuations) k.logp = *next++;
+    return true;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -480,15 +485,43 @@ void evaluation_capacity(const Evaluation& e, Capacity* capacity) {
     capacity->positions = std::max(capacity->positions, (int)e.o.T);
 }
 
+// Ends the run where a rank has read other requests or tokens than rank 0. All ranks together
+void evaluation_agree(const Evaluation& e) {
+    uint64_t hash = FNV_BASIS;
+    auto add = [&](const void* bytes, size_t n) { hash = fnv1a(hash, (const unsigned char*)bytes, n); };
+    auto add_ids = [&](const std::vector<int>& ids) {
+        const size_t n = ids.size();
+        add(&n, sizeof n);
+        add(ids.data(), n * sizeof ids[0]);
+    };
+    for (const Task& t : e.tasks)
+        for (const EvalContext& c : t.contexts) {
+            add_ids(c.ids);
+            for (const Continuation& k : c.continuations) add_ids(k.ids);
+        }
+    for (const PerplexitySet& s : e.sets) {
+        const uint64_t fingerprint = dataloader_fingerprint(&s.data);
+        add(&fingerprint, sizeof fingerprint);
+    }
+    const double seen = (double)(hash >> 11);                   // as many bits as a double has
+    if (host_sum(world.rank == 0 ? seen : 0) != seen)
+        die("the files of --eval-tasks or --eval-perplexity are not those that rank 0 sees");
+}
+
 // Between olmoe_plan and olmoe_allocate
 void evaluation_plan(Evaluation* e, Olmoe* m) {
+    evaluation_agree(*e);
     if (!e->tasks.empty()) cache_plan(&e->cache, m, e->needs.places, (int)e->needs.prompts, e->needs.parts);
 }
 
-// All ranks together
-void evaluation_score(Evaluation* e, Olmoe* m) {
-    tasks_score(m, e->cache, &e->tasks, e->batches);
-    for (PerplexitySet& s : e->sets) set_score(m, &s, (int)e->o.B, e->bytes_of);
+// False where a training run was asked to stop: there are no figures then. All ranks together
+bool evaluation_score(Evaluation* e, Olmoe* m) {
+    if (!tasks_score(m, e->cache, &e->tasks, e->batches)) return false;
+    for (PerplexitySet& s : e->sets) {
+        if (evaluation_stops()) return false;
+        set_score(m, &s, (int)e->o.B, e->bytes_of);
+    }
+    return true;
 }
 
 double bits_per_byte(const PerplexitySet& s) { return s.bytes > 0 ? s.nll / s.bytes / log(2.0) : NAN; }
@@ -536,7 +569,9 @@ std::vector<Option> evaluation_options(EvalOptions* o) {
 // By the weights of now: on the screen, and in a line of the log under the keys of OLMo's
 void evaluation_in_run(Evaluation* e, Olmoe* m, Json* line) {
     at_step("evaluation");
-    evaluation_score(e, m);
+    const bool whole = evaluation_score(e, m);
+    at_step("");
+    if (!whole) { printf("  no evaluation: the run was asked to stop\n"); return; }
     evaluation_print(*e);
     auto add = [&](const std::string& key, double x) { (*line)["eval/" + key] = std::isfinite(x) ? Json(x) : Json(); };
     for (const Task& t : e->tasks) {
@@ -550,7 +585,6 @@ void evaluation_in_run(Evaluation* e, Olmoe* m, Json* line) {
         add(s.name + "/CrossEntropyLoss", s.nll / s.tokens);
         add(s.name + "/Perplexity", exp(s.nll / s.tokens));
     }
-    at_step("");
 }
 
 // ------------------------------------------------------------------------------------------------

@@ -474,7 +474,7 @@ void log_open(TrainingRun* run) {
 void run_evaluate_start(TrainingRun* run) {
     Json line = {{"step", 0}};
     evaluation_in_run(&run->eval, &run->model, &line);
-    log_line(*run, line);
+    if (line.size() > 1) log_line(*run, line);
 }
 
 WouldSave run_would_save(const TrainingRun& run) {
