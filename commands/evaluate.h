@@ -53,8 +53,8 @@ template <typename T> T request_field(const Json& j, const char* name, bool righ
     return j[name].get<T>();
 }
 
-int64_t request_number(const Json& j, const char* name, const std::string& where) {
-    const bool right = j.contains(name) && j[name].is_number_integer() && j[name] >= 0 && j[name] <= INT32_MAX;
+int64_t request_number(const Json& j, const char* name, const std::string& where, int64_t most = INT32_MAX) {
+    const bool right = j.contains(name) && j[name].is_number_integer() && j[name] >= 0 && j[name] <= most;
     return request_field<int64_t>(j, name, right, where);
 }
 
@@ -84,10 +84,11 @@ void task_add(Task* task, const EvalDocument& d, EvalChoice* choice, const std::
     // the last T tokens of context + continuation, whose last one is predicted and not read
     const size_t room = T + 1 - ids.size(), cut = context.size() - std::min(context.size(), room);
     const std::vector<int> kept(context.begin() + (ptrdiff_t)cut, context.end());
-    choice->context = task->contexts.size();
-    for (const EvalChoice& other : d.choices)
-        if (other.line > 0 && task->contexts[other.context].ids == kept) choice->context = other.context;
-    if (choice->context == task->contexts.size()) task->contexts.push_back({kept, {}});
+    const auto other = std::find_if(d.choices.begin(), d.choices.end(), [&](const EvalChoice& c) {
+        return c.line > 0 && task->contexts[c.context].ids == kept;
+    });
+    choice->context = other == d.choices.end() ? task->contexts.size() : other->context;
+    if (other == d.choices.end()) task->contexts.push_back({kept, {}});
     std::vector<Continuation>& all = task->contexts[choice->context].continuations;
     const auto same = std::find_if(all.begin(), all.end(), [&](const Continuation& c) { return c.ids == ids; });
     choice->continuation = (size_t)(same - all.begin());
@@ -96,7 +97,7 @@ void task_add(Task* task, const EvalDocument& d, EvalChoice* choice, const std::
 
 // The document of a request, and in it the place of its choice; null where it is left out
 EvalChoice* task_choice(TaskReader* r, const Json& j, const std::string& where, EvalDocument** document) {
-    const int64_t id = request_number(j, "doc_id", where);
+    const int64_t id = request_number(j, "doc_id", where, INT64_MAX);
     if (id >= UNCONDITIONAL) return nullptr;
     const Json type = j.value("request_type", Json("loglikelihood"));
     if (type != "loglikelihood")
@@ -532,22 +533,23 @@ void evaluation_print(const Evaluation& e) {
     for (const Task& t : e.tasks) width = std::max(width, t.name.size());
     for (const PerplexitySet& s : e.sets) width = std::max(width, s.name.size());
     const int w = (int)width;
+    auto if_defined = [](double x) { return std::isfinite(x) ? text("%.4f", x) : ""; };
     if (!e.tasks.empty())
         printf("  %-*s  %9s  %-8s %-8s  %-9s  %6s  %7s  %7s\n", w, "task", "documents", "acc", "acc_norm", "acc_bytes",
                "stderr", "bpb", "ce_loss");
     for (const Task& t : e.tasks) {
         const TaskFigures f = task_figures(t, nullptr);
         const std::string metric = olmo_metric(t.name);
-        printf("  %-*s  %9.0f  %.4f%c  %.4f%c   %.4f     %6.4f  %7.4f  %7.4f\n", w, t.name.c_str(), f.n, f.acc,
-               metric == "acc" ? '*' : ' ', f.acc_norm, metric == "len_norm" ? '*' : ' ', f.acc_bytes, f.acc_stderr,
-               f.bpb, f.ce_loss);
+        printf("  %-*s  %9.0f  %.4f%c  %.4f%c   %.4f     %6s  %7.4f  %7.4f\n", w, t.name.c_str(), f.n, f.acc,
+               metric == "acc" ? '*' : ' ', f.acc_norm, metric == "len_norm" ? '*' : ' ', f.acc_bytes,
+               if_defined(f.acc_stderr).c_str(), f.bpb, f.ce_loss);
     }
     if (!e.sets.empty())
         printf("  %-*s  %9s  %-7s  %10s  %13s\n", w, "set", "tokens", "loss", "perplexity", "bits per byte");
     for (const PerplexitySet& s : e.sets) {
-        const double bits = bits_per_byte(s), loss = s.nll / s.tokens;
+        const double loss = s.nll / s.tokens;
         printf("  %-*s  %9.0f  %.4f  %10.4f  %13s\n", w, s.name.c_str(), s.tokens, loss, exp(loss),
-               std::isfinite(bits) ? text("%.4f", bits).c_str() : "");
+               if_defined(bits_per_byte(s)).c_str());
     }
 }
 
@@ -655,6 +657,7 @@ int command_evaluate(int argc, char** argv) {
     if (v.model.empty()) die("evaluate needs --model DIR");
     if (!e.o.any()) die("evaluate needs --tasks FILES or --perplexity FILES");
     if (!v.samples.empty() && e.o.tasks.empty()) die("--samples needs --tasks");
+    if (!v.json.empty() && v.json == v.samples) die("--json and --samples are the same file; name two");
     for (const std::string* path : {&v.json, &v.samples}) if (!path->empty()) file_check_writable(*path);
     config_read(&v.config, v.model);
     const bool own = access((v.model + "/tokenizer.json").c_str(), F_OK) == 0;
