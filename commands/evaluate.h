@@ -681,8 +681,8 @@ int command_evaluate(int argc, char** argv) {
     evaluation_print(e);
     std::string samples;
     for (const Task& t : e.tasks) task_figures(t, &samples);
-    if (!v.samples.empty()) file_replace(v.samples, samples);
     if (!v.json.empty()) file_replace(v.json, json_text(evaluation_json(e)));
+    if (!v.samples.empty()) file_replace(v.samples, samples);
     olmoe_free(&v.olmoe);
     device_close();
     return 0;

@@ -305,13 +305,13 @@ def test_other_bad_input(files, watched, tmp_path):
 
 
 def test_what_cannot_be_written(files, watched, tmp_path):
-    """The table is printed, the file that was there stays."""
+    """The table is printed, the figures are written before the samples, the file that was there stays."""
     model, full = watched[0] / "step-00000005", "/dev/full"
     words = ["evaluate", "--model", model, "--tokenizer", "bytes", "--tasks", files.tasks[1], "--json", full]
     done = run(*words, code=1)
     assert done.stderr == f"olmoe: cannot write {full}: No space left on device\n" and "mine" in done.stdout
     out = tmp_path / "o.json"
-    run(*words[:-1], out)
+    assert run(*words[:-1], out, "--samples", full, code=1).stderr.startswith(f"olmoe: cannot write {full}: ")
     before = out.read_bytes()
     run(*words[:-1], out, "--limit", 1)
     assert out.read_bytes() != before and json.loads(out.read_text())["tasks"]["mine"]["n"] == 1
