@@ -1502,6 +1502,38 @@ def test_plot_of_fine_tuning(tmp_path):
                               ["kto: rejected_reward", "--", [[2, -0.1], [3, -0.2]]]]
 
 
+def test_plot_of_evaluations(tmp_path):
+    """Losses of sets and accuracies of tasks are in axes of their own, also of a step 0, which has nothing else; a run
+    without them draws as before."""
+    pytest.importorskip("matplotlib", reason="test_plot_of_evaluations: needs python3-matplotlib")
+
+    def write(name, steps):
+        (tmp_path / name).mkdir()
+        lines = [{"config": {}}, *({"ce_loss": 2.0, "lr": 1e-3, **step} if step["step"] else step for step in steps)]
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def scores(step, copa, piqa, c4):
+        return {"step": step, "eval/c4_en-validation/CrossEntropyLoss": c4, "eval/c4_en-validation/Perplexity": 9.0,
+                "eval/downstream/copa_acc": copa, "eval/downstream/copa_len_norm": copa / 2,
+                "eval/downstream/piqa_acc": piqa, "eval/downstream/piqa_len_norm": None,
+                "eval/downstream_bpb/copa_bpb": 1.0, "eval/downstream_ce_loss/copa_ce_loss": 1.0}
+
+    write("a", [scores(0, 0.5, 0.25, 9.0), {"step": 1}, scores(2, 0.75, 0.5, None)])
+    write("b", [{"step": 1, "eval/downstream/copa_acc": 1.0}])
+    write("plain", [{"step": 1}])
+    alone, two, plain = drawn([tmp_path / "a"], [tmp_path / "a", tmp_path / "b"], [tmp_path / "plain"])
+    sets, norm = "loss of evaluation sets (nats a token)", "accuracy in tasks, by log-probability a character"
+    assert [title for title, _, _ in alone] == [*BEFORE, sets, "accuracy in tasks", norm]
+    lines = {title: lines for title, _, lines in alone}
+    assert lines[sets] == [["c4_en-validation", "-", [[0, 9]]]]
+    assert lines["accuracy in tasks"] == [["copa", "-", [[0, 0.5], [2, 0.75]]], ["piqa", "-", [[0, 0.25], [2, 0.5]]]]
+    assert lines[norm] == [["copa", "-", [[0, 0.25], [2, 0.375]]]]
+    assert lines[BEFORE[0]] == [["a", "-", [[1, 2], [2, 2]]]]
+    assert dict((title, lines) for title, _, lines in two)["accuracy in tasks"] == [
+        ["a: copa", "-", [[0, 0.5], [2, 0.75]]], ["a: piqa", "--", [[0, 0.25], [2, 0.5]]], ["b: copa", "-", [[1, 1]]]]
+    assert [title for title, _, _ in plain] == BEFORE
+
+
 def test_plot_errors(tmp_path):
     pytest.importorskip("matplotlib", reason="test_plot_errors: needs python3-matplotlib")
     write_log(tmp_path / "empty", [])
