@@ -271,7 +271,7 @@ TASKS := $(if $(TEXT),,$(foreach task,stories arithmetic dialogues programs,$(RU
 train: olmoe $(RUN)/train.npy $(RUN)/val.npy $(TASKS)
 	./olmoe train --config configs/tiny.json --tokenizer bytes --data $(RUN)/train.npy --val $(RUN)/val.npy --out $(RUN)/run --resume \
 	  --val-every 200 --sample-every 550 --save-every 550 --keep-last 2 --log-every 25 \
-	  $(if $(TASKS),--eval-tasks $(TASKS) --eval-every 550 --eval-start) $(TRAIN_OPTIONS)
+	  $(if $(TASKS),--eval-tasks $(TASKS) --eval-every 1100 --eval-start) $(TRAIN_OPTIONS)
 	$(PYTHON) scripts/learned.py $(RUN) $(RUN)/run
 
 # SFT, then DPO, of the model of the default run, on conversations about the world of its corpus. Called again, it goes on

@@ -20,6 +20,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 OLMOE = os.path.abspath(os.environ.get("OLMOE", ROOT / "olmoe"))
 sys.path.insert(0, str(ROOT / "scripts"))
+import make_corpus
 import split_text
 
 X86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="features of x86")
@@ -150,6 +151,15 @@ def test_clean_and_build_do_not_overlap(tree):
     tree.program("rm", '#!/bin/sh\nsleep 0.3\nexec /bin/rm "$@"\n')
     made(tree.make("-j4", "clean", "olmoe"))
     assert (tree.folder / "olmoe").exists() and not (tree.folder / "build/old").exists()
+
+
+def test_tasks_are_those_of_the_corpus(tree):
+    """The default run evaluates on all that make_corpus.py writes, a run on a text on none."""
+    (tree.folder / "my.txt").write_text("hello\n" * 70000)
+    command, = [line for line in made(tree.make("-n", "train")).splitlines() if "--eval-tasks" in line]
+    tasks = command.split("--eval-tasks ")[1].split(" --")[0].split()
+    assert tasks == [f"build/train/tasks/{name}.jsonl" for name in make_corpus.QUESTIONS]
+    assert "--eval" not in made(tree.make("-n", "train", "DATA=my.txt"))
 
 
 def test_finetune(tree):
