@@ -519,7 +519,7 @@ def evaluated(step, a, b):
 
 
 @pytest.mark.parametrize("a, b, missed", [(0.52, 0.38, []), (0.51, 0.38, ["a"]), (0.52, 0.37, ["b"]),
-                                          (float("nan"), 0.37, ["a", "b"])])
+                                          (float("nan"), 0.37, ["a", "b"])], ids=["none", "a", "b", "nan"])
 def test_bars_of_tasks(default_run, a, b, missed):
     """Chance and three standard errors: (50/2 + 50/4 + 3 sqrt(50/4 + 50 3/16)) / 100 = 0.515, and 0.25 + 3 sqrt(3/16 /
     100) = 0.380. It is the last evaluation that counts."""
