@@ -48,13 +48,13 @@ def chance(path):
     return sum(p) / len(p), math.sqrt(sum(x * (1 - x) for x in p)) / len(p)
 
 
-def tasks(folder, steps):
+def tasks(folder, run, steps):
     """Of each: its name, the first accuracy where that is of step 0, the last, and what it has to reach"""
     for path in sorted((folder / "tasks").glob("*.jsonl")):
         key = f"eval/downstream/{path.stem}_acc"
         found = [(line["step"], line[key]) for line in steps if key in line]
         if not found:
-            raise Unreadable(f"the run has no evaluation of {path}; remove it to start over")
+            raise Unreadable(f"{run / 'log.jsonl'} has no evaluation of {path}; remove {run} to start over")
         mean, error = chance(path)
         yield path.stem, found[0][1] if found[0][0] == 0 else None, found[-1][1], mean + 3 * error
 
@@ -80,7 +80,7 @@ def report(folder, run):
     if entropy:
         rows.append((f"{bpb / entropy:.2f} x", f"of the {entropy:.3f} of the source's own choices",
                      bpb <= 1.6 * entropy))
-    for name, before, accuracy, bar in tasks(folder, steps):
+    for name, before, accuracy, bar in tasks(folder, run, steps):
         since = "" if before is None else f", {before:.2f} before training"
         rows.append((f"{accuracy:.2f}", f"of {name} right{since}; three standard errors above chance are {bar:.2f}",
                      accuracy >= bar))
