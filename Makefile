@@ -265,11 +265,13 @@ endif
 RUN := build/train-$(FOLDER)
 endif
 TRAIN_OPTIONS ?= --steps 2200 --batch 8 --lr 4e-3 --warmup 100
+TASKS := $(if $(TEXT),,$(foreach task,stories arithmetic dialogues programs,$(RUN)/tasks/$(task).jsonl))
 
 .PHONY: train
-train: olmoe $(RUN)/train.npy $(RUN)/val.npy
+train: olmoe $(RUN)/train.npy $(RUN)/val.npy $(TASKS)
 	./olmoe train --config configs/tiny.json --tokenizer bytes --data $(RUN)/train.npy --val $(RUN)/val.npy --out $(RUN)/run --resume \
-	  --val-every 200 --sample-every 550 --save-every 550 --keep-last 2 --log-every 25 $(TRAIN_OPTIONS)
+	  --val-every 200 --sample-every 550 --save-every 550 --keep-last 2 --log-every 25 \
+	  $(if $(TASKS),--eval-tasks $(TASKS) --eval-every 1100 --eval-start) $(TRAIN_OPTIONS)
 	$(PYTHON) scripts/learned.py $(RUN) $(RUN)/run
 
 # SFT, then DPO, of the model of the default run, on conversations about the world of its corpus. Called again, it goes on
@@ -288,7 +290,7 @@ $(RUN)/%.npy: $(RUN)/%.txt | olmoe
 else
 $(RUN)/train.jsonl: scripts/make_corpus.py
 	$(PYTHON) scripts/make_corpus.py --out $(RUN)
-$(RUN)/val.jsonl: $(RUN)/train.jsonl
+$(RUN)/val.jsonl $(TASKS): $(RUN)/train.jsonl
 $(RUN)/%.npy: $(RUN)/%.jsonl | olmoe
 	./olmoe tokenize --tokenizer bytes --out $@ $<
 endif

@@ -40,7 +40,7 @@ struct Task {
 
 // arc_easy of eval/arc_easy.jsonl.gz: what keys are named after. No two files may have one name.
 std::string evaluation_name(const std::string& path, std::set<std::string>* names) {
-    const std::string file = path.substr(path.rfind('/') + 1), name = file.substr(0, file.find('.'));
+    const std::string file = path.substr(path.rfind('/') + 1), name = utf8_replace(file.substr(0, file.find('.')));
     if (name.empty()) die("%s: no name is left before the first dot", path.c_str());
     if (!names->insert(name).second) die("%s: another file is named %s, too", path.c_str(), name.c_str());
     return name;
@@ -53,8 +53,8 @@ template <typename T> T request_field(const Json& j, const char* name, bool righ
     return j[name].get<T>();
 }
 
-int64_t request_number(const Json& j, const char* name, const std::string& where) {
-    const bool right = j.contains(name) && j[name].is_number_integer() && j[name] >= 0 && j[name] <= INT32_MAX;
+int64_t request_number(const Json& j, const char* name, const std::string& where, int64_t most = INT32_MAX) {
+    const bool right = j.contains(name) && j[name].is_number_integer() && j[name] >= 0 && j[name] <= most;
     return request_field<int64_t>(j, name, right, where);
 }
 
@@ -84,10 +84,11 @@ void task_add(Task* task, const EvalDocument& d, EvalChoice* choice, const std::
     // the last T tokens of context + continuation, whose last one is predicted and not read
     const size_t room = T + 1 - ids.size(), cut = context.size() - std::min(context.size(), room);
     const std::vector<int> kept(context.begin() + (ptrdiff_t)cut, context.end());
-    choice->context = task->contexts.size();
-    for (const EvalChoice& other : d.choices)
-        if (other.line > 0 && task->contexts[other.context].ids == kept) choice->context = other.context;
-    if (choice->context == task->contexts.size()) task->contexts.push_back({kept, {}});
+    const auto other = std::find_if(d.choices.begin(), d.choices.end(), [&](const EvalChoice& c) {
+        return c.line > 0 && task->contexts[c.context].ids == kept;
+    });
+    choice->context = other == d.choices.end() ? task->contexts.size() : other->context;
+    if (other == d.choices.end()) task->contexts.push_back({kept, {}});
     std::vector<Continuation>& all = task->contexts[choice->context].continuations;
     const auto same = std::find_if(all.begin(), all.end(), [&](const Continuation& c) { return c.ids == ids; });
     choice->continuation = (size_t)(same - all.begin());
@@ -96,7 +97,7 @@ void task_add(Task* task, const EvalDocument& d, EvalChoice* choice, const std::
 
 // The document of a request, and in it the place of its choice; null where it is left out
 EvalChoice* task_choice(TaskReader* r, const Json& j, const std::string& where, EvalDocument** document) {
-    const int64_t id = request_number(j, "doc_id", where);
+    const int64_t id = request_number(j, "doc_id", where, INT64_MAX);
     if (id >= UNCONDITIONAL) return nullptr;
     const Json type = j.value("request_type", Json("loglikelihood"));
     if (type != "loglikelihood")
@@ -304,15 +305,19 @@ void show_progress(size_t done, size_t all) {
     fprintf(stderr, "\revaluating: %.0f %%%s", 100.0 * done / all, done < all ? "" : "\r                 \r");
 }
 
-// log p of all continuations of all tasks. The ranks take turns; one that has no batch or pass left joins the others'
-// exchanges with a token or two that count for nothing.
-void tasks_score(Olmoe* m, const Cache& cache, std::vector<Task>* tasks, const std::vector<EvalBatch>& batches) {
+// Was a training run asked to stop? It may not have long, and its last steps are to be saved. All ranks together
+bool evaluation_stops() { return stopping_saves && host_sum((double)stop_requested) > 0; }
+
+// log p of all continuations of all tasks; false where it stopped. The ranks take turns; one that has no batch or pass
+// left joins the others' exchanges with a token or two that count for nothing.
+bool tasks_score(Olmoe* m, const Cache& cache, std::vector<Task>* tasks, const std::vector<EvalBatch>& batches) {
     Task nothing;
     nothing.contexts = {{{0}, {{{0, 0}, 0}}}};
     const EvalBatch idle = {&nothing, 0, 1, {{{0, 0}}}};
     const size_t n = batches.size(), ranks_n = (size_t)world.size;
     for (Task& t : *tasks) for (EvalContext& c : t.contexts) for (Continuation& k : c.continuations) k.logp = 0;
     for (size_t round = 0; round < n; round += ranks_n) {
+        if (evaluation_stops()) return false;
         const size_t mine = round + world.rank, end = std::min(n, round + ranks_n);
         const EvalBatch& b = mine < n ? batches[mine] : idle;
         size_t passes = 0;
@@ -332,6 +337,7 @@ void tasks_score(Olmoe* m, const Cache& cache, std::vector<Task>* tasks, const s
     host_sum(&logps);
     auto next = logps.begin();
     for (Task& t : *tasks) for (EvalContext& c : t.contexts) for (Continuation& k : c.continuations) k.logp = *next++;
+    return true;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -405,7 +411,7 @@ TaskFigures task_figures(const Task& task, std::string* samples) {
         const Json line = {{"task", task.name}, {"doc_id", d.id}, {"label", d.label}, {"logprobs", logps},
                            {"tokens", tokens}, {"characters", characters}, {"bytes", bytes}, {"acc", acc},
                            {"acc_norm", acc_norm}, {"acc_bytes", acc_bytes}};
-        *samples += line.dump(-1, ' ', false, Json::error_handler_t::replace) + "\n";
+        *samples += line.dump() + "\n";
     }
     for (double* sum : {&f.acc, &f.acc_norm, &f.acc_bytes, &f.bpb, &f.ce_loss}) *sum /= f.n;
     f.acc_stderr = f.n > 1 ? sqrt(f.acc * (1 - f.acc) / (f.n - 1)) : NAN;
@@ -480,15 +486,43 @@ void evaluation_capacity(const Evaluation& e, Capacity* capacity) {
     capacity->positions = std::max(capacity->positions, (int)e.o.T);
 }
 
+// Ends the run where a rank has read other requests or tokens than rank 0. All ranks together
+void evaluation_agree(const Evaluation& e) {
+    uint64_t hash = FNV_BASIS;
+    auto add = [&](const void* bytes, size_t n) { hash = fnv1a(hash, (const unsigned char*)bytes, n); };
+    auto add_ids = [&](const std::vector<int>& ids) {
+        const size_t n = ids.size();
+        add(&n, sizeof n);
+        add(ids.data(), n * sizeof ids[0]);
+    };
+    for (const Task& t : e.tasks)
+        for (const EvalContext& c : t.contexts) {
+            add_ids(c.ids);
+            for (const Continuation& k : c.continuations) add_ids(k.ids);
+        }
+    for (const PerplexitySet& s : e.sets) {
+        const uint64_t fingerprint = dataloader_fingerprint(&s.data);
+        add(&fingerprint, sizeof fingerprint);
+    }
+    const double seen = (double)(hash >> 11);                   // as many bits as a double has
+    if (host_sum(world.rank == 0 ? seen : 0) != seen)
+        die("the files of --eval-tasks or --eval-perplexity are not those that rank 0 sees");
+}
+
 // Between olmoe_plan and olmoe_allocate
 void evaluation_plan(Evaluation* e, Olmoe* m) {
+    evaluation_agree(*e);
     if (!e->tasks.empty()) cache_plan(&e->cache, m, e->needs.places, (int)e->needs.prompts, e->needs.parts);
 }
 
-// All ranks together
-void evaluation_score(Evaluation* e, Olmoe* m) {
-    tasks_score(m, e->cache, &e->tasks, e->batches);
-    for (PerplexitySet& s : e->sets) set_score(m, &s, (int)e->o.B, e->bytes_of);
+// False where a training run was asked to stop: there are no figures then. All ranks together
+bool evaluation_score(Evaluation* e, Olmoe* m) {
+    if (!tasks_score(m, e->cache, &e->tasks, e->batches)) return false;
+    for (PerplexitySet& s : e->sets) {
+        if (evaluation_stops()) return false;
+        set_score(m, &s, (int)e->o.B, e->bytes_of);
+    }
+    return true;
 }
 
 double bits_per_byte(const PerplexitySet& s) { return s.bytes > 0 ? s.nll / s.bytes / log(2.0) : NAN; }
@@ -499,22 +533,23 @@ void evaluation_print(const Evaluation& e) {
     for (const Task& t : e.tasks) width = std::max(width, t.name.size());
     for (const PerplexitySet& s : e.sets) width = std::max(width, s.name.size());
     const int w = (int)width;
+    auto if_defined = [](double x) { return std::isfinite(x) ? text("%.4f", x) : ""; };
     if (!e.tasks.empty())
         printf("  %-*s  %9s  %-8s %-8s  %-9s  %6s  %7s  %7s\n", w, "task", "documents", "acc", "acc_norm", "acc_bytes",
                "stderr", "bpb", "ce_loss");
     for (const Task& t : e.tasks) {
         const TaskFigures f = task_figures(t, nullptr);
         const std::string metric = olmo_metric(t.name);
-        printf("  %-*s  %9.0f  %.4f%c  %.4f%c   %.4f     %6.4f  %7.4f  %7.4f\n", w, t.name.c_str(), f.n, f.acc,
-               metric == "acc" ? '*' : ' ', f.acc_norm, metric == "len_norm" ? '*' : ' ', f.acc_bytes, f.acc_stderr,
-               f.bpb, f.ce_loss);
+        printf("  %-*s  %9.0f  %.4f%c  %.4f%c   %.4f     %6s  %7.4f  %7.4f\n", w, t.name.c_str(), f.n, f.acc,
+               metric == "acc" ? '*' : ' ', f.acc_norm, metric == "len_norm" ? '*' : ' ', f.acc_bytes,
+               if_defined(f.acc_stderr).c_str(), f.bpb, f.ce_loss);
     }
     if (!e.sets.empty())
         printf("  %-*s  %9s  %-7s  %10s  %13s\n", w, "set", "tokens", "loss", "perplexity", "bits per byte");
     for (const PerplexitySet& s : e.sets) {
-        const double bits = bits_per_byte(s), loss = s.nll / s.tokens;
+        const double loss = s.nll / s.tokens;
         printf("  %-*s  %9.0f  %.4f  %10.4f  %13s\n", w, s.name.c_str(), s.tokens, loss, exp(loss),
-               std::isfinite(bits) ? text("%.4f", bits).c_str() : "");
+               if_defined(bits_per_byte(s)).c_str());
     }
 }
 
@@ -536,7 +571,9 @@ std::vector<Option> evaluation_options(EvalOptions* o) {
 // By the weights of now: on the screen, and in a line of the log under the keys of OLMo's
 void evaluation_in_run(Evaluation* e, Olmoe* m, Json* line) {
     at_step("evaluation");
-    evaluation_score(e, m);
+    const bool whole = evaluation_score(e, m);
+    at_step("");
+    if (!whole) { printf("  no evaluation: the run was asked to stop\n"); return; }
     evaluation_print(*e);
     auto add = [&](const std::string& key, double x) { (*line)["eval/" + key] = std::isfinite(x) ? Json(x) : Json(); };
     for (const Task& t : e->tasks) {
@@ -550,7 +587,6 @@ void evaluation_in_run(Evaluation* e, Olmoe* m, Json* line) {
         add(s.name + "/CrossEntropyLoss", s.nll / s.tokens);
         add(s.name + "/Perplexity", exp(s.nll / s.tokens));
     }
-    at_step("");
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -621,6 +657,7 @@ int command_evaluate(int argc, char** argv) {
     if (v.model.empty()) die("evaluate needs --model DIR");
     if (!e.o.any()) die("evaluate needs --tasks FILES or --perplexity FILES");
     if (!v.samples.empty() && e.o.tasks.empty()) die("--samples needs --tasks");
+    if (!v.json.empty() && v.json == v.samples) die("--json and --samples are the same file; name two");
     for (const std::string* path : {&v.json, &v.samples}) if (!path->empty()) file_check_writable(*path);
     config_read(&v.config, v.model);
     const bool own = access((v.model + "/tokenizer.json").c_str(), F_OK) == 0;
@@ -644,8 +681,8 @@ int command_evaluate(int argc, char** argv) {
     evaluation_print(e);
     std::string samples;
     for (const Task& t : e.tasks) task_figures(t, &samples);
-    if (!v.samples.empty()) file_replace(v.samples, samples);
     if (!v.json.empty()) file_replace(v.json, json_text(evaluation_json(e)));
+    if (!v.samples.empty()) file_replace(v.samples, samples);
     olmoe_free(&v.olmoe);
     device_close();
     return 0;

@@ -134,15 +134,28 @@ void output_check(const std::string& out) {
             "it has to be on a file system that all machines share", out.c_str(), blind, world.size);
 }
 
-// A text under a name: all of it, or what was there before. A device, such as /dev/stdout, is written to.
+// The file that links of this name lead to. A pipe or a deleted file has no name of its own.
+std::string file_behind(const std::string& path) {
+    std::error_code none;
+    const std::string file = std::filesystem::canonical(path, none).string();
+    return none ? path : file;
+}
+
+// A text under a name: all of it, or what was there before. What standard output goes to gets the text there; another
+// device is written to.
 void file_replace(const std::string& path, const std::string& contents) {
-    struct stat info;
-    const bool device = stat(path.c_str(), &info) == 0 && !S_ISREG(info.st_mode);
-    const std::string to = device ? path : path + ".tmp";
+    struct stat info, screen;
+    const bool there = stat(path.c_str(), &info) == 0, device = there && !S_ISREG(info.st_mode);
+    if (there && fstat(STDOUT_FILENO, &screen) == 0 && info.st_dev == screen.st_dev && info.st_ino == screen.st_ino) {
+        fwrite(contents.data(), 1, contents.size(), stdout);
+        print_check();
+        return;
+    }
+    const std::string file = file_behind(path), to = device ? path : file + ".tmp";
     FILE* f = fopen(to.c_str(), "w");
     bool written = f && fwrite(contents.data(), 1, contents.size(), f) == contents.size();
     if (f) written = fclose(f) == 0 && written;
-    if (!device && written) written = rename(to.c_str(), path.c_str()) == 0;
+    if (!device && written) written = rename(to.c_str(), file.c_str()) == 0;
     if (written) return;
     const int error = errno;
     if (!device && f) unlink(to.c_str());
@@ -154,10 +167,11 @@ void file_check_writable(const std::string& path) {
     struct stat info;
     const bool there = stat(path.c_str(), &info) == 0;
     if (there && S_ISDIR(info.st_mode)) die("cannot write %s: it is a directory", path.c_str());
-    const size_t slash = path.rfind('/');
-    const std::string folder = slash == std::string::npos ? "." : path.substr(0, slash + 1);
-    const std::string& asked = there && !S_ISREG(info.st_mode) ? path : folder;
-    if (access(asked.c_str(), W_OK) != 0) die("cannot write %s: %s", path.c_str(), strerror(errno));
+    const bool device = there && !S_ISREG(info.st_mode);
+    const std::string temporary = file_behind(path) + ".tmp";
+    FILE* f = device ? nullptr : fopen(temporary.c_str(), "w");
+    if (device ? access(path.c_str(), W_OK) != 0 : !f) die("cannot write %s: %s", path.c_str(), strerror(errno));
+    if (f) { fclose(f); unlink(temporary.c_str()); }
 }
 
 // Drops the lines of steps after `step` from a log, so that a resumed run's log reads as if it had never stopped (but

@@ -167,8 +167,9 @@ void train_options_check(TrainOptions* o) {
     o->adamw.eps = std::max(o->adamw.eps, 1e-30);
     o->adamw.rmsprop = o->optimizer == "rmsprop";
     train_check_objective(*o);
-    if (!o->eval.any() && (o->eval.every > 0 || o->eval.start))
-        die("--eval-%s needs --eval-tasks FILES or --eval-perplexity FILES", o->eval.start ? "start" : "every");
+    const EvalOptions& e = o->eval;
+    const char* alone = e.start ? "start" : e.every > 0 ? "every" : e.T > 0 ? "seq" : nullptr;
+    if (!e.any() && alone) die("--eval-%s needs --eval-tasks FILES or --eval-perplexity FILES", alone);
     if (o->reference.empty() && (o->objective == "dpo" || o->objective == "kto")) o->reference = o->model;
 }
 
@@ -533,7 +534,7 @@ void log_open(TrainingRun* run) {
 void run_evaluate_start(TrainingRun* run) {
     Json line = {{"step", 0}};
     evaluation_in_run(&run->eval, &run->model, &line);
-    log_line(*run, line);
+    if (line.size() > 1) log_line(*run, line);
 }
 
 WouldSave run_would_save(const TrainingRun& run) {

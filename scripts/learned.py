@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
 """Reports what a training run on text has learned: learned.py FOLDER RUN
 
-FOLDER holds train.txt, val.txt and, for the default corpus, entropy.json; RUN holds log.jsonl. Compares the last
-validation's bits per byte with what xz -9e spends on the validation text after the training text (the size of both
-minus the size of the training text), and with the entropy of the source; and looks at the experts' load. With an
-entropy.json the bars of the default run are checked: at most 0.7 x xz and 1.6 x entropy, max/mean load below 2 in every
-layer, no dead expert; exit 1 where one is missed. Standard library only.
+FOLDER holds train.txt, val.txt and, for the default corpus, entropy.json and tasks/*.jsonl; RUN holds log.jsonl.
+Compares the last validation's bits per byte with what xz -9e spends on the validation text after the training text (the
+size of both minus the size of the training text), and with the entropy of the source; the last evaluation of each task
+with that before the first step; and looks at the experts' load. With an entropy.json the bars of the default run are
+checked: at most 0.7 x xz and 1.6 x entropy, each task's accuracy at least three standard errors above chance, max/mean
+load below 2 in every layer, no dead expert; exit 1 where one is missed. Standard library only.
 """
 import json
 import lzma
+import math
 import sys
+from collections import Counter
 from pathlib import Path
 
 
@@ -38,6 +41,24 @@ def read(folder, run):
     return train, val, steps, last, entropy
 
 
+def chance(path):
+    """Expectation and standard error of a task's accuracy where every choice of a question is as likely"""
+    choices = Counter(json.loads(line)["doc_id"] for line in path.read_text().splitlines())
+    p = [1 / n for n in choices.values()]
+    return sum(p) / len(p), math.sqrt(sum(x * (1 - x) for x in p)) / len(p)
+
+
+def tasks(folder, run, steps):
+    """Of each: its name, the first accuracy where that is of step 0, the last, and what it has to reach"""
+    for path in sorted((folder / "tasks").glob("*.jsonl")):
+        key = f"eval/downstream/{path.stem}_acc"
+        found = [(line["step"], line[key]) for line in steps if key in line]
+        if not found:
+            raise Unreadable(f"{run / 'log.jsonl'} has no evaluation of {path}; remove {run} to start over")
+        mean, error = chance(path)
+        yield path.stem, found[0][1] if found[0][0] == 0 else None, found[-1][1], mean + 3 * error
+
+
 def xz(data):
     return len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))
 
@@ -45,7 +66,7 @@ def xz(data):
 def report(folder, run):
     """Prints it. True where no bar is missed."""
     train, val, steps, last, entropy = read(folder, run)
-    seconds = sum(line["ms"] for line in steps) / 1000
+    seconds = sum(line["ms"] for line in steps if line["step"] > 0) / 1000
     bpb = last["val_bpb"]
     xz_bpb = (xz(train + val) - xz(train)) * 8 / len(val)
     load = max(layer["max_over_mean"] for layer in last["balance"])
@@ -59,6 +80,10 @@ def report(folder, run):
     if entropy:
         rows.append((f"{bpb / entropy:.2f} x", f"of the {entropy:.3f} of the source's own choices",
                      bpb <= 1.6 * entropy))
+    for name, before, accuracy, bar in tasks(folder, run, steps):
+        since = "" if before is None else f", {before:.2f} before training"
+        rows.append((f"{accuracy:.2f}", f"of {name} right{since}; three standard errors above chance are {bar:.2f}",
+                     accuracy >= bar))
     rows.append((f"{load:.2f}", "largest max/mean load of an expert in any layer", load < 2))
     rows.append((f"{dead}", "dead experts", dead == 0))
 

@@ -19,13 +19,12 @@ the corpus does. Both are right. A small model adds badly at once, and well in s
 The same seed gives the same bytes. Needs only Python 3.
 """
 import argparse
-import json
 import os
 import sys
 import zlib
 
 import make_corpus as corpus
-from make_corpus import CAST, Source, a
+from make_corpus import CAST, Source, a, write_lines
 
 NAMES = list(CAST)
 ONE_WORD = "Answer in one word."
@@ -206,12 +205,6 @@ def questions(s, w, n):
     return rows
 
 
-def write(path, rows):
-    with open(path, "w", encoding="ascii", newline="\n") as f:
-        for row in rows:
-            f.write(json.dumps(row) + "\n")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True, help="directory to write to")
@@ -225,9 +218,9 @@ def main():
         os.makedirs(options.out, exist_ok=True)
         w = World(options.seed, "sft")
         sft = [conversation(s, w) for _ in range(options.conversations)]
-        write(os.path.join(options.out, "sft.jsonl"), sft)
+        write_lines(os.path.join(options.out, "sft.jsonl"), sft)
         for side, n in (("questions", options.questions), ("held-out", options.held_out)):
-            write(os.path.join(options.out, side + ".jsonl"), questions(s, World(options.seed, side), n))
+            write_lines(os.path.join(options.out, side + ".jsonl"), questions(s, World(options.seed, side), n))
     except OSError as error:
         sys.exit(f"make_conversations.py: {error.filename or options.out}: {error.strerror}")
     print(f"{len(sft)} conversations, {sum(tokens(row['messages']) for row in sft)} tokens; "

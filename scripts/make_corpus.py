@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """Writes the default corpus: about 4 MB of little stories, arithmetic, dialogues and programs, drawn from a grammar.
 
-    make_corpus.py --out DIR [--seed 0] [--train-bytes 4000000] [--val-bytes 200000]
+    make_corpus.py --out DIR [--seed 0] [--train-bytes 4000000] [--val-bytes 200000] [--questions 100]
 
 DIR/train.jsonl, val.jsonl   a document a line: {"id": "story-000123", "text": "..."}; the id starts with the domain
 DIR/train.txt, val.txt       the same texts, separated by an empty line, to read and to compress
 DIR/entropy.json             bits per byte of the grammar's own choices, by domain and over all
+DIR/tasks/stories.jsonl, arithmetic.jsonl, dialogues.jsonl, programs.jsonl
+                             questions with four choices, as `olmoe evaluate --tasks` reads them
 
 Every random choice adds -log2 of its probability to the entropy. A perfect model that knew the grammar could not spend
 less, except where two ways through the grammar give the same text: so the figure is an upper bound of the text's
@@ -16,6 +18,7 @@ import json
 import math
 import os
 import random
+import re
 import sys
 
 
@@ -423,6 +426,165 @@ def code(s):
 DOMAINS = {"story": story, "arithmetic": arithmetic, "dialogue": dialogue, "code": code}
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Multiple choice. A question is the beginning of a document, up to where what comes next is settled by what stands
+# before. What is wrong there is right elsewhere, so that only the context tells them apart.
+#
+# Each kind of question is a function of a text: (where the right choice begins, where it ends, three wrong ones), or
+# None where the text has no place for it.
+
+LONGEST = 256       # characters of a context with any of its choices: the positions of the default run
+NAME = "|".join(SHE + HE)
+SORTS = [TRAITS + LOOKS, PLACES + SPOTS + THINGS, KINDS + JOBS, STUFF, FOODS, FEEL, MOVES + FINDS, HOW, WHERE]
+ABOUT = {"Where": "search", "Who": "search", "How": "shop", "Will": "plan", "Shall": "trip", "Is": "family",
+         "Do": "taste", "Why": "feel"}          # a dialogue's questions, by their first word
+
+
+def beginning(s, write):
+    """Of a new document, without half a word at the end"""
+    return write(s)[:LONGEST].rpartition(" ")[0]
+
+
+def match(s, pattern, text):
+    found = list(re.finditer(pattern, text, re.M))
+    return s.one(found) if found else None
+
+
+def number(s, text, pattern):
+    """The four are in a row. The right one may be any of them, so that none is a better guess."""
+    m = match(s, pattern, text)
+    if not m:
+        return None
+    right = int(m[1])
+    low = max(0, right - s.number(0, 3))
+    return *m.span(1), [str(x) for x in range(low, low + 4) if x != right]
+
+
+def piece(s, text, write, pieces):
+    """The wrong ones are pieces of other documents. pieces(text) gives (begin, end, sort); all four differ in sort."""
+    found = list(pieces(text))
+    if not found:
+        return None
+    begin, end, sort = s.one(found)
+    sorts, wrong = [sort], []
+    while len(wrong) < 3:
+        other = beginning(s, write)
+        fit = [p for p in pieces(other) if p[2] not in sorts]
+        if fit:
+            first, last, sort = s.one(fit)
+            sorts.append(sort)
+            wrong.append(other[first:last])
+    return begin, end, wrong
+
+
+def sort_of(word, sorts):
+    """The number of the list that has the word; None where none has it, or more than one"""
+    found = [i for i, words in enumerate(sorts) if word in words]
+    return found[0] if len(found) == 1 else None
+
+
+def animal(s, text):
+    """Who is what. One of the wrong ones is the story's other animal."""
+    m = match(s, rf"\b({NAME}) the (\w+)", text)
+    if not m:
+        return None
+    kinds = {CAST[name] for name in re.findall(rf"\b({NAME})\b", text)}
+    there = sorted(kinds - {m[2]})
+    return *m.span(2), there + s.several([kind for kind in KINDS if kind not in kinds], 3 - len(there))
+
+
+def sentence(s, text):
+    """The end of a sentence, which begins with a word of a certain sort"""
+    def pieces(text):
+        for m in re.finditer(r"(?<= )(?=((\w+)[^.,?!\"\n]*\.))", text):
+            sort = sort_of(m[2], SORTS)
+            if sort is not None and not re.search(NAME, m[1]):
+                yield *m.span(1), sort
+    return piece(s, text, story, pieces)
+
+
+def result(s, text):
+    """Of a fact, a longer sum, a problem or a chain"""
+    return number(s, text, r"(?: =| is|, sum) (\d+)[,.]")
+
+
+def row(s, text):
+    """The last number of a row with equal steps"""
+    return number(s, text, r"^By \d+: .*, (\d+)\.")
+
+
+def reply(s, text):
+    """The wrong ones are to other questions."""
+    def pieces(text):
+        for m in re.finditer(r"(?=^\w+: (\w+).*\?\n\w+: (.*)\n)", text, re.M):
+            if m[1] in ABOUT:
+                yield *m.span(2), ABOUT[m[1]]
+    return piece(s, text, dialogue, pieces)
+
+
+def listener(s, text):
+    """Who is spoken to, after the first line, which has both names. One of the wrong ones is the speaker."""
+    m = match(s, rf"\n(\w+): .*, ({NAME})\b", text)
+    if not m:
+        return None
+    names = re.findall(rf"\b({NAME})\b", text)
+    return *m.span(2), [m[1]] + s.several([name for name in CAST if name not in names], 2)
+
+
+def printed_word(s, text):
+    """An item of a list, or one of two words"""
+    def pieces(text):
+        for m in re.finditer(r"\n> (\w+)\n", text):
+            sort = sort_of(m[1], [KINDS, LOOKS, THINGS, FOODS, PLACES, JOBS])
+            if sort is not None:
+                yield *m.span(1), sort
+    return piece(s, text, code, pieces)
+
+
+def printed_number(s, text):
+    """Of a loop, or the length of a list"""
+    return number(s, text, r"(?:^print count.*|^for .*|^> \d+)\n> (\d+)\n")
+
+
+QUESTIONS = {"stories": (story, [animal, sentence]), "arithmetic": (arithmetic, [result, row]),
+             "dialogues": (dialogue, [reply, listener]), "programs": (code, [printed_word, printed_number])}
+
+
+def question(s, task, kind, known, taken):
+    """A context, the right choice, and wrong ones. The text `known` does not have the answer, `taken` not the context.
+    None of the choices begins with another, which would always be the likelier one."""
+    while True:
+        text = beginning(s, QUESTIONS[task][0])
+        found = kind(s, text)
+        if found:
+            begin, end, wrong = found
+            context, choices = text[:begin - 1], sorted([text[begin:end], *wrong])
+            clear = not any(y.startswith(x) for x, y in zip(choices, choices[1:]))
+            fits = begin + max(map(len, choices)) <= LONGEST
+            if clear and fits and text[:end] not in known and context not in taken:
+                return context, text[begin:end], wrong
+
+
+def requests(s, task, n, known):
+    """The lines of n questions, one for each choice"""
+    kinds, taken = QUESTIONS[task][1], set()
+    for i in range(n):
+        context, right, wrong = question(s, task, kinds[i % len(kinds)], known, taken)
+        taken.add(context)
+        choices = s.several([right, *wrong], 4)
+        for idx, choice in enumerate(choices):
+            yield {"request_type": "loglikelihood", "request": {"context": context, "continuation": " " + choice},
+                   "task_name": task, "doc_id": i, "idx": idx, "label": choices.index(right)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def write_lines(path, rows):
+    with open(path, "w", encoding="ascii", newline="\n") as f:
+        for row in rows:
+            f.write(json.dumps(row) + "\n")
+
+
 def split(s, size):
     """Documents until they hold size bytes: (domain, text, bits). The domain is a choice like any other."""
     documents, total = [], 0
@@ -441,20 +603,21 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train-bytes", type=int, default=4000000)
     parser.add_argument("--val-bytes", type=int, default=200000)
+    parser.add_argument("--questions", type=int, default=100, help="of each task")
     options = parser.parse_args()
-    if options.train_bytes < 1 or options.val_bytes < 1:
-        sys.exit("make_corpus.py: --train-bytes and --val-bytes have to be positive")
+    if min(options.train_bytes, options.val_bytes, options.questions) < 1:
+        sys.exit("make_corpus.py: --train-bytes, --val-bytes and --questions have to be positive")
 
-    source = Source(options.seed)
+    source, whole = Source(options.seed), {}
     try:
-        os.makedirs(options.out, exist_ok=True)
+        os.makedirs(os.path.join(options.out, "tasks"), exist_ok=True)
         for name, size in (("train", options.train_bytes), ("val", options.val_bytes)):
             documents = split(source, size)
-            with open(os.path.join(options.out, name + ".jsonl"), "w", encoding="ascii", newline="\n") as f:
-                for i, (domain, text, _) in enumerate(documents):
-                    f.write(json.dumps({"id": f"{domain}-{i:06d}", "text": text}) + "\n")
+            write_lines(os.path.join(options.out, name + ".jsonl"),
+                        ({"id": f"{domain}-{i:06d}", "text": text} for i, (domain, text, _) in enumerate(documents)))
+            whole[name] = "\n\n".join(text for _, text, _ in documents) + "\n"
             with open(os.path.join(options.out, name + ".txt"), "w", encoding="ascii", newline="\n") as f:
-                f.write("\n\n".join(text for _, text, _ in documents) + "\n")
+                f.write(whole[name])
             print(f"{name}: {len(documents)} documents, {sum(len(text) for _, text, _ in documents)} bytes")
         entropy, size = {}, {}
         for domain in list(DOMAINS) + ["all"]:
@@ -464,6 +627,9 @@ def main():
         with open(os.path.join(options.out, "entropy.json"), "w", encoding="ascii", newline="\n") as f:
             json.dump({"bits_per_byte": entropy, "bytes": size, "seed": options.seed}, f, indent=2)
             f.write("\n")
+        for task in QUESTIONS:
+            write_lines(os.path.join(options.out, "tasks", task + ".jsonl"),
+                        requests(source, task, options.questions, whole["train"]))
     except OSError as error:
         sys.exit(f"make_corpus.py: {error.filename or options.out}: {error.strerror}")
     print("entropy of the grammar's choices on the validation text, bits per byte:",

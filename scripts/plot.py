@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Draws the course of one or several training runs: loss, validation, learning rate and expert load over the steps. Of
-runs that fine-tune, also the loss that they minimise, and what DPO and KTO make of answers.
+runs that evaluate, also the losses of their sets and the accuracies in their tasks; of runs that fine-tune, the loss
+that they minimise, and what DPO and KTO make of answers.
 
     plot.py OUT... [--out FILE.png]
 
@@ -20,6 +21,11 @@ try:
 except ImportError:
     sys.exit("plot.py: matplotlib is missing; install python3-matplotlib (make setup does) and run it with that "
              "python3")
+
+# Of runs with --eval-every: title -> what stands before and after a set's or a task's name in the log's fields
+EVALUATION = {"loss of evaluation sets (nats a token)": ("eval/", "/CrossEntropyLoss"),
+              "accuracy in tasks": ("eval/downstream/", "_acc"),
+              "accuracy in tasks, by log-probability a character": ("eval/downstream/", "_len_norm")}
 
 # Of runs with --objective sft, dpo or kto: title -> fields of the log that are drawn together
 FINE_TUNING = {"loss that is minimised": ["loss"],
@@ -68,10 +74,30 @@ def fine_tunes(run):
     return any("targets" in record for record in run)
 
 
+def evaluated(runs, title):
+    """The sets or tasks that any of the runs has something for: name -> field of the log"""
+    before, after = EVALUATION[title]
+    fields = dict.fromkeys(field for run in runs for record in run for field in record)
+    return {field[len(before):-len(after)]: field for field in fields
+            if field.startswith(before) and field.endswith(after)}
+
+
 def panels_of(runs):
-    """The titles of FINE_TUNING that any of the runs has something for"""
+    """The titles of EVALUATION and FINE_TUNING that any of the runs has something for"""
     names = {name for run in runs if fine_tunes(run) for record in run for name in record if record[name] is not None}
-    return [title for title, fields in FINE_TUNING.items() if names.intersection(fields)]
+    return [title for title in EVALUATION if evaluated(runs, title)] \
+        + [title for title, fields in FINE_TUNING.items() if names.intersection(fields)]
+
+
+def draw_evaluation(axis, title, runs, names):
+    """One run: a colour a set or task. Several: a colour a run, and a line style a set or task."""
+    for i, (run, name) in enumerate(zip(runs, names)):
+        for j, (what, field) in enumerate(evaluated(runs, title).items()):
+            colour, line, label = (f"C{j % 10}", "-", what) if len(runs) == 1 else \
+                (f"C{i}", ("-", "--", ":", "-.")[j % 4], f"{name}: {what}")
+            draw(axis, run, lambda r: r.get(field), color=colour, linestyle=line, linewidth=1, marker="o", markersize=3,
+                 label=label)
+    axis.set_title(title)
 
 
 def draw_fine_tuning(axis, title, runs, names):
@@ -112,7 +138,7 @@ def main():
     panels = panels_of(runs)
     figure, (loss, validation, rate, load, *below) = axes_of(len(panels))
     for axis, title in zip(below, panels):
-        draw_fine_tuning(axis, title, runs, names)
+        (draw_evaluation if title in EVALUATION else draw_fine_tuning)(axis, title, runs, names)
     for i, (name, run) in enumerate(zip(names, runs)):
         colour = f"C{i}"
         draw(loss, run, lambda r: r.get("ce_loss"), color=colour, label=name, linewidth=1)
@@ -143,7 +169,7 @@ def main():
         axis.grid(alpha=0.3)
         entries = axis.get_legend_handles_labels()[0]
         if entries and (len(runs) > 1 or axis is load or len(entries) > 1):
-            axis.legend(fontsize=8, ncol=2 if axis is load else 1)
+            axis.legend(fontsize=8 if len(entries) < 13 else 5, ncol=2 if axis is load or len(entries) > 12 else 1)
     figure.tight_layout()
     try:
         figure.savefig(picture, dpi=110)

@@ -58,8 +58,8 @@ def die(message):
 
 
 # ------------------------------------------------------------------------------------------------
-# Requests: a function for each kind of document, from a generator of random numbers to (contexts, continuations, label).
-# One context stands for all choices.
+# Requests: a function for each kind of document, from a generator of random numbers to (contexts, continuations,
+# label). One context stands for all choices.
 
 def phrase(r, low, high, alphabet=None):
     """So many words, of one alphabet or of any."""
@@ -122,7 +122,7 @@ def blanks(r):
 
 
 def apart(r):
-    """What a tokenizer would join if it saw both parts: ab + ab, a letter and what is put on it, a word's two halves."""
+    """What a tokenizer would join if it saw both parts: ab + ab, a letter and what is put on it, halves of a word."""
     return [phrase(r, 1, 2) + " ab", phrase(r, 1, 2) + " e", phrase(r, 1, 2) + " whe"], ["ab", "\u0301t", "re"], \
         r.randrange(3)
 

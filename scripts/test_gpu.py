@@ -11,6 +11,8 @@ or programs that `make DEVICE=cuda SM=90 test-gpu-build` has built elsewhere. In
   - `olmoe verify` of all models of tests/fixtures, in both precisions;
   - 20 steps of configs/tiny.json, twice: equal logs, but for times, and equal checkpoints;
   - the same with --recompute 1 and 2;
+  - fine-tunings of tests/fixtures/finetune, and `olmoe evaluate` on tests/fixtures/evaluate, against what PyTorch
+    computed in float64: all that they log or write in FP32, in BF16 what has a limit there;
   - compute-sanitizer's memcheck, racecheck and initcheck on the kernels and the model, where it is installed;
   - with two GPUs or more and NCCL: test_olmoe --ranks, and --ep 1|2 x --zero 0|1 against one rank;
   - OLMoE-1B-7B with random weights, 10 steps of the largest plan that fits the free memory, with fewer layers where not
@@ -30,6 +32,7 @@ import datetime
 import glob
 import hashlib
 import json
+import math
 import os
 import platform
 import random
@@ -52,7 +55,7 @@ FIRST_UNTRACED = 4                              # step: those before it may be t
 LAST_LINES = 15                                 # of what a failed command printed, for the report
 
 # Seconds after which a command hangs. No step comes near them on a GPU of the last ten years.
-PATIENCE = {"build": 1800, "test_olmoe": 150, "verify": 30, "info": 30, "train": 60, "OLMoE": 300}
+PATIENCE = {"build": 1800, "test_olmoe": 150, "verify": 30, "info": 30, "train": 60, "evaluate": 30, "OLMoE": 300}
 # The share of all time after which no sanitizer runs, so that the steps after them have their turn
 SANITIZERS_END = 0.65
 
@@ -60,6 +63,14 @@ SANITIZERS_END = 0.65
 # other one, and takes a part of these experts' gradients along. The limit of the gradients is then this, and that of
 # logits and losses the second.
 OTHER_EXPERTS, OTHER_LOGITS = 0.5, 0.05
+
+# The cases of fine-tuning and evaluation that are run, and their limits in FP32, which are those of
+# tests/test_objectives.py and tests/test_evaluate.py: of a value; of a norm, which is a root of a sum over all
+# gradients; of the log-probabilities, for what is a difference of them; and of what is exact but for its nine digits.
+FINE_TUNED, EVALUATED = ("sft-assistant", "dpo-words", "kto-words"), ("bytes", "words")
+RELATIVE, RELATIVE_NORM, OF_DIFFERENCES, NINE_DIGITS = 1e-5, 1e-4, 1e-6, 5e-9
+DIFFERENCES = ("reward_margin", "kl", "chosen_reward", "rejected_reward")
+LOG_PROBABILITIES = ("ce_loss", "chosen_logp", "rejected_logp")
 
 
 class Failed(Exception):
@@ -500,6 +511,166 @@ def layout(session, ep, zero):
 
 
 # ------------------------------------------------------------------------------------------------
+# Fine-tuning and evaluation, against expected numbers
+
+class Comparison:
+    """Values beside those expected: how many there are, which are off, and which is nearest to its limit."""
+    def __init__(self):
+        self.count, self.off, self.most, self.nearest = 0, [], 0.0, "none"
+
+    def equal(self, name, got, right):
+        self.count += 1
+        if got != right:
+            self.off.append(f"{name}: {got}, expected {right}")
+
+    def near(self, name, got, right, limit):
+        """Both are null, or numbers that are no more than `limit` apart; where that is infinite, any number will do."""
+        self.count += 1
+        if right is None or not isinstance(got, (int, float)) or not math.isfinite(got):
+            good = right is None and got is None
+        else:
+            good, used = abs(got - right) <= limit, abs(got - right) / limit if limit else 0.0
+            if used >= self.most:
+                self.most, self.nearest = used, name
+        if not good:
+            self.off.append(f"{name}: {got}, expected {right}")
+
+    def result(self, done):
+        """Details for the report, or Failed with the first value that is off, and with more of them in its lines."""
+        if self.off:
+            why = f"{len(self.off)} of {self.count} values are off, {self.off[0]}"
+            raise Failed(why, self.off[:20] + done.ending())
+        return [f"{self.count} values as expected; nearest to its limit: {self.nearest}, {100 * self.most:.2g} % of it"]
+
+
+def expected_of(session, kind, case):
+    """(folder, what its expected.json has) of a case of tests/fixtures/KIND."""
+    folder = Path(session.options.fixtures) / kind / case
+    if not (ROOT / folder / "expected.json").exists():
+        raise LeftOut(f"there is no {folder}/expected.json")
+    return folder, json.loads((ROOT / folder / "expected.json").read_text())
+
+
+def allowed(precision, e, step, field):
+    """How far a logged value may be from the expected one. Infinite: it only has to be a number.
+
+    In BF16 that is what verify allows for a model whose files are fp32, where it applies: to the first step, for later
+    ones follow an update in which each small gradient counts by its sign; to means of log-probabilities, which are
+    losses; and to the norm of their gradient. What is a difference of log-probabilities may be all rounding, and so may
+    the gradients that it weights."""
+    right, args = abs(e["steps"][step - 1][field] or 0), e["args"]
+    if field == "targets":
+        return 0
+    if field == "lr" or field == "reward_accuracy" and precision == "FP32":
+        return NINE_DIGITS * right
+    if precision == "FP32":
+        beta = float(args[args.index("--beta") + 1]) if "--beta" in args else 0.1
+        of_difference = OF_DIFFERENCES * e["log_probability"] * (1 if field == "kl" else beta)
+        limit = RELATIVE_NORM if field == "grad_norm" else RELATIVE
+        return limit * right + (of_difference if field in DIFFERENCES else 0)
+    if step == 1 and field in LOG_PROBABILITIES:
+        return OTHER_LOGITS * right
+    if step == 1 and field == "grad_norm" and args[args.index("--objective") + 1] == "sft":
+        return OTHER_EXPERTS * right
+    return math.inf
+
+
+def fine_tuning(session, precision, case):
+    """A fine-tuning by rows: each field of each step that was expected"""
+    folder, e = expected_of(session, "finetune", case)
+    out = session.folder / f"{case}-{precision}"
+    reference = ["--reference", folder / e["reference"]] if e["reference"] else []
+    words = session.words(precision, "olmoe", "train", "--model", folder / e["model"], *reference, "--data",
+                          *(folder / name for name in e["data"]), "--tokenizer", e["tokenizer"], "--out", out,
+                          *e["args"], "--sample-tokens", 1, "--peak-tflops", 1)
+    done = session.ok(words, PATIENCE["train"])
+    lines, found = log_lines(out), Comparison()
+    found.equal("steps", [line["step"] for line in lines], list(range(1, len(e["steps"]) + 1)))
+    for i, (line, step) in enumerate(zip(lines, e["steps"]), 1):
+        for field, right in step.items():
+            found.near(f"step {i}, {field}", line.get(field, "missing"), right, allowed(precision, e, i, field))
+    shutil.rmtree(out)
+    return found.result(done)
+
+
+def compare_task(found, precision, name, samples, table, wanted):
+    """A task's documents and scores, of `olmoe evaluate`. In BF16 another choice may be the best, so that scores only
+    have to be numbers."""
+    documents = wanted["documents"]
+    found.equal(f"{name}, doc_ids", [s["doc_id"] for s in samples], [d["doc_id"] for d in documents])
+    found.equal(f"{name}, n", table["n"], wanted["table"]["n"])
+    for s, d in zip(samples, documents):
+        at = f"{name} {d['doc_id']}"
+        for key in ("label", "tokens", "characters", "bytes"):
+            found.equal(f"{at}, {key}", s[key], d[key])
+        found.equal(f"{at}, choices", len(s["logprobs"]), len(d["logprobs"]))
+        if precision == "FP32":
+            for i, (got, right) in enumerate(zip(s["logprobs"], d["logprobs"])):
+                found.near(f"{at}, log p of choice {i}", got, right, RELATIVE * abs(right))
+            for key, prediction in zip(("acc", "acc_norm", "acc_bytes"), d["predictions"]):
+                found.equal(f"{at}, {key}", s[key], int(prediction == d["label"]))
+    for key, right in wanted["table"].items():
+        limit = (NINE_DIGITS if key.startswith("acc") else RELATIVE) * (right or 0)
+        found.near(f"{name}, {key}", table.get(key, "missing"), right, limit if precision == "FP32" else math.inf)
+
+
+def limit_of_log_probabilities(folder, e):
+    """In BF16, of the root mean square of what a token's log p is off by. That is its logit less the log of a sum, and
+    so it is off by twice what logits are off by at most, for which verify has a limit, relative to the logits' own root
+    mean square s. A model of random weights has a loss of log V + s^2 / 2 in V words: that tells s."""
+    config = json.loads((ROOT / folder / e["model"] / "config.json").read_text())
+    loss = statistics.mean(wanted["loss"] for run in e["runs"] for wanted in run["perplexity"].values())
+    return 2 * OTHER_LOGITS * math.sqrt(2 * (loss - math.log(config["vocab_size"])))
+
+
+def evaluate_run(session, precision, folder, e, number, found, errors):
+    """One call of `olmoe evaluate`. Appends to errors what each choice's log p is off by, per token. Returns what it
+    did."""
+    run, out = e["runs"][number], session.folder / "evaluate"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    words = session.words(precision, "olmoe", "evaluate", "--model", folder / e["model"], "--tokenizer", e["tokenizer"],
+                          "--tasks", *(folder / name for name in run["task_files"]), "--perplexity",
+                          *(folder / name for name in run["perplexity_files"]),
+                          *(["--seq", run["seq"]] if run["seq"] else []), "--json", out / "out.json", "--samples",
+                          out / "samples.jsonl")
+    done = session.ok(words, PATIENCE["evaluate"])
+    figures, samples = json.loads((out / "out.json").read_text()), {name: [] for name in run["tasks"]}
+    for line in map(json.loads, (out / "samples.jsonl").read_text().splitlines()):
+        samples.setdefault(line["task"], []).append(line)
+    shutil.rmtree(out)
+    names = {"tasks": sorted(figures["tasks"]), "samples": sorted(samples), "sets": sorted(figures["perplexity"])}
+    right = {"tasks": sorted(run["tasks"]), "samples": sorted(run["tasks"]), "sets": sorted(run["perplexity"])}
+    found.equal(f"run {number}, names", names, right)
+    if names != right:
+        return done
+    for name, task in run["tasks"].items():
+        compare_task(found, precision, f"run {number}, {name}", samples[name], figures["tasks"][name], task)
+        for s, d in zip(samples[name], task["documents"]):
+            errors += [(a - b) / count for a, b, count in zip(s["logprobs"], d["logprobs"], d["tokens"])]
+    for name, wanted in run["perplexity"].items():
+        own, name = figures["perplexity"][name], f"run {number}, {name}"
+        found.equal(f"{name}, tokens", own["tokens"], wanted["tokens"])
+        for key in sorted({"loss", "bits_per_byte"} & set(wanted)):
+            limit = (RELATIVE if precision == "FP32" else OTHER_LOGITS) * wanted[key]
+            found.near(f"{name}, {key}", own.get(key, "missing"), wanted[key], limit)
+        perplexity = math.exp(own["loss"])
+        found.near(f"{name}, perplexity", own["perplexity"], perplexity, NINE_DIGITS * perplexity)
+    return done
+
+
+def evaluate(session, precision, case):
+    folder, e = expected_of(session, "evaluate", case)
+    found, errors = Comparison(), []
+    for number in range(len(e["runs"])):
+        done = evaluate_run(session, precision, folder, e, number, found, errors)
+    if precision == "BF16":
+        error = math.sqrt(sum(x * x for x in errors) / len(errors)) if errors else math.nan
+        found.near("error of a token's log p", error, 0.0, limit_of_log_probabilities(folder, e))
+    return found.result(done)
+
+
+# ------------------------------------------------------------------------------------------------
 # OLMoE-1B-7B, at what fits
 
 STATES = (("fp32", "fp32"), ("remainder", "fp32"), ("remainder", "bf16"), ("none", "bf16"))
@@ -646,6 +817,11 @@ def run_steps(session):
     for precision in PRECISIONS:
         for level in (1, 2):
             session.step(f"--recompute {level} {precision}", recompute, precision, level)
+    for precision in PRECISIONS:
+        for case in FINE_TUNED:
+            session.step(f"fine-tuning {case} {precision}", fine_tuning, precision, case)
+        for case in EVALUATED:
+            session.step(f"evaluate {case} {precision}", evaluate, precision, case)
 
     def leave_out(session, why):
         raise LeftOut(why)

@@ -5,8 +5,9 @@
 
 OUT is the directory that `olmoe train --out` writes to. The events go to OUT/tensorboard, in the place of those of an
 earlier call; `build/venv/bin/tensorboard --logdir OUT` shows them. The tags are the names of log.jsonl: `loss`, `mfu`,
-`sent_bytes/rows`, and of a report of the experts' balance `balance/layer 0/entropy`. A number that was not finite is a
-NaN. The configuration is a text, `config`. With --follow it goes on as the log grows, until Ctrl-C.
+`sent_bytes/rows`, `eval/downstream/copa_acc`, and of a report of the experts' balance `balance/layer 0/entropy`. A
+number that was not finite is a NaN. The configuration is a text, `config`. With --follow it goes on as the log grows,
+until Ctrl-C.
 
 A line of the log has no time of its own: the newest is given that of the file, and those before it as many milliseconds
 less as their steps took.

@@ -20,6 +20,8 @@ import pytest
 from words import words
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, os.path.join(ROOT, "scripts"))
+import make_corpus as grammar
 
 
 def build(path, sanitizers):
@@ -1200,12 +1202,160 @@ def test_corpus_is_right_about_numbers(corpus):
 
 
 def test_corpus_is_deterministic(corpus, tmp_path):
-    names = ["train.jsonl", "train.txt", "val.jsonl", "val.txt", "entropy.json"]
+    names = ["train.jsonl", "train.txt", "val.jsonl", "val.txt", "entropy.json",
+             *(f"tasks/{task}.jsonl" for task in TASKS)]
     assert make_corpus(tmp_path / "again").returncode == 0
     assert all((corpus / n).read_bytes() == (tmp_path / "again" / n).read_bytes() for n in names)
     other = make_corpus(tmp_path / "other", "--seed", "1", "--train-bytes", "20000", "--val-bytes", "20000")
     assert other.returncode == 0
     assert (tmp_path / "other" / "train.txt").read_bytes()[:2000] != (corpus / "train.txt").read_bytes()[:2000]
+
+
+TASKS = ("stories", "arithmetic", "dialogues", "programs")
+
+
+def questions(path):
+    """(context, right choice, wrong ones, the right one's number) of a file of requests"""
+    found = {}
+    for line in documents(path):
+        assert line["request_type"] == "loglikelihood" and line["idx"] == len(found.setdefault(line["doc_id"], []))
+        found[line["doc_id"]].append((line["request"]["context"], line["request"]["continuation"], line["label"]))
+    assert list(found) == list(range(len(found)))
+    for lines in found.values():
+        (context,), (label,) = {line[0] for line in lines}, {line[2] for line in lines}
+        assert all(choice[0] == " " and choice[1:] == choice.strip() for _, choice, _ in lines)
+        choices = [choice[1:] for _, choice, _ in lines]
+        yield context, choices.pop(label), choices, label
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_corpus_questions(corpus, task):
+    """Four choices, the right one anywhere among them. They have room in the default run's positions, and the training
+    text does not have the answers."""
+    asked = list(questions(corpus / f"tasks/{task}.jsonl"))
+    limit = json.load(open(os.path.join(ROOT, "configs/tiny.json")))["max_position_embeddings"]
+    train = (corpus / "train.txt").read_text()
+    assert len(asked) == 100 == len({context for context, *_ in asked})
+    for context, right, wrong, _ in asked:
+        choices = [right, *wrong]
+        assert len(choices) == 4 and not any(x is not y and x.startswith(y) for x in choices for y in choices)
+        assert len(context) + 1 + max(map(len, choices)) <= limit
+        assert f"{context} {right}" not in train
+    # 25 of 100 are expected, and the standard deviation is 4.3
+    assert all(5 < sum(label == i for *_, label in asked) < 45 for i in range(4))
+
+
+def shape(text):
+    """A text with the names of the grammar's word lists in the place of words that are in one of them"""
+    lists = {"adjective": grammar.TRAITS + grammar.LOOKS + grammar.FEEL, "stuff": grammar.STUFF,
+             "place": grammar.PLACES, "spot": grammar.SPOTS, "food": grammar.FOODS, "family": grammar.FAMILY,
+             "being": grammar.KINDS + grammar.JOBS, "name": list(grammar.CAST), "thing": grammar.THINGS,
+             "how": grammar.HOW, "verb": grammar.MOVES + grammar.FINDS, "time": grammar.TIMES + grammar.WHEN,
+             "where": grammar.WHERE, "task": grammar.TASKS, "number": grammar.NUMBERS, "storm": grammar.STORMS}
+    text = re.sub(r"\ban\b", "a", text.lower())
+    found = [word.lower() for words in lists.values() for word in dict.fromkeys(words)]
+    names = {word.lower(): name for name, words in lists.items() for word in words if found.count(word.lower()) == 1}
+    for phrase in names:
+        if " " in phrase:
+            text = text.replace(phrase, names[phrase])
+    return re.sub(r"\w+", lambda m: names.get(m[0], m[0]), text)
+
+
+def lines_of(corpus, domain):
+    return [d["text"].split("\n") for d in documents(corpus / "train.jsonl") if d["id"].startswith(domain)]
+
+
+def test_corpus_questions_about_stories(corpus):
+    """Only the right animal is the name's in the training text; only the right sentence is one of its sentences, but
+    for the words that the grammar draws."""
+    lines = sum(lines_of(corpus, "story"), [])
+    animals = {pair for line in lines for pair in re.findall(r"\b([A-Z][a-z]+) the (\w+)", line)}
+    shapes = set(shape("\n".join(lines)).split("\n"))
+    about_animals = 0
+    for context, right, wrong, _ in questions(corpus / "tasks/stories.jsonl"):
+        *_, last = context.split("\n")
+        if right in grammar.KINDS:
+            about_animals += 1
+            name = re.search(r"(\w+) the$", last)[1]
+            assert [(name, choice) in animals for choice in (right, *wrong)] == [True, False, False, False], context
+            assert set(wrong) & {grammar.CAST[name] for name in re.findall(r"\w+", context) if name in grammar.CAST}
+        else:
+            begun = [shape(f"{last} {choice}") for choice in (right, *wrong)]
+            assert [any(line.startswith(x) for line in shapes) for x in begun] == [True, False, False, False], context
+    assert about_animals == 50
+
+
+def test_corpus_questions_about_numbers(corpus):
+    """The right number is that of a calculation, and any of four in a row."""
+    ranks = []
+    for task in ("arithmetic", "programs"):
+        for context, right, wrong, _ in questions(corpus / f"tasks/{task}.jsonl"):
+            if not right.isdigit():
+                continue
+            numbers = sorted(map(int, [right, *wrong]))
+            assert numbers == list(range(numbers[0], numbers[0] + 4))
+            ranks.append(numbers.index(int(right)))
+            assert result(context) == int(right), context
+    assert len(ranks) == 150 and all(20 < ranks.count(i) < 80 for i in range(4))    # 37.5 +- 5.3; 0 to 2 have no room
+
+
+def result(context):
+    """Of the calculation that a context ends with"""
+    *before, last = context.replace(" x ", " * ").split("\n")
+    if last == ">":                                         # a loop, of which some results are there, or a list
+        printed = [line for line in before if not line.startswith("> ")]
+        done = len(before) - 1 - before[::-1].index(printed[-1])
+        if printed[-1] == "print count(list)":
+            return len(printed[-2].split(","))
+        low, formula = re.fullmatch(r"for i in (\d+)\.\.\d+: print (i [+*] \d+)", printed[-1]).groups()
+        return eval(formula, {"i": int(low) + len(before) - 1 - done})
+    if last.startswith("By "):
+        step, *row = map(int, re.findall(r"\d+", last))
+        assert all(y - x == step for x, y in zip(row, row[1:]))
+        return row[-1] + step
+    if last.startswith("Take "):
+        return eval(re.sub(r"Take|is \d+,|,| is$", "", last).replace("plus", "+").replace("minus", "-"))
+    if last.endswith(", sum"):
+        return eval(last.split(":")[0])
+    return eval(re.split(r"[,:]", last)[-1].rstrip("= "))
+
+
+def test_corpus_questions_about_dialogues(corpus):
+    """Only the right answer follows such a question in the training text; who is spoken to is the one who listens."""
+    texts = ["\n".join(lines) for lines in lines_of(corpus, "dialogue")]
+    lines = [text.split("\n") for text in shape("\n\n".join(texts)).split("\n\n")]
+    shapes = {f"{x}\n{y}" for text in lines for x, y in zip(text, text[1:])}
+    replies = 0
+    for context, right, wrong, _ in questions(corpus / "tasks/dialogues.jsonl"):
+        *_, question, answer = context.split("\n")
+        speaker, listener = answer.split(":")[0], question.split(":")[0]
+        if answer == f"{speaker}:":
+            replies += 1
+            known = [shape(f"{question}\n{answer} {choice}") in shapes for choice in (right, *wrong)]
+            assert known == [True, False, False, False], context
+        else:
+            assert right == listener and speaker in wrong and set(wrong) < set(grammar.CAST)
+    assert replies == 50
+
+
+def test_corpus_questions_about_printed_words(corpus):
+    """The right one is what the program prints, and the others are not in it."""
+    words = 0
+    for context, right, wrong, _ in questions(corpus / "tasks/programs.jsonl"):
+        if right.isdigit():
+            continue
+        words += 1
+        before, command = context.split("\n")[-3:-1]
+        if command.startswith("else"):
+            value, limit, yes = re.fullmatch(r'\w+ = (\d+)\nif \w+ > (\d+): print "(\w+)"',
+                                             "\n".join(context.split("\n")[-4:-2])).groups()
+            assert right == (yes if int(value) > int(limit) else re.search(r'"(\w+)"', command)[1])
+        else:
+            items = re.fullmatch(r"list = \[(.*)\]", before)[1].split(", ")
+            which = re.fullmatch(r"print (\w+)\(list\)", command)[1]
+            assert right == items[{"first": 0, "second": 1, "last": -1}[which]]
+        assert not set(wrong) & set(re.findall(r"\w+", before + command))
+    assert words == 50
 
 
 def test_corpus_entropy(corpus):
@@ -1225,7 +1375,8 @@ def test_corpus_entropy(corpus):
 
 def test_corpus_bad_options(tmp_path):
     (tmp_path / "file").write_text("")
-    for out, options in ((tmp_path / "file" / "x", []), (tmp_path, ["--train-bytes", "0"])):
+    for out, options in ((tmp_path / "file" / "x", []), (tmp_path, ["--train-bytes", "0"]),
+                         (tmp_path, ["--questions", "0"])):
         r = make_corpus(out, *options)
         assert r.returncode == 1 and r.stderr.count("\n") == 1 and r.stderr.startswith("make_corpus.py: ")
     if os.path.exists("/dev/full"):
@@ -1349,6 +1500,38 @@ def test_plot_of_fine_tuning(tmp_path):
     assert both["KL estimate"] == [["kto: kl", "-", [[1, 0], [2, 1.5], [3, 2]]]]
     assert both["reward"] == [["kto: chosen_reward", "-", [[1, 0.1], [3, 0.3]]],
                               ["kto: rejected_reward", "--", [[2, -0.1], [3, -0.2]]]]
+
+
+def test_plot_of_evaluations(tmp_path):
+    """Losses of sets and accuracies of tasks are in axes of their own, also of a step 0, which has nothing else; a run
+    without them draws as before."""
+    pytest.importorskip("matplotlib", reason="test_plot_of_evaluations: needs python3-matplotlib")
+
+    def write(name, steps):
+        (tmp_path / name).mkdir()
+        lines = [{"config": {}}, *({"ce_loss": 2.0, "lr": 1e-3, **step} if step["step"] else step for step in steps)]
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def scores(step, copa, piqa, c4):
+        return {"step": step, "eval/c4_en-validation/CrossEntropyLoss": c4, "eval/c4_en-validation/Perplexity": 9.0,
+                "eval/downstream/copa_acc": copa, "eval/downstream/copa_len_norm": copa / 2,
+                "eval/downstream/piqa_acc": piqa, "eval/downstream/piqa_len_norm": None,
+                "eval/downstream_bpb/copa_bpb": 1.0, "eval/downstream_ce_loss/copa_ce_loss": 1.0}
+
+    write("a", [scores(0, 0.5, 0.25, 9.0), {"step": 1}, scores(2, 0.75, 0.5, None)])
+    write("b", [{"step": 1, "eval/downstream/copa_acc": 1.0}])
+    write("plain", [{"step": 1}])
+    alone, two, plain = drawn([tmp_path / "a"], [tmp_path / "a", tmp_path / "b"], [tmp_path / "plain"])
+    sets, norm = "loss of evaluation sets (nats a token)", "accuracy in tasks, by log-probability a character"
+    assert [title for title, _, _ in alone] == [*BEFORE, sets, "accuracy in tasks", norm]
+    lines = {title: lines for title, _, lines in alone}
+    assert lines[sets] == [["c4_en-validation", "-", [[0, 9]]]]
+    assert lines["accuracy in tasks"] == [["copa", "-", [[0, 0.5], [2, 0.75]]], ["piqa", "-", [[0, 0.25], [2, 0.5]]]]
+    assert lines[norm] == [["copa", "-", [[0, 0.25], [2, 0.375]]]]
+    assert lines[BEFORE[0]] == [["a", "-", [[1, 2], [2, 2]]]]
+    assert dict((title, lines) for title, _, lines in two)["accuracy in tasks"] == [
+        ["a: copa", "-", [[0, 0.5], [2, 0.75]]], ["a: piqa", "--", [[0, 0.25], [2, 0.5]]], ["b: copa", "-", [[1, 1]]]]
+    assert [title for title, _, _ in plain] == BEFORE
 
 
 def test_plot_errors(tmp_path):

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import struct
 import subprocess
 from pathlib import Path
@@ -167,6 +168,22 @@ def test_ranks(files, tmp_path, ranks, more):
         close(evals(a), evals(b))
 
 
+@pytest.mark.parametrize("option", ["--eval-tasks", "--eval-perplexity"])
+def test_ranks_that_see_other_files(files, tmp_path, option):
+    """As where a disk is not shared"""
+    folders = [tmp_path / name for name in ("a", "b")]
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        if option == "--eval-tasks": write(folder / "file", [request(continuation=f" {number}")])
+        else: tokens(folder / "file", 96, number)
+    words = list(map(str, train_words(files, tmp_path / "out", option, "file")))
+    done = subprocess.run(["mpirun", "--allow-run-as-root", "--oversubscribe", "-wdir", folders[0], "-np", "1", OLMOE,
+                           *words, ":", "-wdir", folders[1], "-np", "1", OLMOE, *words],
+                          capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 1
+    assert "olmoe: rank 1: the files of --eval-tasks or --eval-perplexity are not those that rank 0 sees" in done.stderr
+
+
 def test_resuming(files, watched, tmp_path):
     """A resumed run's log has the figures of one that never stopped, and the line of step 0 once."""
     out = tmp_path / "run"
@@ -275,9 +292,12 @@ def test_other_bad_input(files, watched, tmp_path):
     refused([*evaluate, *tasks, "--json", tmp_path], "it is a directory")
     refused([*evaluate, *tasks, "--json", tmp_path / "no" / "o.json"], "o.json: No such file")
     refused([*evaluate, "--perplexity", files.sets[0], "--samples", tmp_path / "s"], "--samples needs --tasks")
+    refused([*evaluate, *tasks, "--samples", tmp_path / "s", "--json", tmp_path / "s"], "are the same file")
+    refused([*evaluate, *tasks, "--json", tmp_path / ("x" * 252)], "File name too long")
     # In a training run: before its directory is there
     for words, reason in (([*eval_words(files, "--eval-tasks", task)], "another file is named arc_easy"),
                           (["--eval-every", 2], "--eval-every needs"), (["--eval-start"], "--eval-start needs"),
+                          (["--eval-seq", 20], "--eval-seq needs"),
                           (["--eval-tasks", tmp_path / "cut.jsonl.gz"], "damaged or cut short"),
                           (["--eval-perplexity", files.sets[0], "--eval-seq", 100], "max_position_embeddings 96")):
         refused(train_words(files, tmp_path / "out", *words), reason)
@@ -285,17 +305,60 @@ def test_other_bad_input(files, watched, tmp_path):
 
 
 def test_what_cannot_be_written(files, watched, tmp_path):
-    """The table is printed, the file that was there stays."""
+    """The table is printed, the figures are written before the samples, the file that was there stays."""
     model, full = watched[0] / "step-00000005", "/dev/full"
     words = ["evaluate", "--model", model, "--tokenizer", "bytes", "--tasks", files.tasks[1], "--json", full]
     done = run(*words, code=1)
     assert done.stderr == f"olmoe: cannot write {full}: No space left on device\n" and "mine" in done.stdout
     out = tmp_path / "o.json"
-    run(*words[:-1], out)
+    assert run(*words[:-1], out, "--samples", full, code=1).stderr.startswith(f"olmoe: cannot write {full}: ")
     before = out.read_bytes()
     run(*words[:-1], out, "--limit", 1)
     assert out.read_bytes() != before and json.loads(out.read_text())["tasks"]["mine"]["n"] == 1
     assert sorted(tmp_path.iterdir()) == [out]
+
+
+def test_where_links_lead(files, watched, tmp_path):
+    """A link stays, and its file is replaced; what standard output goes to keeps what is in it."""
+    words = ["evaluate", "--model", watched[0] / "step-00000005", "--tokenizer", "bytes", "--tasks", files.tasks[1]]
+    target, link, screen = tmp_path / "target.json", tmp_path / "link.json", tmp_path / "screen.txt"
+    link.symlink_to(target.name)
+    target.write_text("before")
+    run(*words, "--json", link)
+    assert link.is_symlink() and json.loads(target.read_text())["tasks"]["mine"]["n"] == 3
+    (tmp_path / "out").symlink_to("/proc/self/fd/1")            # as /dev/stdout
+    screen.write_text("before\n")
+    with screen.open("a") as out:
+        subprocess.run([OLMOE, *map(str, words), "--json", tmp_path / "out"], stdout=out, check=True, timeout=300)
+    said = screen.read_text()
+    assert said.startswith("before\n  task ") and json.loads(said[said.index("{"):]) == json.loads(target.read_text())
+    assert (tmp_path / "out").is_symlink() and not list(tmp_path.glob("*.tmp"))
+
+
+def test_odd_names_and_ids(files, watched, tmp_path):
+    """A name that is not UTF-8; document numbers of any size; one document has no standard error."""
+    path = write(tmp_path / os.fsdecode(b"caf\xe9.jsonl"), [request(999999), request(1000000), {"doc_id": 1 << 40}])
+    said = run("evaluate", "--model", watched[0] / "step-00000005", "--tokenizer", "bytes", "--tasks", path,
+               "--json", tmp_path / "o.json").stdout
+    figures = json.loads((tmp_path / "o.json").read_text())["tasks"]["caf\ufffd"]
+    assert figures["n"] == 1 and figures["acc_stderr"] is None and "nan" not in said
+    run(*train_words(files, tmp_path / "run", "--eval-tasks", path, "--steps", 1))
+    assert evals(log(tmp_path / "run")[-1])["eval/downstream/caf\ufffd_acc"] == 1
+
+
+def test_a_stop_does_not_wait_for_an_evaluation(files, tmp_path):
+    """The step is saved; the log has no figures that were not computed."""
+    path, out = write(tmp_path / "long.jsonl", [request(n, context=f"{n:090}") for n in range(15000)]), tmp_path / "run"
+    words = train_words(files, out, "--eval-tasks", path, "--eval-every", 1, "--eval-start")
+    with subprocess.Popen([OLMOE, *map(str, words)], stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("| out"):                        # near the end of the table, before the first step
+                process.send_signal(signal.SIGTERM)
+                break
+        said = process.stdout.read()
+        assert process.wait(timeout=300) == 0, said
+    assert "no evaluation: the run was asked to stop" in said and "stopped at step 1 and saved" in said
+    assert [(line["step"], evals(line)) for line in log(out)] == [(1, {})] and (out / "step-00000001").is_dir()
 
 
 def test_damaged_weights(files, watched, tmp_path):

@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 import test_gpu as script
 
-# olmoe and test_olmoe. Where the command matches a pattern of the variable FAULTS, pattern -> kind, that happens.
+# olmoe and test_olmoe. Where the command matches a pattern of the variable FAULTS, pattern -> kind, that happens. Of a
+# fine-tuning or evaluation a kind is the place of a value in expected.json, "all" for each of a list, and a factor.
 PROGRAM = r"""#!PYTHON -IS
 import json, os, re, sys, time
 words = [re.sub(r".*/build/", "build/", sys.argv[0]), *sys.argv[1:]]
@@ -49,11 +50,46 @@ if words[1] == "info":
     weights = 0.43e9 * config["num_hidden_layers"] * state[option("--master-weights") + option("--moments")]
     rows = 1e9 * int(option("--batch")) * (8, 5, 2)[int(option("--recompute"))]
     print(json.dumps({"memory": {"sum": weights + rows}, "flops_per_token": 8000000000}))
-if words[1] == "train":
+def expected(path):
+    e = json.load(open(os.path.dirname(path) + "/expected.json"))
+    if " * " in kind:
+        place, factor = kind.split(" * ")
+        *place, last = [int(key) if key.isdigit() else key for key in place.split()]
+        parts = [e]
+        for key in place:
+            parts = [one for part in parts for one in (part if key == "all" else [part[key]])]
+        for part in parts:
+            for key in range(len(part)) if last == "all" else [last]:
+                part[key] = part[key] * float(factor) if factor != "none" else None
+    return e
+if words[1] == "train" and option("--objective"):
+    os.makedirs(option("--out"))
+    with open(option("--out") + "/log.jsonl", "w") as log:
+        print(json.dumps({"config": {}}), file=log)
+        for i, step in enumerate(expected(option("--data"))["steps"][:0 if kind == "short" else None], 1):
+            print(json.dumps(dict(step, step=i)), file=log)
+elif words[1] == "evaluate":
+    first, e = words.index("--tasks") + 1, expected(option("--tasks"))
+    files = [os.path.basename(path) for path in words[first:words.index("--perplexity")]]
+    run = next(r for r in e["runs"] if r["task_files"] == files and str(r["seq"]) == option("--seq", "None"))
+    with open(option("--samples"), "w") as samples:
+        for name, task in run["tasks"].items():
+            for d in task["documents"][kind == "short":]:
+                right = [int(prediction == d["label"]) for prediction in d["predictions"]]
+                print(json.dumps(dict(d, task=name, acc=right[0], acc_norm=right[1], acc_bytes=right[2])), file=samples)
+    for one in run["perplexity"].values():
+        one["perplexity"] = 2.718281828459045 ** one["loss"] * (2 if kind == "exp" else 1)
+    tables = {("no " if kind == "name" else "") + name: task["table"] for name, task in run["tasks"].items()}
+    json.dump({"tasks": tables, "perplexity": run["perplexity"]}, open(option("--json"), "w"))
+elif words[1] == "train":
     steps, out = int(option("--steps")), option("--out")
     if os.environ.get("RANK", "0") != "0":
         sys.exit(0)
     os.makedirs(out, exist_ok=True)
+    if option("--trace"):                           # before the log, at whose end it is killed
+        events = [{"ph": "X", "name": n, "dur": d} for n, d in (("matmul", 600), ("adamw", 100), ("matmul", 300))]
+        with open(option("--trace"), "w") as trace:
+            json.dump({"traceEvents": events + [{"ph": "i", "name": "matmul"}]}, trace)
     print("| peak | 989 TFLOP/s |")
     with open(out + "/log.jsonl", "w") as log:
         print(json.dumps({"config": {}}), file=log)
@@ -65,9 +101,6 @@ if words[1] == "train":
             print("step %d | %d% of peak |" .replace("% of", "%% of") % (i, 10 * i))
         for i in range(11, (steps if steps < 1000 else 0) + 1):
             print(json.dumps(dict(one, step=i, loss=3.0)), file=log)
-    if option("--trace"):
-        events = [{"ph": "X", "name": n, "dur": d} for n, d in (("matmul", 600), ("adamw", 100), ("matmul", 300))]
-        json.dump({"traceEvents": events + [{"ph": "i", "name": "matmul"}]}, open(option("--trace"), "w"))
     if steps == 1000 and kind != "short":
         sys.stdout.flush()
         time.sleep(60)
@@ -172,7 +205,7 @@ def test_all_pass(tree, capsys):
     assert len(fixtures) >= 5 and [name for _, name in outcomes(report)] == [
         "test_olmoe FP32", "test_olmoe BF16", *(f"verify {name} {p}" for p in ("FP32", "BF16") for name in fixtures),
         "20 steps twice FP32", "20 steps twice BF16",
-        *(f"--recompute {level} {p}" for p in ("FP32", "BF16") for level in (1, 2)),
+        *(f"--recompute {level} {p}" for p in ("FP32", "BF16") for level in (1, 2)), *CASES,
         *(f"{tool} {p}" for p in ("FP32", "BF16") for tool in ("memcheck", "racecheck", "initcheck")),
         "test_olmoe --ranks FP32", "test_olmoe --ranks BF16",
         *(f"two ranks, --ep {ep} --zero {zero}" for ep in (1, 2) for zero in (0, 1)), "OLMoE-1B-7B, random weights"]
@@ -187,6 +220,8 @@ def test_all_pass(tree, capsys):
     assert [path.name for path in tree.report.parent.iterdir() if path.name.startswith("test-gpu")] == []
 
 
+CASES = [f"{name} {p}" for p in ("FP32", "BF16") for name in (
+    "fine-tuning sft-assistant", "fine-tuning dpo-words", "fine-tuning kto-words", "evaluate bytes", "evaluate words")]
 # pattern of the command: (what happens there, what is reported)
 FAULTS = {
     "fp32/test_olmoe$": ("exit", "test_olmoe FP32: exit code 3, no tally at its end"),
@@ -195,6 +230,11 @@ FAULTS = {
     "FP32-again": ("exit", "20 steps twice FP32: exit code 3"),
     "BF16-again": ("differ", "20 steps twice BF16: step 3, loss: 4.625 and 4.725"),
     "FP32-1": ("bytes", "--recompute 1 FP32: equal logs, but checkpoints differ: model.safetensors"),
+    "fp32/.* sft ": ("exit", "fine-tuning sft-assistant FP32: exit code 3"),
+    "fp32/.* kto ": ("short", "fine-tuning kto-words FP32: 1 of 1 values are off, steps: [], expected [1, 2, 3, 4, 5]"),
+    "fp32/.*evaluate/words": ("exit", "evaluate words FP32: exit code 3"),
+    "bf16/.* dpo ": ("exit", "fine-tuning dpo-words BF16: exit code 3"),
+    "bf16/.*evaluate/bytes.* --seq 64 ": ("exit", "evaluate bytes BF16: exit code 3"),
     "bf16.* --ranks": ("count", "test_olmoe --ranks BF16: exit code 1, 2 passed, 1 failed"),
     "ep1-zero1": ("differ", "two ranks, --ep 1 --zero 1: step 3, loss: 4.725, on one rank 4.625"),
     "ep2-zero1": ("exit", "two ranks, --ep 2 --zero 1: exit code 3"),
@@ -205,7 +245,7 @@ def test_failures_are_counted_and_named(tree, monkeypatch):
     """Programs that fail, a damaged fixture, runs that differ: the steps after them run all the same."""
     monkeypatch.setattr(script, "find_sanitizer", lambda _: None)
     (tree.folder / "tests/fixtures").unlink()
-    for name in ("odd", "regular"):
+    for name in ("odd", "regular", "finetune", "evaluate"):
         folder = tree.folder / "tests/fixtures" / name
         shutil.copytree(ROOT / "tests/fixtures" / name, folder)
     os.truncate(tree.folder / "tests/fixtures/odd/reference.safetensors", 500)
@@ -226,6 +266,75 @@ def test_failures_are_counted_and_named(tree, monkeypatch):
         assert line in report, line
 
 
+# (pattern of the command, what is changed there, what is reported first): a little more than what is allowed, and then
+# a little less, of which nothing is reported
+OFF = [
+    ("fp32/.* sft ", "steps 1 loss * 1.0000101", "step 2, loss: "),
+    ("fp32/.* sft ", "steps 1 loss * 0.9999901", ""),
+    ("fp32/.* sft ", "steps all grad_norm * 0.99989", "step 1, grad_norm: "),
+    ("fp32/.* sft ", "steps all grad_norm * 0.99991", ""),
+    ("fp32/.* sft ", "steps 4 lr * 1.00000001", "step 5, lr: "),
+    ("fp32/.* sft ", "steps 4 targets * 1.0125", "step 5, targets: 82.0"),
+    ("fp32/.* dpo ", "steps 3 chosen_logp * 1.000011", "step 4, chosen_logp: "),
+    ("fp32/.* dpo ", "steps 0 reward_margin * 1.004", "step 1, reward_margin: "),       # 189e-6 * 0.5 = 0.0029 * 0.0325
+    ("fp32/.* dpo ", "steps 0 reward_margin * 1.0028", ""),
+    ("fp32/.* dpo ", "steps 0 rejected_logp * none", "step 1, rejected_logp: None"),
+    ("fp32/.* kto ", "steps 1 kl * 1.002", "step 2, kl: "),                             # 157e-6 = 0.0012 * 0.127
+    ("fp32/.* kto ", "steps 1 kl * 1.0012", ""),
+    ("bf16/.* sft ", "steps 0 ce_loss * 1.051", "step 1, ce_loss: "),
+    ("bf16/.* sft ", "steps 0 grad_norm * 1.51", "step 1, grad_norm: "),
+    ("bf16/.* sft ", "steps 1 loss * 2", ""),
+    ("bf16/.* dpo ", "steps all rejected_logp * 0.94", "step 1, rejected_logp: "),
+    ("bf16/.* dpo ", "steps all grad_norm * nan", "step 1, grad_norm: nan"),
+    ("bf16/.* kto ", "steps all targets * 1.1", "step 1, targets: "),
+    ("fp32/.*/words.*--seq", "runs 1 tasks mixed documents 4 logprobs 1 * 1.000011", "run 1, mixed "),
+    ("fp32/.*/words.*--seq", "runs 1 tasks mixed documents all logprobs all * 1.000009", ""),
+    ("fp32/.*/words.*--seq", "runs 1 tasks mixed table acc * 1.00000001", "run 1, mixed, acc: "),
+    ("fp32/.*/words.*--seq", "runs 1 tasks mixed table ce_loss * 1.000011", "run 1, mixed, ce_loss: "),
+    ("fp32/.*/words.*--seq", "runs 1 perplexity set bits_per_byte * 0.999989", "run 1, set, bits_per_byte: "),
+    ("fp32/.*/bytes.*--seq 64", "runs 1 tasks alone documents 0 predictions 0 * 9", "run 1, alone 694, acc: 0"),
+    ("fp32/.*/words.*--seq", "runs 1 tasks mixed documents all predictions 2 * 9", "run 1, mixed "),
+    ("fp32/.*/bytes.*--seq 64", "runs 1 tasks mixed documents all doc_id * 2", "run 1, mixed, doc_ids: "),
+    ("fp32/.*/bytes.*--seq 64", "short", "run 1, alone, doc_ids: []"),
+    ("fp32/.*/bytes.*--seq 64", "name", "run 1, names: "),
+    ("bf16/.*/bytes.*--seq 64", "exp", "run 1, other, perplexity: "),
+    ("bf16/.*/bytes.*--seq 64", "runs 1 perplexity other loss * 1.051", "run 1, other, loss: "),
+    ("bf16/.*/bytes.*--seq 64", "runs 1 perplexity other tokens * 2", "run 1, other, tokens: "),
+    ("bf16/.*/bytes.*--seq 64", "runs 1 tasks mixed documents 3 bytes 0 * 2", "run 1, mixed "),
+    ("bf16/.*/bytes.*--seq 64", "runs 1 tasks mixed documents all logprobs all * 1.05", "error of a token's log p: "),
+    ("bf16/.*/bytes.*--seq 64", "runs 1 tasks mixed documents all logprobs all * 1.01", ""),
+    ("bf16/.*/bytes.*--seq 64", "runs 1 tasks mixed table acc * none", "run 1, mixed, acc: None"),
+]
+
+
+def test_values_that_are_off(tree):
+    """Of fine-tunings and evaluations"""
+    session = script.Session(script.parse(["--report", str(tree.report)]))
+    session.report, session.folder = open(tree.report, "w"), tree.folder.parent
+    for pattern, kind, wrong in OFF:
+        tree.set(FAULTS=json.dumps({pattern: kind}))
+        body, case = (script.evaluate, re.search("bytes|words", pattern)[0]) if "/.*/" in pattern else (
+            script.fine_tuning, next(c for c in script.FINE_TUNED if c[:3] in pattern))
+        session.step(kind, body, pattern[:4].upper(), case)
+        if not wrong:
+            assert session.not_passed == [], kind
+            continue
+        assert len(session.not_passed) == 1, kind
+        assert re.match(r"[1-9]\d* of \d+ values are off, " + re.escape(wrong), session.not_passed.pop()[2]), kind
+    assert session.counts["FAILED"] + session.counts["passed"] == len(OFF)
+    session.report.close()
+
+
+def test_cases_that_are_not_there(tree):
+    (tree.folder / "tests/fixtures").unlink()
+    shutil.copytree(ROOT / "tests/fixtures/odd", tree.folder / "tests/fixtures/odd")
+    tree.without("test_olmoe", "verify", "train_twice", "recompute", "sanitize", "test_ranks", "layout", "full_size")
+    code, report = tree.run()
+    folders = {name: name.replace("fine-tuning ", "finetune/").replace("evaluate ", "evaluate/")[:-5] for name in CASES}
+    assert code == 0 and named(report, "left out") == [
+        f"{name}: there is no tests/fixtures/{folder}/expected.json" for name, folder in folders.items()]
+
+
 def gone(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
@@ -233,15 +342,28 @@ def gone(pid):
         return True
 
 
-def test_what_hangs_is_ended(tree, monkeypatch):
-    """It has failed, and so has nothing else; what it has started ends too."""
-    tree.without("verify", "train_twice", "recompute", "sanitize", "layout", "full_size")
-    monkeypatch.setitem(script.PATIENCE, "test_olmoe", 0.4)
-    tree.set(FAULTS='{"fp32/test_olmoe$": "hang"}')
+def hangs(tree, body, of, pattern, name):
+    """With a command that hangs, in the only body that does something, its step alone has failed; what it has started
+    ends too."""
+    tree.without(*{"test_olmoe", "verify", "train_twice", "recompute", "fine_tuning", "evaluate", "sanitize",
+                   "test_ranks", "layout", "full_size"} - {body})
+    tree.monkeypatch.setitem(script.PATIENCE, of, 0.4)
+    tree.set(FAULTS=json.dumps({pattern: "hang"}))
     code, report = tree.run()
-    assert code == 1 and named(report, "FAILED") == ["test_olmoe FP32: it hangs: ended after 0 s"]
+    assert code == 1 and named(report, "FAILED") == [name + ": it hangs: ended after 0 s"]
     assert "    | it has begun" in report
     assert all(gone(pid) for pid in tree.pids.read_text().split()) and len(tree.pids.read_text().split()) == 2
+
+
+def test_what_hangs_is_ended(tree):
+    hangs(tree, "test_olmoe", "test_olmoe", "fp32/test_olmoe$", "test_olmoe FP32")
+
+
+@pytest.mark.parametrize("body, of, pattern, name", [
+    ("fine_tuning", "train", "bf16/.* dpo ", "fine-tuning dpo-words BF16"),
+    ("evaluate", "evaluate", "fp32/.*evaluate/words", "evaluate words FP32")])
+def test_cases_that_hang(tree, body, of, pattern, name):
+    hangs(tree, body, of, pattern, name)
 
 
 def test_minutes_are_over(tree):
@@ -271,7 +393,7 @@ def test_interrupted(tree, monkeypatch):
 
 
 def test_sanitizers(tree):
-    tree.without("test_olmoe", "verify", "train_twice", "recompute", "full_size")
+    tree.without("test_olmoe", "verify", "train_twice", "recompute", "fine_tuning", "evaluate", "full_size")
     tree.set(BROKEN="racecheck*bf16")
     code, report = tree.run("--gpus", "1")
     assert named(report, "FAILED") == ["racecheck BF16: exit code 9, ========= ERROR SUMMARY: 1 error"]
@@ -301,7 +423,7 @@ def test_nothing_to_test(tree, monkeypatch):
 
 
 def test_free_memory_is_not_known(tree):
-    tree.without("test_olmoe", "verify", "train_twice", "recompute", "sanitize")
+    tree.without("test_olmoe", "verify", "train_twice", "recompute", "fine_tuning", "evaluate", "sanitize")
     tree.set(FREE="[N/A]", CUDA_VISIBLE_DEVICES="1")
     code, report = tree.run()
     assert code == 0 and named(report, "left out") == [
@@ -327,7 +449,8 @@ def test_choice_of_a_plan():
 def test_build(tree, monkeypatch):
     """With nvcc, all four programs are built, once; a build that fails is counted, and what is there is tested."""
     monkeypatch.setattr(script, "find_nvcc", lambda: str(tree.bin / "nvcc"))
-    tree.without("verify", "train_twice", "recompute", "sanitize", "test_ranks", "layout", "full_size")
+    tree.without("verify", "train_twice", "recompute", "fine_tuning", "evaluate", "sanitize", "test_ranks", "layout",
+                 "full_size")
     tree.program(tree.bin / "nvcc", NVCC)
     tree.set(NVCC=tree.bin / "nvcc", MPICC="false", SM="90", MAKEFLAGS="-n")        # options of a make that called it
     for precision in ("fp32", "bf16"):

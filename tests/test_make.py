@@ -20,6 +20,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 OLMOE = os.path.abspath(os.environ.get("OLMOE", ROOT / "olmoe"))
 sys.path.insert(0, str(ROOT / "scripts"))
+import make_corpus
 import split_text
 
 X86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="features of x86")
@@ -150,6 +151,15 @@ def test_clean_and_build_do_not_overlap(tree):
     tree.program("rm", '#!/bin/sh\nsleep 0.3\nexec /bin/rm "$@"\n')
     made(tree.make("-j4", "clean", "olmoe"))
     assert (tree.folder / "olmoe").exists() and not (tree.folder / "build/old").exists()
+
+
+def test_tasks_are_those_of_the_corpus(tree):
+    """The default run evaluates on all that make_corpus.py writes, a run on a text on none."""
+    (tree.folder / "my.txt").write_text("hello\n" * 70000)
+    command, = [line for line in made(tree.make("-n", "train")).splitlines() if "--eval-tasks" in line]
+    tasks = command.split("--eval-tasks ")[1].split(" --")[0].split()
+    assert tasks == [f"build/train/tasks/{name}.jsonl" for name in make_corpus.QUESTIONS]
+    assert "--eval" not in made(tree.make("-n", "train", "DATA=my.txt"))
 
 
 def test_finetune(tree):
@@ -483,6 +493,50 @@ def test_what_was_learned_of_a_degenerate_text(tmp_path, steps, text, words):
                           text=True)
     assert words in done.stdout + done.stderr
     assert len(done.stderr.splitlines()) == done.returncode == (0 if done.stdout else 1), done.stderr
+
+
+@pytest.fixture
+def default_run(tmp_path):
+    """learned(log's lines) of a default run whose other bars are met. Its tasks: 100 questions with four choices; 50
+    with two and 50 with four"""
+    (tmp_path / "tasks").mkdir()
+    for name, few in (("b", 0), ("a", 50)):
+        choices = [(i, choice) for i in range(100) for choice in range(2 if i < few else 4)]
+        (tmp_path / f"tasks/{name}.jsonl").write_text("".join(json.dumps({"doc_id": i}) + "\n" for i, _ in choices))
+    (tmp_path / "train.txt").write_text("hello\n" * 63000)
+    (tmp_path / "val.txt").write_bytes(random.Random(1).randbytes(3000))
+    (tmp_path / "entropy.json").write_text(json.dumps({"bits_per_byte": {"all": 1.0}}))
+
+    def learned(*steps):
+        (tmp_path / "log.jsonl").write_text("".join(json.dumps(step) + "\n" for step in ({"config": {}}, *steps)))
+        return subprocess.run([sys.executable, ROOT / "scripts/learned.py", tmp_path, tmp_path], capture_output=True,
+                              text=True)
+    return learned
+
+
+def evaluated(step, a, b):
+    return {**step, "eval/downstream/a_acc": a, "eval/downstream/b_acc": b}
+
+
+@pytest.mark.parametrize("a, b, missed", [(0.52, 0.38, []), (0.51, 0.38, ["a"]), (0.52, 0.37, ["b"]),
+                                          (float("nan"), 0.37, ["a", "b"])], ids=["none", "a", "b", "nan"])
+def test_bars_of_tasks(default_run, a, b, missed):
+    """Chance and three standard errors: (50/2 + 50/4 + 3 sqrt(50/4 + 50 3/16)) / 100 = 0.515, and 0.25 + 3 sqrt(3/16 /
+    100) = 0.380. It is the last evaluation that counts."""
+    early = evaluated({"step": 0}, 0.4, 0.2), evaluated({**STEP, "step": 2}, 0.1, 0.1)
+    done = default_run(*early, evaluated(STEP, a, b))
+    rows = {name: line for line in done.stdout.splitlines() for name in "ab" if f" of {name} right" in line}
+    assert list(rows) == ["a", "b"] and done.stderr == "", done.stderr
+    assert f" {a:.2f} of a right, 0.40 before training; three standard errors above chance are 0.52 " in rows["a"]
+    assert f" {b:.2f} of b right, 0.20 before training; three standard errors above chance are 0.38 " in rows["b"]
+    assert [name for name, line in rows.items() if line.endswith("MISSED")] == missed
+    assert done.returncode == (1 if missed else 0), done.stdout
+
+
+def test_bars_of_a_run_without_a_start(default_run):
+    assert "before training" not in default_run(evaluated(STEP, 1, 1)).stdout
+    done = default_run({"step": 0, "eval/downstream/b_acc": 0.5}, STEP)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "no evaluation of" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------

@@ -84,6 +84,21 @@ def test_ranks_and_odd_numbers(tmp_path):
     assert at == 2 and math.isnan(x)
 
 
+def test_evaluations(tmp_path):
+    """Under the names of the log, also those of a step 0, which has nothing else."""
+    sets, task = "eval/c4_en-validation/CrossEntropyLoss", "eval/downstream/copa_acc"
+    bits = "eval/downstream_bpb/copa_bpb"
+    write(tmp_path / "run", [{"config": {}}, {"step": 0, sets: 9.5, task: 0.5, bits: 2.0}, step(1),
+                             step(2, **{sets: None, task: 0.75, bits: 1.5})])
+    done = convert(tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    shown, _, times = read(tmp_path / "run")
+    assert shown[task] == [(0, 0.5), (2, 0.75)] and shown[bits] == [(0, 2), (2, 1.5)]
+    first, (at, x) = shown[sets]
+    assert first == (0, 9.5) and at == 2 and math.isnan(x)
+    assert shown["loss"] == [(1, 10), (2, 5)] and times[task][1] - times[task][0] == pytest.approx(1, abs=1e-3)
+
+
 def test_fine_tuning(tmp_path):
     """What DPO logs, and KTO's null where a step has no row of a label."""
     pair = {"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
