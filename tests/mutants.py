@@ -627,7 +627,8 @@ MUTANTS = [
     # ---- A step that is looked into
     ("the_batch_after", "commands/batch.h",
      "dataloader_go_to(&d, G, batch_of_step(b->step, d.skipped));",
-     "dataloader_go_to(&d, G, batch_of_step(b->step + 1, d.skipped));", BATCH + "sequences_are_those_that_were_trained_on"),
+     "dataloader_go_to(&d, G, batch_of_step(b->step + 1, d.skipped));",
+     BATCH + "sequences_are_those_that_were_trained_on"),
     ("the_likeliest_are_the_worst", "commands/batch.h",
      "return m->losses[x] > m->losses[y];",
      "return m->losses[x] < m->losses[y];", BATCH + "a_document_of_noise_is_found"),
