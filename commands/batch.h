@@ -41,34 +41,26 @@ std::vector<Option> batch_options(BatchCommand* b) {
     return options;
 }
 
-// The options of the run from its log, as the command line gave them that the step was trained by. Finds the step's
-// line, too.
+// The options of the run from the first line of its log, as its command line had them. Finds the step's line, too.
 void batch_read_log(BatchCommand* b) {
     TrainOptions& o = b->r.o;
-    const std::string path = b->run + "/log.jsonl";
+    const std::string path = b->run + "/log.jsonl", step_begins = text("{\"step\":%ld,", b->step);
     std::string all, folder;
-    std::vector<std::string> words;
     if (!file_contents(&all, path)) die("%s: cannot be read: %s", path.c_str(), strerror(errno));
-    const Json config = json_parse(all.substr(0, all.find('\n')));
-    const std::string step_begins = text("{\"step\":%ld,", b->step);
+    for (size_t begin = 0, end; (end = all.find('\n', begin)) != std::string::npos; begin = end + 1)
+        if (all.compare(begin, step_begins.size(), step_begins) == 0)
+            b->logged = json_parse(all.substr(begin, end - begin));
     try {
-        for (size_t begin = 0, end; (end = all.find('\n', begin)) != std::string::npos; begin = end + 1) {
-            if (all.compare(begin, step_begins.size(), step_begins) == 0)
-                b->logged = json_parse(all.substr(begin, end - begin));
-            const bool resumed = all.compare(begin, 12, "{\"resumed_at") == 0;
-            if (begin > 0 && !resumed) continue;
-            const Json line = json_parse(all.substr(begin, end - begin));
-            if (resumed && line.at("resumed_at") >= b->step) continue;
-            words = line.at("command").get<std::vector<std::string>>();
-            folder = line.at("folder");
-        }
+        const Json first = json_parse(all.substr(0, all.find('\n')));
+        const std::vector<std::string> words = first.at("command");
         std::vector<char*> argv;
-        for (std::string& word : words) argv.push_back(word.data());
+        for (const std::string& word : words) argv.push_back((char*)word.c_str());
         finetune_defaults(&o, (int)argv.size(), argv.data());
         options_parse((int)argv.size(), argv.data(), "", train_options(&o));
-        o.global_batch = config.at("config").at("global_batch");
+        o.global_batch = first.at("config").at("global_batch");
+        folder = first.at("folder");
     } catch (const Json::exception&) {
-        die("%s: it does not name the run's options; give them in the place of --run", path.c_str());
+        die("%s: its first line does not name the run's options; give them in the place of --run", path.c_str());
     }
     auto anchor = [&](std::string* file) {                      // it was relative to the folder
         if (!file->empty() && file->front() != '/' && *file != "bytes") *file = folder + "/" + *file;
@@ -386,9 +378,9 @@ int command_batch(int argc, char** argv) {
     run_open(&r);
     const bool models = !r.has_tokenizer && access((r.o.model + "/tokenizer.json").c_str(), F_OK) == 0;
     if (r.tokenizer.vocab == 0 && models) tokenizer_open(&r.tokenizer, r.o.model);
+    if (!b.run.empty()) batch_skipped(&r);
     if (b.replay) batch_replay(&b);
     else if (r.objective->of_rows) { finetune_open_rows(&r, false); run_set_steps(&r); }
-    if (!b.run.empty() && !b.replay) batch_skipped(&r);
     Olmoe model;
     if (!b.model.empty()) {
         OlmoeConfig config;

@@ -182,7 +182,6 @@ void log_truncate(const std::string& path, int64_t step) {
     for (size_t begin = 0, end; (end = old.find('\n', begin)) != std::string::npos; begin = end + 1) {
         std::string line = old.substr(begin, end + 1 - begin);
         if (line.find("{\"step\":") == 0 && atoll(line.c_str() + 8) > step) continue;
-        if (line.find("{\"resumed_at\":") == 0 && atoll(line.c_str() + 14) > step) continue;
         kept += line;
     }
     if (kept != old) file_replace(path, kept);

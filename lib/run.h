@@ -430,7 +430,8 @@ std::string trace_path(const TrainOptions& o) {
 }
 
 void log_line(const TrainingRun& run, const Json& line) {
-    bool written = fprintf(run.log, "%s\n", line.dump().c_str()) > 0 && fflush(run.log) == 0;
+    const std::string dumped = line.dump(-1, ' ', false, Json::error_handler_t::replace);
+    const bool written = fprintf(run.log, "%s\n", dumped.c_str()) > 0 && fflush(run.log) == 0;
     if (!written) die("cannot write %s: %s", log_path(run.o).c_str(), strerror(errno));
 }
 
@@ -481,51 +482,20 @@ Json trainer_state(const TrainingRun& run) {
     return s;
 }
 
-// The words of a command but its program, --out and --resume: a run that is stopped and resumed has the same.
-std::vector<std::string> recipe_words(const std::vector<std::string>& command) {
-    std::vector<std::string> words;
-    for (size_t i = 1; i < command.size(); i++) {
-        const std::string name = command[i].substr(0, command[i].find('='));
-        if (name != "--out" && name != "--resume") words.push_back(command[i]);
-        else if (name == command[i] && i + 1 < command.size() && command[i + 1].compare(0, 2, "--") != 0) i++;
-    }
-    return words;
-}
-
-Json command_json(const TrainingRun& run) {
-    std::error_code ignored;
-    return {{"command", run.o.command}, {"folder", std::filesystem::current_path(ignored).string()}};
-}
-
-// A line where the run is resumed by other options than before
-void log_resumed(TrainingRun* run, const std::string& path) {
-    std::string log;
-    std::vector<std::string> before;
-    if (world.rank > 0 || run->replayed > 0 || !file_contents(&log, path)) return;
-    for (size_t begin = 0, end; (end = log.find('\n', begin)) != std::string::npos; begin = end + 1) {
-        if (begin > 0 && log.compare(begin, 12, "{\"resumed_at") != 0) continue;
-        const Json line = json_parse(log.substr(begin, end - begin));
-        if (line.is_object() && line.contains("command")) before = line["command"].get<std::vector<std::string>>();
-    }
-    if (recipe_words(before) == recipe_words(run->o.command)) return;
-    Json line = {{"resumed_at", run->step}};
-    line.update(command_json(*run));
-    log_line(*run, line);
-}
-
 // The log of this run, after its last line that is still true; a new one begins with the configuration.
 void log_open(TrainingRun* run) {
     const std::string path = run->replayed > 0 ? "/dev/null" : log_path(run->o);
     if (!run->from.empty() && world.rank == 0) log_truncate(path, run->step);
     run->log = fopen(world.rank == 0 ? path.c_str() : "/dev/null", run->from.empty() ? "w" : "a");
     if (!run->log) die("cannot write %s: %s", path.c_str(), strerror(errno));
-    if (ftell(run->log) != 0) return log_resumed(run, path);
+    if (ftell(run->log) != 0) return;
     Json first = config_json(run->config, BF16), recipe = trainer_state(*run);
     for (const char* progress : {"step", "updates", "epoch", "position"}) recipe.erase(progress);
     first.update(recipe);
     first["steps"] = run->steps;
-    Json line = {{"config", first}};
-    line.update(command_json(*run));
+    std::error_code ignored;
+    Json line = {{"config", first}, {"command", run->o.command},
+                 {"folder", std::filesystem::current_path(ignored).string()}};
     if (run->objective->of_rows) line["dropped_rows"] = run->rows.training.dropped;
     log_line(*run, line);
 }

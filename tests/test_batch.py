@@ -217,7 +217,7 @@ def test_options_of_the_log_and_own_ones(runs, tmp_path):
         "--seq", T, "--lr", 0.02, "--warmup", 5, "--skip-batches", "33-40", "--peak-tflops", 1, cwd=runs)
     assert batch(tmp_path / "out", STEPS)["batch"] == STEPS + 2
     assert batch(tmp_path / "out", STEPS + 1)["batch"] == 41
-    again = batch(tmp_path / "out", STEPS + 2, "--replay")
+    again = batch(tmp_path / "out", STEPS + 2, "--replay", "--steps", STEPS + 2)
     assert again["loss"] == log(tmp_path / "out")[STEPS + 2]["loss"]
 
 

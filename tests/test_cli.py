@@ -108,7 +108,8 @@ def test_log(data, tmp_path):
                          "--tokenizer", "bytes", "--sample-every", 2, "--sample-tokens", 20))
     assert "\x1b" not in out
     lines = log(tmp_path)
-    assert list(lines[0]) == ["config"] and lines[0]["config"]["num_experts"] == 5
+    assert list(lines[0]) == ["config", "command", "folder"] and lines[0]["config"]["num_experts"] == 5
+    assert lines[0]["command"][1:3] == ["train", "--config"] and os.path.isdir(lines[0]["folder"])
     assert lines[0]["config"]["adamw"]["beta2"] == 0.95
     assert [line["step"] for line in lines[1:]] == [1, 2, 3, 4]
     for line in lines[1:]:
