@@ -2777,7 +2777,7 @@ void run_open(TrainingRun* run) {
         size_t instances = o.val_batches > 0 ? (size_t)(o.val_batches * o.B) : run->val.instances;
         dataloader_check(&run->val, instances, ranks_alive);
     }
-    if (o.val.size() == 1) domains_open(&run->domains, run->val.files[0], c);
+    if (run->val.files.size() == 1) domains_open(&run->domains, run->val.files[0], c);
     run_set_steps(run);
 }
 

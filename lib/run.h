@@ -565,12 +565,11 @@ void run_resume_skipped(TrainingRun* run, const Json& recorded) {
     for (const Json& r : recorded) before.push_back({r.at(0), r.at(1)});
     const int64_t next = batch_of_step(run->step + 1, before);
     for (const BatchRange& r : run->data.skipped) {
-        const bool known = std::any_of(before.begin(), before.end(), [&](const BatchRange& b) {
-            return b.first <= r.first && r.last <= b.last;
-        });
-        if (!known && r.first < next)
-            die("--skip-batches %ld-%ld: %s has trained up to batch %ld; resume from a checkpoint before these batches",
-                r.first, r.last, run->from.c_str(), next - 1);
+        int64_t added = r.first;                                // the first that the checkpoint does not know
+        for (const BatchRange& b : before) if (b.first <= added && added <= b.last) added = b.last + 1;
+        if (added <= r.last && added < next)
+            die("--skip-batches %ld-%ld: %s has trained on batch %ld; resume from a checkpoint before it", r.first, r.last,
+                run->from.c_str(), added);
     }
     all.insert(all.end(), before.begin(), before.end());
     run->data.skipped = batch_ranges_joined(all);
