@@ -547,8 +547,10 @@ inline void dataloader_open(DataLoader* d, const std::vector<std::string>& files
             token_file_open(&f, share.path, token_type == "uint32" ? 4 : 2);
             f.instances = f.tokens / T;
             longest = std::max(longest, f.tokens);
-            if (left < 1) f.instances = (size_t)floor(left * (double)f.instances + 1e-6);   // 0.29 of 100 are 29
-            if (left < 1 && f.instances == 0) die("%s: not one sequence of %d tokens", name.c_str(), T);
+            const size_t whole = f.instances;
+            if (left < 1) f.instances = (size_t)floor(left * (double)whole + 1e-6);     // 0.29 of 100 are 29
+            if (left < 1 && f.instances == 0)
+                die("%s: %.4g of the file's %zu sequences of %d tokens is less than one", name.c_str(), left, whole, T);
             f.first = d->instances;
             d->instances += f.instances;
             d->files.push_back(f);

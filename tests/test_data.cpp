@@ -117,6 +117,18 @@ int main() {
         } else if (word == "seek") {            // seek EPOCH POSITION
             int64_t epoch, position; in >> epoch >> position;
             dataloader_seek(&d, epoch, position);
+        } else if (word == "skip") {            // skip RANGE...: as --skip-batches
+            std::vector<BatchRange> ranges; std::string range;
+            while (in >> range) ranges.push_back(batch_range_of(range));
+            d.skipped = batch_ranges_joined(ranges);
+            printf("%s\n", batch_ranges_json(d.skipped).dump().c_str());
+        } else if (word == "batches") {         // batches N: of the first N steps
+            int64_t n; in >> n;
+            for (int64_t step = 1; step <= n; step++) printf("%lld ", (long long)batch_of_step(step, d.skipped));
+            printf("\n");
+        } else if (word == "go") {              // go G BATCH
+            int G; int64_t batch; in >> G >> batch;
+            dataloader_go_to(&d, G, batch);
         } else if (word == "state") {
             printf("%lld %lld %lld %zu %zu %016llx\n", (long long)d.epoch, (long long)d.position,
                    (long long)dataloader_masked(&d), d.instances, dataloader_tokens(&d),

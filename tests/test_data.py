@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import math
 import os
 import random
 import re
@@ -14,6 +15,7 @@ import struct
 import subprocess
 import sys
 import time
+from fractions import Fraction
 
 import pytest
 
@@ -165,6 +167,162 @@ def test_sequential(drive, tmp_path):
     lines = drive(f"open 3 200 sequential 6198 0 {sixteen(tmp_path)}", *["next 6 0 1"] * 3)
     batches = [firsts(lines[12 * i:12 * i + 12], 6) for i in range(3)]
     assert batches == [list(range(6)), list(range(6, 12)), list(range(6))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that count more than once or in part
+
+def numbered(path, first, n, T=3, tail=1):
+    """A file of n instances, and a tail that is too short; instance i is first + i, 100 + first + i, ..."""
+    return tokens(path, [x for i in range(first, first + n) for x in [i] + [100 + i] * (T - 1)] + [99] * tail)
+
+
+def test_shares_follow_numpy(drive, tmp_path):
+    """16 instances of three files: 5, then 4 twice, then half of 7."""
+    files = [numbered(tmp_path / "a.npy", 0, 5), numbered(tmp_path / "b.npy", 20, 4) + ":2",
+             numbered(tmp_path / "c.npy", 40, 7) + ":0.5"]
+    instances = [*range(5), *range(20, 24), *range(20, 24), *range(40, 43)]
+    for seed in (6198, 42):
+        lines = drive(f"open 3 200 global {seed} 0 {' '.join(files)}", *["next 4 0 1"] * 4)
+        assert [firsts(lines[8 * i:], 4) for i in range(4)] == [[instances[i] for i in ORDER[seed][4 * b:4 * b + 4]]
+                                                                for b in range(4)]
+    lines = drive(f"open 3 200 sequential 0 0 {' '.join(files)}", "next 16 0 1", "state")
+    assert firsts(lines[:16], 16) == instances and lines[-1].split()[3:5] == ["16", str(16 + 13 + 13 + 9)]
+
+
+@pytest.mark.parametrize("order", ["global", "sequential"])
+def test_shares_are_the_files_written_out(drive, tmp_path, order):
+    """Token for token, over several epochs, on 1, 2 and 4 ranks: as one file of all their instances, in the order of
+    the list. Headers and tails take no part in it."""
+    draw = random.Random(3)
+    T, kinds = 5, {"raw.npy": tokens, "head.npy": npy, "shard.bin": llmc, "odd:name.npy": tokens, "short.npy": tokens}
+    shares = {"raw.npy": (53, ""), "head.npy": (44, ":2.5"), "shard.bin": (37, ":0.75"), "odd:name.npy": (20, ":1"),
+              "short.npy": (4, ":3")}                           # the last has no instance at all
+    files, written_out = [], []
+    for name, (n, share) in shares.items():
+        values = [draw.randrange(300) for _ in range(n)]
+        files.append(kinds[name](tmp_path / name, values) + share)
+        instances, times = n // T, Fraction(share[1:] or 1)
+        for left in [1] * int(times) + [times % 1]:
+            written_out += values[:T * int(left * instances)]
+    assert len(written_out) == T * (10 + (8 + 8 + 4) + 5 + 4)
+    whole = tokens(tmp_path / "whole.npy", written_out)
+    layouts = [(world, rank) for world in (1, 2, 4) for rank in range(world)]
+    a, b = (drive(*[line for world, rank in layouts
+                    for line in (f"open {T} 300 {order} 11 1 {names}", *[f"next 8 {rank} {world}"] * 13, "state")])
+            for names in (" ".join(files), whole))              # 4 batches an epoch, and 7 instances left over
+    assert len(a) == len(b) == sum(13 * 2 * 8 // world + 1 for world, _ in layouts)
+    for x, y in zip(a, b):
+        if len(x.split()) != 6:
+            assert x == y
+        else:                                                   # but for the tokens and the fingerprint
+            assert x.split()[:4] == y.split()[:4] == ["3", "8", "0", "39"]
+
+
+def test_parts_are_rounded_down(drive, tmp_path):
+    """For shares as they are written, not as they are stored: 0.29 of 100 are 29."""
+    draw = random.Random(4)
+    shares = [(100, "0.29"), (10, "0.1"), (10, "2.3"), (1000, "0.999"), (7, "1.999"), (3, "0.34")]
+    shares += [(n, f"{draw.randrange(1, 3000) / 1000}") for n in draw.sample(range(200, 900), 40)]
+    files = [tokens(tmp_path / f"{n}.npy", [1] * (2 * n + 1)) for n, _ in shares]
+    lines = drive(*[line for file, (_, share) in zip(files, shares)
+                    for line in (f"open 2 9 sequential 0 0 {file}:{share}", "state", "close")])
+    for line, (n, share) in zip(lines, shares, strict=True):
+        whole, part = divmod(Fraction(share), 1)
+        assert int(line.split()[3]) == whole * n + math.floor(part * n), (n, share)
+
+
+def test_names_with_colons(drive, tmp_path):
+    """What exists is a name; else what follows its last colon is a share."""
+    numbered(tmp_path / "a", 0, 2), numbered(tmp_path / "a:2", 10, 3), numbered(tmp_path / "a:nan", 20, 1)
+    (tmp_path / "folder:2").mkdir()
+    for name, found in {"a": [0, 1], "a:3": [0, 1] * 3, "a:0.5": [0], "a:1e0": [0, 1], "a:2": [10, 11, 12],
+                        "a:2:1": [10, 11, 12], "a:2:2": [10, 11, 12] * 2, "a:nan": [20], "a:nan:2": [20, 20]}.items():
+        lines = drive(f"open 3 200 sequential 0 0 {tmp_path}/{name}", f"next {len(found)} 0 1", "state")
+        assert firsts(lines[:-1], len(found)) == found and lines[-1].split()[3] == str(len(found)), name
+    message = drive(f"open 3 200 sequential 0 0 {tmp_path}/folder:2", fails=True)
+    assert "folder:2: not a regular file" in message
+
+
+@pytest.mark.parametrize("share, message", [
+    *[(share, f"a.npy:{share}: a file counts more than 0 and up to 1000 times")
+      for share in ("0", "-1", "-0.5", "nan", "inf", "1e9", "1000.5", "1e-400")],
+    *[(share, f"a.npy:{share}: cannot be read: No such file") for share in ("", "text", "2x", "1,5", "2:", "2:x")],
+    ("0.1", "a.npy:0.1: 0.1 of the file's 9 sequences of 3 tokens is less than one"),
+    ("2.1", "a.npy:2.1: 0.1 of the file's 9 sequences of 3 tokens is less than one"),
+    ("1e-300", "of the file's 9 sequences of 3 tokens is less than one"),
+    ("2:2", "a.npy:2: cannot be read: No such file")])
+def test_shares_that_are_refused(drive, tmp_path, share, message):
+    assert message in drive(f"open 3 200 global 0 0 {numbered(tmp_path / 'a.npy', 0, 9)}:{share}", fails=True)
+
+
+def test_fingerprints_of_shares(drive, tmp_path):
+    """Equal where the lists of instances are."""
+    a, b = numbered(tmp_path / "a.npy", 0, 5), numbered(tmp_path / "b.npy", 20, 8)
+
+    def of(*files):
+        return drive(f"open 3 200 global 0 0 {' '.join(files)}", "state")[0].split()[-1]
+
+    assert of(a, b + ":2.5") == of(a + ":1", b, b, b + ":0.5") == of(a, b, b, b + ":0.6") and of(a) == of(a + ":1")
+    others = [of(a, b), of(a, b + ":2"), of(a, b + ":3"), of(a + ":2", b), of(b, a), of(b, a, b), of(a, b + ":0.5"),
+              of(a, b + ":0.75"), of(a, b + ":2.5"), of(a, b + ":0.5", b, b)]
+    assert len(set(others)) == len(others)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches that are skipped
+
+SKIPPED = {             # 16 instances are 5 batches of 3 an epoch: (as given, as they are recorded)
+    "one": ("2", [[2, 2]]), "the first": ("1-1", [[1, 1]]), "a stretch": ("3-4", [[3, 4]]),
+    "touching": ("3-4 5-6", [[3, 6]]), "overlapping": ("2-6 4-8", [[2, 8]]), "within": ("2-8 4-5 3", [[2, 8]]),
+    "out of order": ("9 7 2-3", [[2, 3], [7, 7], [9, 9]]), "over an epoch's end": ("4-7", [[4, 7]]),
+    "whole epochs": ("1-5 11-15", [[1, 5], [11, 15]]), "an epoch's last": ("5 10-10", [[5, 5], [10, 10]]),
+    "twice": ("3 3-3", [[3, 3]]), "never reached": ("500-1000000000000000", [[500, 10**15]])}
+
+
+@pytest.mark.parametrize("order", ["global", "sequential"])
+@pytest.mark.parametrize("case", SKIPPED)
+def test_skipped_batches(drive, tmp_path, case, order):
+    """The others follow one another as they would without; from the state after any step it goes on the same."""
+    given, recorded = SKIPPED[case]
+    n, each = 9, 7                      # lines of a batch on one rank, and of the state after it
+    left = [b for b in range(1, 30) if not any(first <= b <= last for first, last in recorded)][:n]
+    opened, skip = f"open 3 200 {order} 6198 0 {sixteen(tmp_path)}", f"skip {given}"
+    begun = [(step, f"seek {(b - 1) // 5} {(b - 1) % 5 * 3 + 3}") for step, b in enumerate(left, 1)]
+    lines = iter(drive(opened, *["next 3 0 1", "state"] * left[-1], opened, skip, f"batches {n}",
+                       *["next 3 0 1", "state"] * n,
+                       *[line for step, seek in begun
+                         for line in (opened, skip, seek, *["next 3 0 1", "state"] * (n - step))],
+                       *[line for rank in range(3) for line in (opened, skip, *[f"next 3 {rank} 3"] * n)]))
+    plain = [[next(lines) for _ in range(each)] for _ in range(left[-1])]
+    assert json.loads(next(lines)) == recorded and rows([next(lines)]) == [left]
+    wanted = [plain[b - 1] for b in left]
+    assert [[next(lines) for _ in range(each)] for _ in range(n)] == wanted
+    for step, _ in begun:
+        assert json.loads(next(lines)) == recorded
+        assert [[next(lines) for _ in range(each)] for _ in range(n - step)] == wanted[step:]
+    ranks = [[next(lines) for _ in range(1 + 2 * n)][1:] for _ in range(3)]
+    for i in range(n):
+        assert [rank[2 * i] for rank in ranks] == wanted[i][:3]
+        assert [rank[2 * i + 1] for rank in ranks] == wanted[i][3:6]
+
+
+def test_batches_by_their_numbers(drive, tmp_path):
+    """Any batch of any epoch is found without those before it."""
+    opened = f"open 3 200 global 6198 0 {sixteen(tmp_path)}"
+    lines = drive(opened, *["next 3 0 1", "state"] * 12)
+    order = random.Random(5).sample(range(1, 13), 12)
+    found = drive(opened, *[line for batch in order for line in (f"go 3 {batch}", "next 3 0 1", "state")])
+    for i, batch in enumerate(order):
+        assert found[7 * i:7 * i + 7] == lines[7 * (batch - 1):7 * batch]
+
+
+@pytest.mark.parametrize("given", ["0", "0-3", "-3", "3-1", "3-", "-", "x", "3-x", "3-4-5", "1.5", "1e3", "+3", "3-+4",
+                                   "3--4", "0x3", "3..4", "1000000000000001", "9223372036854775808",
+                                   "3-18446744073709551620"])
+def test_stretches_that_are_refused(drive, given):
+    message = drive(f"skip {given}", fails=True)
+    assert message == f"--skip-batches '{given}': not FROM-TO, numbers of batches from 1 on"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
