@@ -57,6 +57,8 @@ while [ $# -gt 0 ]; do case $1 in */olmoe) exec "$@";; esac; shift; done
 class Place:
     """A copy of the scripts with a stand-in of the program, a model, and rows of each kind"""
 
+    script = "olmoe_instruct.sh"
+
     def __init__(self, folder):
         self.folder, self.here = folder / "tree", folder / "my work"
         shutil.copytree(ROOT / "scripts", self.folder / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
@@ -84,7 +86,7 @@ class Place:
     def start(self, *words, **environment):
         kept = {key: value for key, value in os.environ.items() if not key.startswith("SLURM") and key != "RANKS"}
         kept.update(PATH=f"{self.bin}:{os.environ['PATH']}", LAUNCHED=str(self.launched), **environment)
-        return subprocess.Popen([self.folder / "scripts/olmoe_instruct.sh", *map(str, words)], cwd=self.here, env=kept,
+        return subprocess.Popen([self.folder / "scripts" / self.script, *map(str, words)], cwd=self.here, env=kept,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def run(self, *words, code=0, **environment):
