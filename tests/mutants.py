@@ -10,6 +10,7 @@ CHECKPOINT, MAKE, GENERATE = ("tests/test_checkpoint.py::test_group", "tests/tes
                               "tests/test_generate.py::test_")
 ROWS, OBJECTIVES = "tests/test_rows.py::test_", "tests/test_objectives.py::test_"
 GPU_SCRIPT, RANKS = "tests/test_gpu_script.py::test_", "tests/test_ranks.py::test_"
+MIXING, ANNEAL = "tests/test_mixing.py::test_", "tests/test_anneal_script.py::test_"
 INSTRUCT, TASKS = "tests/test_instruct_script.py::test_", "tests/test_tasks_script.py::test_"
 EVALUATE, BATCH = "tests/test_evaluate.py::test_", "tests/test_batch.py::test_"
 
@@ -371,6 +372,39 @@ MUTANTS = [
     ("ranks_take_runs", "dataloader.h",
      "rank + world * row",
      "rank * (G / world) + row", DATA + "ranks_share_the_global_batch[2]"),
+    ("part_as_it_is_stored", "dataloader.h",
+     "floor(left * (double)whole + 1e-6)",
+     "floor(left * (double)whole)", DATA + "parts_are_rounded_down"),
+    ("name_with_a_colon_is_a_share", "dataloader.h",
+     "colon + 1 == name.size() || stat(name.c_str(), &info) == 0",
+     "colon + 1 == name.size() || stat(name.c_str(), &info) == 1", DATA + "names_with_colons"),
+    ("nan_is_a_share", "dataloader.h",
+     "if (!(times > 0 && times <= 1000))",
+     "if (times <= 0 || times > 1000)", DATA + "shares_that_are_refused[nan-]"),
+    ("fingerprint_without_the_part", "dataloader.h",
+     "if (in_part(f, d->T)) hash = fnv1a(hash, (const unsigned char*)&f.instances, sizeof f.instances);",
+     "", DATA + "fingerprints_of_shares"),
+    ("first_of_a_stretch_is_skipped", "dataloader.h",
+     "if (r.first <= batch && batch <= r.last) batch = r.last + 1;",
+     "if (r.first == batch) batch++;", DATA + "skipped_batches[a stretch-global]"),
+    ("stretch_within_another_ends_it", "dataloader.h",
+     "joined.back().last = std::max(joined.back().last, r.last);",
+     "joined.back().last = r.last;", DATA + "skipped_batches[within-sequential]"),
+    ("step_after_one_batch_too_few", "dataloader.h",
+     "step += r.last - r.first + 1;",
+     "step += r.last - r.first;", DATA + "skipped_batches[one-global]"),
+    ("resuming_forgets_what_was_skipped", "lib/run.h",
+     "all.insert(all.end(), before.begin(), before.end());",
+     "", MIXING + "resuming_keeps_and_adds"),
+    ("stretch_that_goes_on_is_refused", "lib/run.h",
+     "if (b.first <= added && added <= b.last) added = b.last + 1;",
+     "if (b.first <= added && r.last <= b.last) added = b.last + 1;", MIXING + "resuming_keeps_and_adds"),
+    ("reference_of_other_steps", "lib/finetune.h",
+     "if (rows.format.kind == RowKind::kto && !run.data.skipped.empty())",
+     "if (rows.format.kind == RowKind::kto && run.data.skipped.empty())", MIXING + "skipped_rows[kto]"),
+    ("domains_of_the_first_copy", "olmoe.cu",
+     "if (run->val.files.size() == 1)",
+     "if (o.val.size() == 1)", MIXING + "validation_files_that_count_twice"),
     ("uint32_is_not_suspected", "lib/file_kinds.h",
      "if (width == 2 && numbers_read<int32_t>",
      "if (width == 8 && numbers_read<int32_t>", DATA + "contents_are_recognised[uint32]"),
@@ -623,6 +657,11 @@ MUTANTS = [
      'train "$stage" "$model"; done', INSTRUCT + "in_order_and_again"),
     ("kto_has_the_mask_of_sft", "scripts/olmoe_instruct.sh", "common=(--seq 4096",
      "common=(--label-mask olmoe --seq 4096", INSTRUCT + "recipe[8]"),
+
+    ("annealing_begins_with_a_warm_up", "scripts/olmoe_anneal.sh", "--schedule anneal ", "--schedule linear ",
+     ANNEAL + "recipe[8]"),
+    ("annealing_in_the_order_of_pretraining", "scripts/olmoe_anneal.sh", "--seed 42 ", "--seed 6198 ",
+     ANNEAL + "recipe[8]"),
 
     # ---- A step that is looked into
     ("the_batch_after", "commands/batch.h",
