@@ -568,8 +568,8 @@ void run_resume_skipped(TrainingRun* run, const Json& recorded) {
         int64_t added = r.first;                                // the first that the checkpoint does not know
         for (const BatchRange& b : before) if (b.first <= added && added <= b.last) added = b.last + 1;
         if (added <= r.last && added < next)
-            die("--skip-batches %ld-%ld: %s has trained on batch %ld; resume from a checkpoint before it", r.first, r.last,
-                run->from.c_str(), added);
+            die("--skip-batches %ld-%ld: %s has trained on batch %ld; resume from a checkpoint before it", r.first,
+                r.last, run->from.c_str(), added);
     }
     all.insert(all.end(), before.begin(), before.end());
     run->data.skipped = batch_ranges_joined(all);

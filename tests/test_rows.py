@@ -105,7 +105,9 @@ def train(base, out, kind, *more, ranks=1, data=None, code=0):
 
 
 def log(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    """The configuration, then the steps"""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if "resumed_at" not in line]
 
 
 def digest(path):
