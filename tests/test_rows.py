@@ -105,9 +105,7 @@ def train(base, out, kind, *more, ranks=1, data=None, code=0):
 
 
 def log(out):
-    """The configuration, then the steps"""
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if "resumed_at" not in line]
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 def digest(path):
