@@ -12,7 +12,8 @@ ROWS, OBJECTIVES = "tests/test_rows.py::test_", "tests/test_objectives.py::test_
 GPU_SCRIPT, RANKS = "tests/test_gpu_script.py::test_", "tests/test_ranks.py::test_"
 MIXING, ANNEAL = "tests/test_mixing.py::test_", "tests/test_anneal_script.py::test_"
 INSTRUCT, TASKS = "tests/test_instruct_script.py::test_", "tests/test_tasks_script.py::test_"
-EVALUATE, BATCH = "tests/test_evaluate.py::test_", "tests/test_batch.py::test_"
+EVALUATE, IN_RUNS = "tests/test_evaluate.py::test_", "tests/test_evaluate_runs.py::test_"
+BATCH = "tests/test_batch.py::test_"
 
 MUTANTS = [
     # ---- Embedding, norms, rotation
@@ -880,4 +881,16 @@ MUTANTS = [
     ("end_of_a_document_is_a_byte", "commands/evaluate.h",
      "id == tokenizer->eos ? 0 :",
      "id == tokenizer->eos ? 1 :", EVALUATE + "reference[bytes-2-1]"),
+    ("scores_of_other_ranks_left_out", "commands/evaluate.h",
+     "host_sum(&logps);",
+     "", IN_RUNS + "ranks[2]"),
+    ("ranks_do_not_compare_what_they_read", "commands/evaluate.h",
+     "host_sum(world.rank == 0 ? seen : 0) != seen",
+     "host_sum(seen) < 0", IN_RUNS + "ranks_that_see_other_files[--eval-tasks]"),
+    ("stop_waits_for_an_evaluation", "commands/evaluate.h",
+     "return stopping_saves && host_sum((double)stop_requested) > 0;",
+     "return false;", IN_RUNS + "a_stop_does_not_wait_for_an_evaluation"),
+    ("links_are_replaced", "lib/output.h",
+     "return none ? path : file;",
+     "return none || !file.empty() ? path : file;", IN_RUNS + "where_links_lead"),
 ]
