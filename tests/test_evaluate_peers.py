@@ -24,7 +24,7 @@ pytestmark = pytest.mark.peers
 
 ROOT = Path(__file__).resolve().parent.parent
 OLMOE = os.path.abspath(os.environ.get("OLMOE", ROOT / "olmoe"))
-DATA = Path(os.environ.get("OLMOE_DATA") or "/nowhere")
+DATA = Path(os.environ.get("OLMOE_DATA") or "/nowhere").resolve()     # links lead there
 FILES = ["arc_challenge_mc_5shot", "arc_challenge_rc_0shot", "arc_easy_rc_0shot", "copa_rc_0shot", "csqa_rc_0shot",
          "openbookqa_mc_5shot", "openbookqa_rc_0shot", "piqa_rc_0shot", "sciq_rc_0shot", "socialiqa_rc_0shot",
          "winogrande_rc_0shot"]
