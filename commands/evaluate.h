@@ -381,7 +381,7 @@ void set_score(Olmoe* m, PerplexitySet* s, int B, const std::vector<int>& bytes_
 // ------------------------------------------------------------------------------------------------
 // Figures
 
-// Means over the documents. p: of log p of the right choice, for each byte in bits, for each character in nats
+// Means over the documents. bpb and ce_loss: -log p of the right choice, in bits a byte, in nats a character
 struct TaskFigures { double n = 0, acc = 0, acc_norm = 0, acc_bytes = 0, acc_stderr = 0, bpb = 0, ce_loss = 0; };
 
 // Of equal ones the first
