@@ -2545,6 +2545,7 @@ void olmoe_update(Olmoe* m, int64_t step, double grad_norm, const AdamWOptions& 
 #include "commands/evaluate.h"  // olmoe evaluate, and the evaluations of a training run
 #include "commands/verify.h"    // olmoe verify: a comparison with a reference file
 #include "commands/tokenize.h"  // olmoe tokenize: text files -> token files
+#include "commands/routing.h"   // olmoe routing, and what a training run writes of its experts
 #include "commands/info.h"      // olmoe info: parameters, FLOPs, memory and traffic of a shape
 #include "lib/rows.h"           // files of conversations and preferences -> rows, kept in a run's directory
 
@@ -2587,8 +2588,8 @@ struct TrainOptions {
     Choice objective = "pretrain", schedule = "cosine", order = "global", lb = "rank", optimizer = "adamw";
     Choice master_weights = "fp32", moments = "fp32", token_type = "uint16", label_mask = "assistant";
     int64_t B = 4, T = 0, global_batch = 0, seed = 6198, recompute = 0, ep = 1, zero = 0;
-    int64_t save_every = 0, keep_last = 0, keep_every = 0, val_every = 0, val_batches = 0, sample_every = 0;
-    int64_t sample_tokens = 200, log_every = 1;
+    int64_t save_every = 0, keep_last = 0, keep_every = 0, val_every = 0, val_batches = 0, routing_every = 0;
+    int64_t sample_every = 0, sample_tokens = 200, log_every = 1;
     double lr = 4e-4, min_lr = -1, lb_coef = 0.01, z_coef = 0.001, skip_spikes = 0, peak_tflops = 0, timeout = 600;
     double epochs = 0, beta = 0.1;
     AdamWOptions adamw;
@@ -2748,18 +2749,19 @@ std::vector<MicroBatch> pretraining_micro_batches(TrainingRun* run) {
 
 static const Objective pretraining = {"pretrain", false, RowKind::sft, pretraining_micro_batches, weighted_gradient};
 
-// Ranks and files, when the options are there; nothing of the device. The ranks meet before the files are opened: an
-// error that all of them find is then one line.
+// Sequences of a validation
+size_t validated_instances(const TrainingRun& run) {
+    const size_t all = run.val.instances;
+    return run.o.val_batches > 0 ? std::min(all, (size_t)(run.o.val_batches * run.o.B)) : all;
+}
+
+// Ranks and files, when the options are there; nothing of the device
 void run_open(TrainingRun* run) {
     TrainOptions& o = run->o;
     choose_state(&run->model, o.master_weights, o.moments);
 
-    signals_watch();                        // before any other thread starts
-    ranks = ranks_start(o.rendezvous, NCCL_BY_MPI);
-    ranks_watch(o.timeout);
+    ranks_open(o.rendezvous, o.timeout, o.ep, o.zero == 1);
     stopping_saves = ranks.size > 1;        // a signal to one rank must not end the others: they make one step
-    if (ranks.size % o.ep != 0) die("%d ranks can't be divided into groups of --ep %ld", ranks.size, o.ep);
-    layout_set(ranks.rank, ranks.size, (int)o.ep, o.zero == 1);
 
     config_read(&run->config, o.config.empty() ? o.model : o.config);
     run->objective = o.objective == "pretrain" ? &pretraining : finetune_objective(o.objective);
@@ -2774,9 +2776,9 @@ void run_open(TrainingRun* run) {
             o.global_batch, run->data.instances);
     if (!o.val.empty()) {                   // all of it is checked now, not after hours
         dataloader_open(&run->val, o.val, (int)o.T, c.V, DataOrder::sequential, 0, false, o.token_type);
-        size_t instances = o.val_batches > 0 ? (size_t)(o.val_batches * o.B) : run->val.instances;
-        dataloader_check(&run->val, instances, ranks_alive);
+        dataloader_check(&run->val, validated_instances(*run), ranks_alive);
     }
+    if (o.routing_every > 0) routing_check(c, run->val);
     if (run->val.files.size() == 1) domains_open(&run->domains, run->val.files[0], c);
     run_set_steps(run);
 }
@@ -2914,9 +2916,10 @@ Validation validate(TrainingRun* run, bool by_domain) {
     Olmoe* m = &run->model;
     const int B = (int)run->o.B, eos = run->has_tokenizer ? run->tokenizer.eos : -1;
     double nll = 0, tokens = 0, ends = 0;
-    int64_t batches = ceil_div(run->val.instances, B);
-    if (run->o.val_batches > 0) batches = std::min(batches, run->o.val_batches);
-    for_batches(m, &run->val, B, batches, [&](const Losses& l, size_t first) {
+    const int64_t batches = ceil_div(validated_instances(*run), B);
+    for_batches(m, &run->val, B, batches, olmoe_forward, [&](size_t first, int) {
+        olmoe_head(m, false);
+        const Losses l = olmoe_losses(m);
         nll += l.nll;
         tokens += l.valid;
         ends += std::count(m->batch.targets.begin(), m->batch.targets.end(), eos);
@@ -2954,6 +2957,14 @@ void run_validate(TrainingRun* run, Json* line) {
     (*line)["balance"] = balance_json(run->balance);
     run->balance.reset(run->config);
     at_step("");
+}
+
+// What the experts do with a part of the validation data, in files beside the checkpoints
+void run_routing(TrainingRun* run) {
+    const TrainOptions& o = run->o;
+    output_follow(&run->o.out);
+    routing_in_run(&run->model, run->val, validated_instances(*run), (int)o.B,
+                   run->has_tokenizer ? &run->tokenizer : nullptr, o.out, run->step);
 }
 
 // A text that the model continues
@@ -2996,6 +3007,7 @@ int command_train(int argc, char** argv) {
         if (run.eval.o.any() && (last || due(o.eval.every))) evaluation_in_run(&run.eval, &run.model, &line);
         log_line(run, line);
         if (last || run.stop || due(o.save_every)) run_save(&run);
+        if (o.routing_every > 0 && (last || due(o.routing_every))) run_routing(&run);
         if (run.has_tokenizer && (last || due(o.sample_every))) run_sample(&run);
         fflush(stdout);
     }
@@ -3014,6 +3026,7 @@ int main(int argc, char** argv) {
         {"generate", command_generate, "continue texts, or talk to an Instruct model"},
         {"batch", command_batch, "what a step of a run trained on"},
         {"evaluate", command_evaluate, "perplexity of token files, and accuracy on multiple-choice tasks"},
+        {"routing", command_routing, "which experts texts go to: figures, and a page to look through"},
         {"verify", command_verify, "compare logits, losses, gradients and routing with a reference file"},
         {"tokenize", command_tokenize, "text to token files"},
         {"info", command_info, "parameters, FLOPs and memory plan of a config or a model"},

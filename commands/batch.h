@@ -87,6 +87,7 @@ void batch_parse(BatchCommand* b, int argc, char** argv) {
     o.out = b->run.empty() ? "." : b->run;
     if (b->run.empty() && o.config.empty()) o.model = b->model;
     o.val.clear();                          // what a step trains on does not depend on these
+    o.routing_every = 0;
     o.trace.clear();
     o.resume.clear();
     o.eval = EvalOptions();

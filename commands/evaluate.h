@@ -343,10 +343,11 @@ bool tasks_score(Olmoe* m, const Cache& cache, std::vector<Task>* tasks, const s
 // ------------------------------------------------------------------------------------------------
 // Token files
 
-// The first `batches` batches of B sequences, without a gradient: `body(losses, first)` with the number of the batch's
-// first sequence. The ranks take turns; one that has no batch left joins the others' exchanges with a row that counts
-// for nothing.
-template <typename Body> void for_batches(Olmoe* m, DataLoader* data, int B, int64_t batches, Body body) {
+// The first `batches` batches of B sequences through the layers, by `forward(m)`; then `body(first, rows)` with the number
+// of the batch's first sequence. The ranks take turns; one that has no batch left joins the others' exchanges with a row
+// that counts for nothing.
+template <typename Forward, typename Body>
+void for_batches(Olmoe* m, DataLoader* data, int B, int64_t batches, Forward forward, Body body) {
     const int T = data->T;
     std::vector<int> inputs((size_t)B * T), targets((size_t)B * T);
     for (int64_t round = 0; round < batches; round += world.size) {
@@ -354,10 +355,9 @@ template <typename Body> void for_batches(Olmoe* m, DataLoader* data, int B, int
         const size_t first = (size_t)batch * B;
         const int rows = batch < batches ? (int)dataloader_rows(data, first, B, inputs.data(), targets.data()) : 0;
         olmoe_set_batch(m, batch_of_rows(inputs.data(), rows > 0 ? targets.data() : nullptr, std::max(rows, 1), T));
-        olmoe_forward(m);
+        forward(m);
         if (rows == 0) continue;
-        olmoe_head(m, false);
-        body(olmoe_losses(m), first);
+        body(first, rows);
         ranks_alive();
     }
 }
@@ -368,7 +368,9 @@ struct PerplexitySet { std::string name; DataLoader data; double nll = 0, tokens
 // bytes_of: of each token's text, where that is known
 void set_score(Olmoe* m, PerplexitySet* s, int B, const std::vector<int>& bytes_of) {
     std::vector<double> sums(3, 0.0);
-    for_batches(m, &s->data, B, ceil_div(s->data.instances, B), [&](const Losses& l, size_t) {
+    for_batches(m, &s->data, B, ceil_div(s->data.instances, B), olmoe_forward, [&](size_t, int) {
+        olmoe_head(m, false);
+        const Losses l = olmoe_losses(m);
         sums[0] += l.nll;
         sums[1] += (double)l.valid;
         for (int target : m->batch.targets)

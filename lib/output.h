@@ -80,6 +80,15 @@ void signals_watch() {
     }).detach();
 }
 
+// The ranks and their groups, before files are opened: an error that all of them find is then one line.
+void ranks_open(const std::string& rendezvous, double timeout, int64_t ep, bool zero_1) {
+    signals_watch();                        // before any other thread starts
+    ranks = ranks_start(rendezvous, NCCL_BY_MPI);
+    ranks_watch(timeout);
+    if (ranks.size % ep != 0) die("%d ranks can't be divided into groups of --ep %ld", ranks.size, ep);
+    layout_set(ranks.rank, ranks.size, (int)ep, zero_1);
+}
+
 // ------------------------------------------------------------------------------------------------
 // The output directory
 

@@ -189,19 +189,30 @@ struct DomainTable {
     std::vector<double> counts;             // (L, domains, E)
 };
 
-// None where the documents' ids name more than 64: they are numbers of documents then.
+// Domains of documents, by name, and of each document
+struct DomainNames { std::vector<std::string> names; std::vector<int> of; };
+
+// False where the documents' ids name more than 64: they are numbers of documents then.
+bool domains_of(const std::vector<Document>& documents, DomainNames* d) {
+    for (const Document& doc : documents) {
+        const std::string name = document_domain(doc);
+        const size_t i = std::find(d->names.begin(), d->names.end(), name) - d->names.begin();
+        if (i == d->names.size()) d->names.push_back(name);
+        if (d->names.size() > 64) return false;
+        d->of.push_back((int)i);
+    }
+    return true;
+}
+
 void domains_open(DomainTable* d, const TokenFile& f, const OlmoeConfig& c) {
     std::string problem;
     d->documents = documents_read(f, &problem);
     if (!problem.empty() && world.rank == 0)
         fprintf(stderr, "warning: %s; it is left out, and experts by domain are not reported\n", problem.c_str());
-    for (const Document& doc : d->documents) {
-        std::string name = document_domain(doc);
-        size_t i = std::find(d->names.begin(), d->names.end(), name) - d->names.begin();
-        if (i == d->names.size()) d->names.push_back(name);
-        if (d->names.size() > 64) { *d = {}; return; }
-        d->domain_of.push_back((int)i);
-    }
+    DomainNames of_documents;
+    if (!domains_of(d->documents, &of_documents)) { *d = {}; return; }
+    d->names = of_documents.names;
+    d->domain_of = of_documents.of;
     d->counts.assign((size_t)c.L * d->names.size() * c.E, 0);
 }
 

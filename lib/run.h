@@ -89,6 +89,8 @@ std::vector<Option> train_options(TrainOptions* o) {
         {"val-every", &o->val_every, "S", "steps between validations and reports of expert balance (of the validation "
          "data, else of the steps since the last); 0: only at the end"},
         {"val-batches", &o->val_batches, "N", "batches of a validation; 0: all"},
+        {"routing-every", &o->routing_every, "S", "steps between files of what the experts do with up to 20,000 tokens of "
+         "the validation data, and at the end; 0: none"},
         {"sample-every", &o->sample_every, "S", "steps between samples of text; 0: only at the end"},
         {"sample-tokens", &o->sample_tokens, "N", "length of a sample", 1, 1 << 20},
         {"sample-prompt", &o->prompt, "TEXT", "what samples begin with"},
@@ -167,6 +169,8 @@ void train_options_check(TrainOptions* o) {
     o->adamw.eps = std::max(o->adamw.eps, 1e-30);
     o->adamw.rmsprop = o->optimizer == "rmsprop";
     train_check_objective(*o);
+    if (o->routing_every > 0 && (o->val.empty() || o->objective != "pretrain"))
+        die("--routing-every needs --val FILES of tokens");
     const EvalOptions& e = o->eval;
     const char* alone = e.start ? "start" : e.every > 0 ? "every" : e.T > 0 ? "seq" : nullptr;
     if (!e.any() && alone) die("--eval-%s needs --eval-tasks FILES or --eval-perplexity FILES", alone);
@@ -486,6 +490,7 @@ Json trainer_state(const TrainingRun& run) {
 void log_open(TrainingRun* run) {
     const std::string path = run->replayed > 0 ? "/dev/null" : log_path(run->o);
     if (!run->from.empty() && world.rank == 0) log_truncate(path, run->step);
+    if (run->replayed == 0 && world.rank == 0) routing_truncate(run->o.out, run->step);
     run->log = fopen(world.rank == 0 ? path.c_str() : "/dev/null", run->from.empty() ? "w" : "a");
     if (!run->log) die("cannot write %s: %s", path.c_str(), strerror(errno));
     if (ftell(run->log) != 0) return;

@@ -1,0 +1,3 @@
+#pragma once
+#include "../lib/files.h"
+inline std::string routing_page(const Json& data) { return data.dump(); }
