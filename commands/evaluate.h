@@ -343,9 +343,9 @@ bool tasks_score(Olmoe* m, const Cache& cache, std::vector<Task>* tasks, const s
 // ------------------------------------------------------------------------------------------------
 // Token files
 
-// The first `batches` batches of B sequences through the layers, by `forward(m)`; then `body(first, rows)` with the number
-// of the batch's first sequence. The ranks take turns; one that has no batch left joins the others' exchanges with a row
-// that counts for nothing.
+// The first `batches` batches of B sequences through the layers, by `forward(m)`; then `body(first, rows)` with the
+// number of the batch's first sequence. The ranks take turns; one that has no batch left joins the others' exchanges
+// with a row that counts for nothing.
 template <typename Forward, typename Body>
 void for_batches(Olmoe* m, DataLoader* data, int B, int64_t batches, Forward forward, Body body) {
     const int T = data->T;

@@ -89,8 +89,8 @@ std::vector<Option> train_options(TrainOptions* o) {
         {"val-every", &o->val_every, "S", "steps between validations and reports of expert balance (of the validation "
          "data, else of the steps since the last); 0: only at the end"},
         {"val-batches", &o->val_batches, "N", "batches of a validation; 0: all"},
-        {"routing-every", &o->routing_every, "S", "steps between files of what the experts do with up to 20,000 tokens of "
-         "the validation data, and at the end; 0: none"},
+        {"routing-every", &o->routing_every, "S", "steps between files of what the experts do with up to 20,000 tokens "
+         "of the validation data, and at the end; 0: none"},
         {"sample-every", &o->sample_every, "S", "steps between samples of text; 0: only at the end"},
         {"sample-tokens", &o->sample_tokens, "N", "length of a sample", 1, 1 << 20},
         {"sample-prompt", &o->prompt, "TEXT", "what samples begin with"},
