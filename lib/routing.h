@@ -45,7 +45,7 @@ FILE* file_temporary() {
 }
 
 template <typename T> void temporary_write(FILE* f, const std::vector<T>& all) {
-    if (fwrite(all.data(), sizeof(T), all.size(), f) != all.size())
+    if (fwrite(all.data(), sizeof(T), all.size(), f) != all.size() || fflush(f) != 0)
         die("cannot write a temporary file: %s; TMPDIR names another folder for it", strerror(errno));
 }
 
@@ -72,7 +72,6 @@ TokenFile text_tokens(const std::string& path, const Tokenizer& t, size_t most) 
         ranks_alive();
     }
     gzclose(lines.file);
-    if (fflush(file) != 0) temporary_write(file, std::vector<int>(1));  // says why
     f.bytes = f.tokens * sizeof(int);
     void* map = f.bytes == 0 ? nullptr : mmap(nullptr, f.bytes, PROT_READ, MAP_SHARED, fileno(file), 0);
     if (map == MAP_FAILED) die("%s: its tokens cannot be memory-mapped: %s", path.c_str(), strerror(errno));
