@@ -272,7 +272,7 @@ train: olmoe $(RUN)/train.npy $(RUN)/val.npy $(TASKS)
 	./olmoe train --config configs/tiny.json --tokenizer bytes --data $(RUN)/train.npy --val $(RUN)/val.npy --out $(RUN)/run --resume \
 	  --val-every 200 --sample-every 550 --save-every 550 --routing-every 550 --keep-last 2 --log-every 25 \
 	  $(if $(TASKS),--eval-tasks $(TASKS) --eval-every 1100 --eval-start) $(TRAIN_OPTIONS)
-	./olmoe routing --model "$$(ls -d $(RUN)/run/step-* | tail -n 1)" --data $(RUN)/val.npy --out $(RUN)/routing.json --page $(RUN)/routing.html
+	./olmoe routing --model "$$(ls -d $(RUN)/run/step-* | tail -n 1)" --tokenizer bytes --data $(RUN)/val.npy --out $(RUN)/routing.json --page $(RUN)/routing.html
 	$(PYTHON) scripts/learned.py $(RUN) $(RUN)/run
 	@echo "what its experts do, to look through in a browser: $(RUN)/routing.html"
 
