@@ -36,8 +36,10 @@ constexpr size_t ROUTING_SAMPLE = 20000;    // tokens whose choices are kept: of
 
 // A file without a name, which goes when it is closed
 FILE* file_temporary() {
-    std::error_code none;
-    std::string name = (std::filesystem::temp_directory_path(none) / "olmoe-XXXXXX").string();
+    std::error_code error;
+    const std::filesystem::path folder = std::filesystem::temp_directory_path(error);
+    if (error) die("no folder for temporary files: %s; TMPDIR names one", error.message().c_str());
+    std::string name = (folder / "olmoe-XXXXXX").string();
     const int fd = mkostemp(&name[0], O_CLOEXEC);
     if (fd < 0) die("cannot write a temporary file %s: %s", name.c_str(), strerror(errno));
     unlink(name.c_str());
@@ -136,6 +138,7 @@ void input_open(RoutingInput* in, const std::vector<std::string>& paths, const T
             token_file_open(&f, path, token_type == "uint32" ? 4 : 2);
             if (f.header == 0) token_file_check(f, V, token_file_blocks(f, 8), true);
         } else {
+            token_file_refuse(path, "");
             die("%s: neither .txt (text) nor .npy or .bin (tokens); rename it if it is one of them", path.c_str());
         }
         const size_t pieces = std::min(f.tokens, most) / T;
