@@ -17,6 +17,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+import reference_routing
+
 SOURCE = os.environ.get("PTXRUN", "")
 EMULATOR = ROOT / "build" / "ptxrun" / "ptxrun"
 
@@ -134,6 +137,19 @@ def test_evaluation(tmp_path, case, number, mode):
                         for d in task["documents"]]
     losses = {name: s["loss"] for name, s in json.loads((tmp_path / "out.json").read_text())["perplexity"].items()}
     assert losses == pytest.approx({name: s["loss"] for name, s in wanted["perplexity"].items()}, rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["race", "async"])
+def test_routing(tmp_path, mode):
+    """Against the reference of scripts/reference_routing.py, as tests/test_routing.py does on the CPU"""
+    folder = ROOT / "tests" / "fixtures" / "routing"
+    wanted = json.loads((folder / "three" / "expected.json").read_text())["runs"][0]
+    result = run("ptx-fp32/olmoe", "routing", "--model", folder / "three" / "model", "--tokenizer", "bytes", "--data",
+                 *(folder / name for name in wanted["data"]), "--seq", wanted["seq"], "--later",
+                 folder / "three" / "later", "--out", tmp_path / "out.json", **MODES[mode])
+    assert result.returncode == 0, ending(result)
+    wrong = reference_routing.disagreement(wanted["expected"], json.loads((tmp_path / "out.json").read_text()))
+    assert not wrong, wrong
 
 
 def tokens(path, vocabulary, count):
