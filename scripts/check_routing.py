@@ -91,7 +91,8 @@ def compared(domains, model):
     for name, domain in domains.items():
         for layer, experts in zip(LAYERS, top8(model).get(name, ())):
             for expert, value in experts.items():
-                yield name, f"layer {layer:2}, expert {expert:2}", value, percent(domain, "counts", layer, expert), False
+                what = f"layer {layer:2}, expert {expert:2}"
+                yield name, what, value, percent(domain, "counts", layer, expert), False
         for (layer, expert), value in (TOP1.get(name, {}) if model == "base" else {}).items():
             what = f"layer {layer:2}, expert {expert:2}, first choice"
             yield name, what, value, percent(domain, "top1", layer, expert), False
@@ -143,8 +144,7 @@ def report(path, model):
     if missing:
         print(f"not in it: {', '.join(missing)}")
     if any(is_loss for *_, is_loss in rows):
-        print("Published losses are means over sequences of the loss of each; where OUT.json's is of all tokens at once, "
-              "it is lower.")
+        print("Published losses are means over sequences of each one's loss; that of all tokens is usually lower.")
     same, layers = orders(domains, model)
     if layers:
         print(f"the four experts with the most tokens are the published ones, in order, in {same} of {layers} layers")

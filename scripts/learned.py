@@ -10,8 +10,8 @@ chosen at each step with those at the last (saturation); and looks at the expert
 With an entropy.json the bars of the default run are checked: at most 0.7 x xz and 1.6 x entropy, each task's accuracy
 at least three standard errors above chance, max/mean load below 2 in every layer, no dead expert; saturation, as a mean
 over layers, above that of random choices and higher at the last step before the end than at the first; and for each
-domain an expert that takes at least twice its uniform share of the domain's tokens, in some layer, which over all of the
-text none may. Exit 1 where one is missed. Standard library only.
+domain an expert that takes at least twice its uniform share of the domain's tokens, in some layer, which over all of
+the text none may. Exit 1 where one is missed. Standard library only.
 """
 import json
 import lzma
@@ -31,7 +31,6 @@ def read(folder, run):
         lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         entropy = json.loads((folder / "entropy.json").read_text())["bits_per_byte"] \
             if (folder / "entropy.json").exists() else None
-        entropy and entropy["all"]
         steps = [line for line in lines if "step" in line]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Unreadable(f"{folder}, {run / 'log.jsonl'}: {type(error).__name__}: {error}")
@@ -94,8 +93,8 @@ def specialists(path, domains):
         count, layer, expert = max((count, -layer, -expert) for layer, counts in enumerate(domain["counts"])
                                    for expert, count in enumerate(counts))
         share = count / domain["tokens"]
-        yield (f"{share:.2f}", f"of {name}'s tokens have expert {-expert} of layer {-layer}; twice the uniform share is "
-               f"{bar:.2f}", share >= bar)
+        yield (f"{share:.2f}", f"of {name}'s tokens have expert {-expert} of layer {-layer}; twice the uniform share "
+               f"is {bar:.2f}", share >= bar)
 
 
 def routing(folder, run, entropy):

@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""Draws what `olmoe routing` and training with --routing-every found out about the experts: the figures of OLMoE's paper
-(section 5), each as PNG and as SVG, for print at a page's width.
+"""Draws what `olmoe routing` and training with --routing-every found out about the experts: the figures of OLMoE's
+paper (section 5), each as PNG and as SVG, for print at a page's width.
 
     plot_routing.py OUT.json... [--out PREFIX] [--layer L]
 
 OUT.json is of `olmoe routing`, or a run's routing-STEP.json, whose choices (.npy) lie beside it:
 
-PREFIX-saturation     how many choices of each layer are already those of the last model, over checkpoints: a run's steps
-                      against its last step of the same text, and each OUT.json that has a --later model against that
-PREFIX-coactivation   how often the strongest pairs of experts are chosen together, in the first, the middle and the last
-                      layer; above as the paper defines it, below as its released script counts
-PREFIX-domains        the share of each domain's tokens that each expert takes, in the same layers; where the model is of
-                      OLMoE-1B-7B's shape and the domain one of its authors' texts, their values beside ours
+PREFIX-saturation     how many choices of each layer are already those of the last model, over checkpoints: a run's
+                      steps against its last step of the same text, and OUT.json with --later against that model
+PREFIX-coactivation   how often the strongest pairs of experts are chosen together, in the first, the middle and the
+                      last layer; above as the paper defines it, below as its released script counts
+PREFIX-domains        the share of each domain's tokens that each expert takes, in the same layers; where the model is
+                      of OLMoE-1B-7B's shape and the domain one of its authors' texts, their values beside ours
 PREFIX-vocabulary     vocabulary specialisation by layer, and by expert of one layer
 PREFIX-tokens         the favourite tokens of experts of that layer, as a table
 
@@ -31,8 +31,8 @@ try:
     from matplotlib import font_manager
     from matplotlib.ticker import MaxNLocator
 except ImportError:
-    sys.exit("plot_routing.py: matplotlib is missing; install python3-matplotlib (make setup does) and run it with that "
-             "python3")
+    sys.exit("plot_routing.py: matplotlib is missing; install python3-matplotlib (make setup does) and run it with "
+             "that python3")
 
 import check_routing
 from routing_files import KINDS, Unreadable, read, run_saturation
@@ -164,10 +164,8 @@ def draw_saturation_of(axis, series, values):
         if len(names) <= 6:
             axis.set_xticks(names, [str(name) if name < 10000 else f"{name / 1000:.4g}k" for name in names])
     else:
-        longest = max(map(len, names))
-        axis.set_xticks(range(len(names)), [plain(shortened(name, 24)) for name in names],
-                        rotation=0 if longest * len(names) < 40 else 30, ha="center" if longest * len(names) < 40
-                        else "right")
+        slant = {"rotation": 30, "ha": "right"} if len(names) * max(map(len, names)) > 40 else {}
+        axis.set_xticks(range(len(names)), [plain(shortened(name, 24)) for name in names], **slant)
         axis.set_xlabel("checkpoint")
 
 
@@ -182,7 +180,8 @@ def draw_saturation(all_series):
             axis.set_title("first choice (top 1)" if k == 1 else f"all choices (top {k})")
             axis.set_ylim(0, 100)
             axis.grid(axis="y", linewidth=0.3, alpha=0.6)
-        of = f"{plain(shortened(series.points[0][0], 20))} in " if len(series.points) == 1 and series.axis != "step" else ""
+        name = str(series.points[0][0])
+        of = f"{plain(shortened(name, 20))} " if len(series.points) == 1 else ""
         row[0].set_ylabel(f"router saturation (%)\n{of}against {plain(shortened(series.reference, 20))}")
         if series.k == 1:
             row[1].remove()
@@ -196,8 +195,8 @@ def draw_saturation(all_series):
 # Co-activation
 
 def pair_scores(pairs, counts):
-    """pairs[i][j] / counts[i], in %: of the tokens of expert i, how many have j, too. counts: tokens of each expert. None
-    on the diagonal, and where expert i has no token."""
+    """pairs[i][j] / counts[i], in %: of the tokens of expert i, how many have j, too. counts: tokens of each expert.
+    None on the diagonal, and where expert i has no token."""
     return [[None if i == j or n == 0 else 100 * pair / n for j, pair in enumerate(row)]
             for i, (row, n) in enumerate(zip(pairs, counts))]
 
@@ -216,9 +215,10 @@ def draw_coactivation(data):
         return None
     figure, axes = plt.subplots(2, len(layers), figsize=(2.1 * len(layers) + 0.45, 4.5), squeeze=False,
                                 constrained_layout=True)
-    # Were choices even and independent, a share of the tokens of i would have j: any of the other choices; an adjacent one.
+    # Of choices at random, each other expert is as likely to be among the other k - 1 choices of a token, or among
+    # those before and after: 2 but for the first and the last of the k.
     rows = (("coactivation", r"co-activation $N_{ij}\,/\,N_i$ (%)" "\n", (k - 1) / (E - 1)),
-            ("coactivation_ranked", "of adjacent ranks only (%), as\nthe released script; ", 2 * (k - 1) / (k * (E - 1))))
+            ("coactivation_ranked", "of adjacent ranks only (%), as\nthe released script; ", 2 * (k - 1) / k / (E - 1)))
     colours = matplotlib.colormaps["Blues"].copy()
     colours.set_bad("#D9D9D9")
     for row, (name, label, chance) in zip(axes, rows):
@@ -271,9 +271,9 @@ def draw_domains(data):
             line = axis.axhline(uniform, color="black", linestyle=(0, (4, 2)), linewidth=0.8)
             values = published_values(data, name, l)
             if values:
-                published, = axis.plot(list(values), list(values.values()), linestyle="none", marker="D", markersize=3.5,
-                                       markerfacecolor="none", markeredgecolor=COLOURS[1], markeredgewidth=0.9,
-                                       clip_on=False, zorder=3)
+                published, = axis.plot(list(values), list(values.values()), linestyle="none", marker="D",
+                                       markersize=3.5, markerfacecolor="none", markeredgecolor=COLOURS[1],
+                                       markeredgewidth=0.9, clip_on=False, zorder=3)
             most = shares.index(max(shares))
             axis.annotate(str(most), (most, max(shares[most], values.get(most, 0))), (0, 2.5 if values else 1),
                           textcoords="offset points", ha="center", va="bottom")
@@ -340,8 +340,8 @@ def table_rows(data, layer):
 
 
 def word_lines(width_of, data, words, width, most):
-    """The words with their shares, cut into lines: [[(x, token, x of its share, share)]], in inches. As many words as fit
-    on so many lines of this width. width_of: text -> inches."""
+    """The words with their shares, cut into lines: [[(x, token, x of its share, share)]], in inches. As many words as
+    fit on so many lines of this width. width_of: text -> inches."""
     lines, x = [[]], 0
     for word in words:
         token, share = token_text(data, word), f"{percent(word['share']):.0f}"
@@ -404,7 +404,7 @@ def draw_tokens(data, layer):
 # ------------------------------------------------------------------------------------------------
 
 def figures(files, layer):
-    """(name, figure) of each, and on standard error why one is left out. files: [(path, data)]; the last is described."""
+    """(name, figure) of each, and on standard error why one is left out. files: [(path, data)]; the last is drawn."""
     data = files[-1][1]
     all_series = list(saturations(files))
     if all_series:
@@ -429,6 +429,9 @@ def figures(files, layer):
 def write(prefix, pictures):
     """Writes all of them, or none. pictures: {ending: bytes}"""
     temporary = {f"{prefix}-{ending}": f"{prefix}-{ending}.tmp" for ending in pictures}
+    for path in temporary:
+        if os.path.isdir(path):
+            raise Unreadable(f"{path}: Is a directory")
     try:
         for (path, file), picture in zip(temporary.items(), pictures.values()):
             with open(file, "wb") as f:

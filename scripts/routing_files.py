@@ -1,5 +1,5 @@
-"""Reads what `olmoe routing` writes (OUT.json) and what a training run with --routing-every leaves (routing-STEP.json and
-the choices beside it), for learned.py, check_routing.py and plot_routing.py. Standard library only."""
+"""Reads what `olmoe routing` writes (OUT.json) and what a training run with --routing-every leaves (routing-STEP.json
+and the choices beside it), for learned.py, check_routing.py and plot_routing.py. Standard library only."""
 import ast
 import json
 import os
