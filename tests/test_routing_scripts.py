@@ -68,7 +68,8 @@ def test_what_is_refused(tmp_path, text, words):
 
 def test_what_is_read(tmp_path):
     data = good(saturation={"top1": [0.5, 1], "topk": [None, 1]}, step=3, choices="x.npy", texts={"1": "\n"})
-    assert routing_files.read(str(write(tmp_path / "a.json", data)), ("coactivation", "vocabulary", "saturation")) == data
+    path = str(write(tmp_path / "a.json", data))
+    assert routing_files.read(path, ("coactivation", "vocabulary", "saturation")) == data
     less = {name: data[name] for name in ("layers", "experts", "k", "domains")}
     assert routing_files.read(str(write(tmp_path / "a.json", less))) == less
     is_refused(tmp_path / "none.json", "No such file")
@@ -168,20 +169,32 @@ def test_bar_of_domains(default_run, tmp_path):
     write_default_run(tmp_path, tmp_path / "run")
     done = default_run()
     lines = [" ".join(line.split()) for line in done.stdout.splitlines() if "'s tokens" in line]
-    assert lines == [f"1.00 of {name}'s tokens have expert {2 * i} of layer 0; twice the uniform share is 0.25 ok"
-                     for i, name in enumerate(DOMAINS)]
+    assert lines == [f"1.00 of {name}'s tokens have expert {2 * i} of layer 0, of the others 0.00; 1.5 times that is "
+                     f"0.00 ok" for i, name in enumerate(DOMAINS)]
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("count, words", [(10, "0.50 of dialogue's"), (9, "0.45 of dialogue's"), (2, "0.10 of dialog")])
+def test_bar_of_one_domain(default_run, tmp_path, count, words):
+    """Expert 9 of layer 1 has 1/3 of the other tokens, all of the stories. No other expert takes its uniform share of
+    the dialogues, 1/8, even where no other token has it."""
+    write_default_run(tmp_path, tmp_path / "run")
     data = json.loads((tmp_path / "routing.json").read_text())
-    for counts in data["domains"]["dialogue"]["counts"]:
-        counts[:] = [2] * 16
-    data["domains"]["dialogue"]["counts"][1][9] = 4             # of 20 tokens; 5 are twice the uniform share
+    counts = data["domains"]["dialogue"]["counts"]
+    counts[:] = [[2] * 16, [2] * 16]
+    counts[1][9] = count                                                    # of 20 tokens
     write(tmp_path / "routing.json", data)
     done = default_run()
-    missed = [line for line in done.stdout.splitlines() if "MISSED" in line]
-    assert len(missed) == done.returncode == 1 and "0.20 of dialogue's tokens have expert 9 of layer 1" in missed[0]
-    data["domains"]["dialogue"]["counts"][1][9] = 5
-    write(tmp_path / "routing.json", data)
-    assert default_run().returncode == 0
+    line, = [line for line in done.stdout.splitlines() if "dialogue" in line]
+    assert words in line and line.endswith("ok" if count == 10 else "MISSED") and done.returncode == (count != 10)
+    assert ("expert 9 of layer 1, of the others 0.33; 1.5 times that is 0.50 " in line) == (count != 2)
+
+
+def test_domains_of_random_choices(default_run, tmp_path):
+    write_default_run(tmp_path, tmp_path / "run", apart=False, settled=(80, 160, 320), tokens=640)
+    done = default_run()
+    lines = [line for line in done.stdout.splitlines() if "'s tokens" in line]
+    assert len(lines) == 4 and all(line.endswith("MISSED") for line in lines) and done.returncode == 1
 
 
 @pytest.mark.parametrize("remove, words", [
@@ -326,11 +339,12 @@ def texts(artist):
 
 def line(l):
     return {"label": l.get_label(), "marker": l.get_marker(), "colour": l.get_color(), "style": l.get_linestyle(),
-            "points": [[x, None if y != y else y] for x, y in zip(map(float, l.get_xdata()), map(float, l.get_ydata()))]}
+            "points": [[float(x), None if y != y else float(y)] for x, y in zip(l.get_xdata(), l.get_ydata())]}
 
 def described(axis):
     return {"title": axis.get_title(), "x": axis.get_xlabel(), "y": axis.get_ylabel(),
-            "lines": [line(l) for l in axis.get_lines()], "bars": [bar.get_height() for bars in axis.containers for bar in bars],
+            "lines": [line(l) for l in axis.get_lines()],
+            "bars": [bar.get_height() for bars in axis.containers for bar in bars],
             "image": [image.get_array().tolist() for image in axis.get_images()],
             "ticks": [[t.get_text() for t in of.get_ticklabels()] for of in (axis.xaxis, axis.yaxis)],
             "texts": [t.get_text() for t in axis.texts]}
@@ -414,7 +428,8 @@ def drawn(tmp_path_factory):
              "models": [str(at / f"models/{name}.json") for name in ("early", "middle")],
              "model": [str(at / "models/early.json"), "--out", str(at / "one-")], "words": [str(at / "words.json")],
              "last": [str(at / "words.json"), "--layer", "2"], "olmoe": [str(at / "olmoe.json")],
-             "one": [str(at / "one.json")], "layer": [str(at / "words.json"), "--layer", "3", "--out", str(at / "no")],
+             "one": [str(at / "one.json")],
+             "layer": [str(at / "words.json"), "--layer", "3", "--out", str(at / "no")],
              "folder": [str(at / "words.json"), "--out", str(at / "nowhere/x")],
              "shapes": [str(at / f"other/routing-0000000{step}.json") for step in (1, 2)],
              **{name: [str(at / "words.json"), str(at / name), "--out", str(at / "no")] for name in ("none.json", "torn.json")}}
@@ -572,8 +587,8 @@ def test_bad_input_writes_nothing(drawn, call, words):
     assert last.startswith("exit plot_routing.py: ") and words in last, said
     assert not any(line.startswith("exit") or "png" in line for line in said.splitlines()[:-1])
     written = [path.name for path in drawn["at"].rglob("*") if path.suffix in (".png", ".svg", ".tmp")]
-    assert not [name for name in written if name.startswith(("no-", "x-", "taken-", "routing-00000001", "routing-00000002"))
-                and name != "taken-tokens.svg"]
+    prefixes = ("no-", "x-", "taken-", "routing-00000001", "routing-00000002")
+    assert [name for name in written if name.startswith(prefixes)] == ["taken-tokens.svg"]
 
 
 def test_one_picture_for_each_file(drawn):
