@@ -9,7 +9,8 @@ OUT.json is of `olmoe routing`, or a run's routing-STEP.json, whose choices (.np
 PREFIX-saturation     how many choices of each layer are already those of the last model, over checkpoints: a run's
                       steps against its last step of the same text, and OUT.json with --later against that model
 PREFIX-coactivation   how often the strongest pairs of experts are chosen together, in the first, the middle and the
-                      last layer; above as the paper defines it, below as its released script counts
+                      last layer; above as the paper defines it, below as its released script counts (the
+                      same where k is 2)
 PREFIX-domains        the share of each domain's tokens that each expert takes, in the same layers; where the model is
                       of OLMoE-1B-7B's shape and the domain one of its authors' texts, their values beside ours
 PREFIX-vocabulary     vocabulary specialisation by layer, and by expert of one layer
@@ -22,6 +23,7 @@ import argparse
 import io
 import os
 import sys
+import textwrap
 from collections import namedtuple
 
 try:
@@ -180,9 +182,9 @@ def draw_saturation(all_series):
             axis.set_title("first choice (top 1)" if k == 1 else f"all choices (top {k})")
             axis.set_ylim(0, 100)
             axis.grid(axis="y", linewidth=0.3, alpha=0.6)
-        name = str(series.points[0][0])
-        of = f"{plain(shortened(name, 20))} " if len(series.points) == 1 else ""
-        row[0].set_ylabel(f"router saturation (%)\n{of}against {plain(shortened(series.reference, 20))}")
+        lines = ["router saturation (%)", *([str(series.points[0][0])] if len(series.points) == 1 else []),
+                 f"against {series.reference}"]
+        row[0].set_ylabel("\n".join(plain(shortened(line, 36)) for line in lines))
         if series.k == 1:
             row[1].remove()
         if len(series.points) > 1:
@@ -209,16 +211,17 @@ def strongest(scores, most):
 
 
 def draw_coactivation(data):
-    """None where no token has two experts."""
+    """None where no token has two experts; one row where it has two, which are adjacent in rank."""
     layers, k, E = shown_layers(data), data["k"], data["experts"]
     if k == 1:
         return None
-    figure, axes = plt.subplots(2, len(layers), figsize=(2.1 * len(layers) + 0.45, 4.5), squeeze=False,
-                                constrained_layout=True)
     # Of choices at random, each other expert is as likely to be among the other k - 1 choices of a token, or among
     # those before and after: 2 but for the first and the last of the k.
     rows = (("coactivation", r"co-activation $N_{ij}\,/\,N_i$ (%)" "\n", (k - 1) / (E - 1)),
             ("coactivation_ranked", "of adjacent ranks only (%), as\nthe released script; ", 2 * (k - 1) / k / (E - 1)))
+    rows = rows[:k - 1]
+    figure, axes = plt.subplots(len(rows), len(layers), figsize=(2.1 * len(layers) + 0.45, 2.25 * len(rows)),
+                                squeeze=False, constrained_layout=True)
     colours = matplotlib.colormaps["Blues"].copy()
     colours.set_bad("#D9D9D9")
     for row, (name, label, chance) in zip(axes, rows):
@@ -261,7 +264,8 @@ def draw_domains(data):
     names = [name for name in data["domains"] if name in names]
     if len(names) < len(data["domains"]):
         note(f"the {len(names)} domains with the most tokens, of {len(data['domains'])}, are drawn")
-    figure, panels, below = with_legend(1.05 * len(names) + 0.5)
+    height = 1.05 * len(names) + 0.5
+    figure, panels, below = with_legend(height)
     axes = panels.subplots(len(names), len(layers), sharex=True, sharey=True, squeeze=False)
     published = None
     for name, row in zip(names, axes):
@@ -287,7 +291,8 @@ def draw_domains(data):
     for axis in axes[-1]:
         axis.set_xlabel("expert")
         axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    panels.supylabel(f"share of the domain's tokens with the expert in their top {data['k']} (%)", fontsize=8)
+    label = f"share of the domain's tokens with the expert in their top {data['k']} (%)"
+    panels.supylabel(textwrap.fill(label, int(14 * height)), fontsize=8, multialignment="center")
     handles = [bars, line] + ([published] if published else [])
     below.legend(handles, ["ours; the highest with its expert", f"uniform: {uniform:.1f} %", "published"],
                  loc="center", ncol=3, handlelength=2)
@@ -432,16 +437,17 @@ def write(prefix, pictures):
     for path in temporary:
         if os.path.isdir(path):
             raise Unreadable(f"{path}: Is a directory")
+    made = []
     try:
         for (path, file), picture in zip(temporary.items(), pictures.values()):
             with open(file, "wb") as f:
+                made.append(file)
                 f.write(picture)
         for path, file in temporary.items():
             os.replace(file, path)
     except (OSError, ValueError) as error:
-        for file in temporary.values():
-            if os.path.exists(file):
-                os.remove(file)
+        for file in filter(os.path.exists, made):
+            os.remove(file)
         raise Unreadable(f"{path}: {getattr(error, 'strerror', None) or error}")
     return list(temporary)
 

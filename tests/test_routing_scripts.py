@@ -174,7 +174,8 @@ def test_bar_of_domains(default_run, tmp_path):
     assert done.returncode == 0
 
 
-@pytest.mark.parametrize("count, words", [(10, "0.50 of dialogue's"), (9, "0.45 of dialogue's"), (2, "0.10 of dialog")])
+@pytest.mark.parametrize("count, words", [(10, "0.50 of dialogue's"), (9, "0.45 of dialogue's"), (2, "0.10 of dialog")],
+                         ids=["enough", "too_few", "below_uniform"])
 def test_bar_of_one_domain(default_run, tmp_path, count, words):
     """Expert 9 of layer 1 has 1/3 of the other tokens, all of the stories. No other expert takes its uniform share of
     the dialogues, 1/8, even where no other token has it."""
@@ -432,9 +433,11 @@ def drawn(tmp_path_factory):
              "layer": [str(at / "words.json"), "--layer", "3", "--out", str(at / "no")],
              "folder": [str(at / "words.json"), "--out", str(at / "nowhere/x")],
              "shapes": [str(at / f"other/routing-0000000{step}.json") for step in (1, 2)],
-             **{name: [str(at / "words.json"), str(at / name), "--out", str(at / "no")] for name in ("none.json", "torn.json")}}
-    (at / "taken-tokens.svg").mkdir()
-    calls["taken"] = [str(at / "words.json"), "--out", str(at / "taken")]
+             **{name: [str(at / "words.json"), str(at / name), "--out", str(at / "no")]
+                for name in ("none.json", "torn.json")}}
+    for name, folder in (("taken", "taken-tokens.svg"), ("half", "half-domains.svg.tmp")):
+        (at / folder).mkdir()
+        calls[name] = [str(at / "words.json"), "--out", str(at / name)]
     done = subprocess.run([sys.executable, "-c", DRIVER, ROOT / "scripts"], input=json.dumps(list(calls.values())),
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -511,6 +514,7 @@ def test_coactivation(drawn):
                 assert score is None if x == y else math.isclose(score, scores[x][y]), (i, x, y)
         best = max(score for x, row in enumerate(scores) for y, score in enumerate(row) if x != y)
         assert scores[0][1] == best or scores[1][0] == best
+    assert len([axis for axis in drawn["run"][1]["coactivation"]["axes"] if axis["title"]]) == 2     # k is 2
     assert "a token has one expert" in drawn["one"][0] and "coactivation" not in drawn["one"][1]
 
 
@@ -580,17 +584,18 @@ def test_tokens(drawn):
 
 @pytest.mark.parametrize("call, words", [
     ("layer", "--layer 3: "), ("folder", "nowhere/x-"), ("none.json", "none.json: No such file"),
-    ("torn.json", "torn.json: no JSON"), ("shapes", "of another shape than"), ("taken", "taken-tokens.svg: Is a dir")])
+    ("torn.json", "torn.json: no JSON"), ("shapes", "of another shape than"), ("taken", "taken-tokens.svg: Is a dir"),
+    ("half", "half-domains.svg: Is a directory")], ids=["layer", "folder", "none", "torn", "shapes", "taken", "half"])
 def test_bad_input_writes_nothing(drawn, call, words):
     said, _ = drawn[call]
     last = said.splitlines()[-1]
     assert last.startswith("exit plot_routing.py: ") and words in last, said
     assert not any(line.startswith("exit") or "png" in line for line in said.splitlines()[:-1])
     written = [path.name for path in drawn["at"].rglob("*") if path.suffix in (".png", ".svg", ".tmp")]
-    prefixes = ("no-", "x-", "taken-", "routing-00000001", "routing-00000002")
-    assert [name for name in written if name.startswith(prefixes)] == ["taken-tokens.svg"]
+    prefixes = ("no-", "x-", "taken-", "half-", "routing-00000001", "routing-00000002")
+    assert sorted(name for name in written if name.startswith(prefixes)) == ["half-domains.svg.tmp", "taken-tokens.svg"]
 
 
 def test_one_picture_for_each_file(drawn):
     assert (drawn["at"] / "one--saturation.svg").read_bytes() == b"picture"
-    assert not list(drawn["at"].rglob("*.tmp"))
+    assert not [path for path in drawn["at"].rglob("*.tmp") if path.is_file()]
