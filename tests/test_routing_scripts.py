@@ -114,6 +114,17 @@ def test_saturation_by_its_definition():
         assert math.isclose(topk[l], sum(len(set(a) & set(b)) / k for a, b in pairs) / tokens)
 
 
+def test_steps_are_compared_in_their_order(tmp_path):
+    choices = [[[0, 1]], [[1, 2]], [[2, 0]], [[3, 1]]]
+    paths = {step: write_step(tmp_path, step, agreeing(choices, 7, same), 7, {"a": (0, 4)})
+             for step, same in ((20, 4), (9, 3), (100, 1))}
+    files = [(str(path), routing_files.read(str(path))) for path in (paths[step] for step in (100, 9, 20))]
+    last, points = routing_files.run_saturation(files)
+    assert last == 100 and [step for step, *_ in points] == [9, 20]
+    assert [top1 for _, top1, _ in points] == [[0.5], [0.25]]       # 9 changed the last token, too; 20 changed none
+    assert routing_files.run_saturation(files[:1]) == (100, [])
+
+
 # ------------------------------------------------------------------------------------------------
 # learned.py
 
