@@ -140,7 +140,7 @@ def saturations(files):
 
 
 def base_name(path):
-    return os.path.basename(os.path.normpath(path))
+    return os.path.basename(os.path.normpath(path)) or path
 
 
 def draw_random(axis, value):
@@ -149,13 +149,17 @@ def draw_random(axis, value):
                   textcoords="offset points", ha="right", va="bottom", color=GREY)
 
 
+def over_layers(axis, layers):
+    axis.set(xlabel="layer", xlim=(-0.05 * layers, layers - 1 + 0.05 * layers))
+    axis.set_xticks(range(0, layers, 1 + (layers - 1) // 6))
+
+
 def draw_saturation_of(axis, series, values):
     """A line a layer over the checkpoints; of one checkpoint a line over the layers."""
     if len(series.points) == 1:
         axis.plot(range(series.layers), [percent(x) for x in values[0]], color=COLOURS[0], marker="o", markersize=4,
                   linewidth=1)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.set_xlabel("layer")
+        over_layers(axis, series.layers)
         return
     names = [point[0] for point in series.points]
     for l in range(series.layers):
@@ -320,8 +324,8 @@ def draw_vocabulary(data, layer):
         by_expert.plot(range(len(experts)), values, **{**style, "linewidth": 0}, clip_on=False, zorder=3)
         mean = percent(vocabulary[kind]["by_layer"][layer])
         by_expert.axhline(mean, color=COLOURS[i], linestyle=(0, (4, 2)), linewidth=0.8)
-    by_layer.set(xlabel="layer", ylabel="vocabulary specialisation (%)", title="by layer", ylim=(0, 100))
-    by_layer.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    by_layer.set(ylabel="vocabulary specialisation (%)", title="by layer", ylim=(0, 100))
+    over_layers(by_layer, data["layers"])
     chosen = "" if len(experts) == data["experts"] else f", the {len(experts)} highest of {data['experts']}"
     by_expert.set(xlabel="expert", title=f"by expert of layer {layer}{chosen} (dashed: the layer)",
                   xlim=(-0.6, len(experts) - 0.4))
