@@ -85,9 +85,10 @@ def shortened(text, most):
 
 
 def token_text(data, word):
-    """A token as the table shows it: spaces as an open box; without a tokenizer the id."""
+    """A token as the table shows it: spaces as an open box. Its id where it has no text, as the end of a text, or where
+    there is no tokenizer."""
     text = data.get("texts", {}).get(str(word["id"]))
-    return f"#{word['id']}" if text is None else plain(shortened(text, 16).replace(" ", "␣") or "(empty)")
+    return plain(shortened(text, 16).replace(" ", "␣")) if text else f"#{word['id']}"
 
 
 def shown_layers(data):

@@ -403,11 +403,11 @@ def worded():
         of["by_expert"][2] = [0.25] * 5
     top = {kind: of["top"][1] for kind, of in data["vocabulary"].items()}
     top["input"][2] = [{"id": 7, "share": 1.0, "count": 12}, {"id": 8, "share": 0.5, "count": 10}]
-    top["predicted"][2] = [{"id": 9, "share": 0.9, "count": 12}]
+    top["predicted"][2] = [{"id": 9, "share": 0.9, "count": 12}, {"id": 6, "share": 0.8, "count": 12}]
     top["input"][4] = [{"id": 10, "share": 0.25, "count": 99}] * 15
     top["predicted"][0] = [{"id": 11, "share": 0.995, "count": 10}]
     top["target"][3] = [{"id": 12, "share": 1.0, "count": 10}]          # is in no column
-    data["texts"] = {"7": " $a$ \n", "8": "\ud800世\x1b", "10": "the", "11": "x" * 40}
+    data["texts"] = {"6": "", "7": " $a$ \n", "8": "\ud800世\x1b", "10": "the", "11": "x" * 40}
     return data
 
 
@@ -587,9 +587,9 @@ def test_tokens(drawn):
     texts = drawn["words"][1]["tokens"]["texts"]
     assert texts[:3] == ["expert", "input ids of layer 1: token, share (%)", "predicted next ids: token, share (%)"]
     shown = texts[3:]
-    assert shown[:7] == ["2", r"␣\$a\$␣\n", "100", "<D800><4E16><1B>", "50", "#9", "90"]    # clearest favourites first
-    assert shown[7:10] == ["0", "x" * 15 + "…", "100"]
-    assert shown[10] == "4" and set(shown[11:]) == {"the", "25"} and 2 * 8 <= len(shown[11:]) < 2 * 15
+    assert shown[:5] == ["2", r"␣\$a\$␣\n", "100", "<D800><4E16><1B>", "50"]               # clearest favourites first
+    assert shown[5:12] == ["#9", "90", "#6", "80", "0", "x" * 15 + "…", "100"]
+    assert shown[12] == "4" and set(shown[13:]) == {"the", "25"} and 2 * 8 <= len(shown[13:]) < 2 * 15
     assert "tokens" not in drawn["last"][1] and "no table" in drawn["last"][0]
 
 
