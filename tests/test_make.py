@@ -20,6 +20,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 OLMOE = os.path.abspath(os.environ.get("OLMOE", ROOT / "olmoe"))
 sys.path.insert(0, str(ROOT / "scripts"))
+import made_up_routing
 import make_corpus
 import split_text
 
@@ -506,6 +507,7 @@ def default_run(tmp_path):
     (tmp_path / "train.txt").write_text("hello\n" * 63000)
     (tmp_path / "val.txt").write_bytes(random.Random(1).randbytes(3000))
     (tmp_path / "entropy.json").write_text(json.dumps({"bits_per_byte": {"all": 1.0}}))
+    made_up_routing.write_default_run(tmp_path, tmp_path)
 
     def learned(*steps):
         (tmp_path / "log.jsonl").write_text("".join(json.dumps(step) + "\n" for step in ({"config": {}}, *steps)))
