@@ -86,10 +86,13 @@ main { grid-area: 1 / 1; max-width: 56rem; }
 .t i { font-style: normal; color: color-mix(in oklab, var(--ink) 55%, transparent); }
 .t i[data-c]::before { content: attr(data-c); }
 .ids .t { display: inline-block; padding-inline: 0.2em; margin-right: 0.25em; }
-.numbered .x { line-height: 2.5rem; letter-spacing: 0.25em; }
+.numbered .x { line-height: 2.4rem; letter-spacing: var(--room); }
 .numbered .t { position: relative; }
-.numbered .t::after { content: attr(data-n); position: absolute; left: 0; top: 1.5em; font: 0.5625rem/1 var(--sans);
+.numbered .t::after { content: attr(data-n); position: absolute; left: 0; top: 1.5rem; font: 0.5625rem/1.1 var(--sans);
   letter-spacing: 0; color: var(--soft); white-space: nowrap; pointer-events: none; }
+
+.s h3 small:first-child { line-height: 1.75rem; }
+.numbered .off::after { opacity: 0.5; }
 
 /* The side */
 aside { grid-area: 1 / 2; position: sticky; top: calc(var(--bar) + 1rem); align-self: start; overflow-y: auto;
@@ -126,8 +129,8 @@ summary h2 + span { margin-left: 0.5em; }
 .row i { font: 0.6875rem/1.05rem var(--sans); text-align: center; background: var(--c); overflow: hidden;
   box-shadow: inset -1px 0 var(--panel); font-variant-numeric: tabular-nums; }
 
-#legend { display: grid; grid-template-columns: repeat(auto-fill, minmax(2.1rem, 1fr)); gap: 0.3rem;
-  margin-top: 0.6rem; }
+#legend { display: grid; grid-template-columns: repeat(8, 1fr); gap: 0.3rem;
+  margin: 0.4rem -3px 0; padding: 3px; max-height: 13.5rem; overflow-y: auto; scrollbar-width: thin; }
 #expert { margin-top: 0.9rem; padding-top: 0.8rem; border-top: 1px solid var(--line); }
 #expert h3 { font-size: 0.875rem; font-weight: 600; display: flex; gap: 0.6rem; align-items: center; }
 #expert h4 { margin: 0.8rem 0 0.3rem; font-size: 0.75rem; font-weight: 400; color: var(--soft); }
@@ -155,7 +158,7 @@ summary h2 + span { margin-left: 0.5em; }
 table { border-collapse: collapse; width: 100%; font-size: 0.75rem; font-variant-numeric: tabular-nums;
   margin-top: 0.5rem; }
 th { font-weight: 400; color: var(--soft); text-align: right; padding: 0.1rem 0 0.3rem 0.6rem;
-  vertical-align: bottom; line-height: 1.2; }
+  vertical-align: bottom; line-height: 1.2; max-width: 5em; }
 td { text-align: right; padding: 0.12rem 0 0.12rem 0.6rem; }
 td .track { height: 3px; margin-top: 1px; }
 td .track > i { background: var(--soft); }
@@ -182,6 +185,7 @@ kbd { font: 0.6875rem var(--mono); border: 1px solid var(--line); border-bottom-
   #page { display: block; padding-top: 1rem; }
   aside { position: static; max-height: none; overflow: visible; }
   #filter { margin-left: 0; }
+  #legend { grid-template-columns: repeat(auto-fill, minmax(2.6rem, 1fr)); max-height: 40vh; }
   #now { display: block; position: fixed; inset: auto 0 0; z-index: 2; padding: 0.55rem 1rem; background: var(--panel);
     border-top: 1px solid var(--line); font-size: 0.8125rem; }
 }
@@ -524,6 +528,8 @@ function choose(e) {
   show_expert();
   show_load();
   if (state.expert < 0) $("status").textContent = "all tokens";
+  const side = document.querySelector("aside"), box = $("expert").getBoundingClientRect();
+  side.scrollTop += Math.max(0, box.bottom + 16 - side.getBoundingClientRect().bottom);     // where it scrolls by itself
   remember();
 }
 
@@ -631,7 +637,7 @@ function show_layers() {
   const two = x => x.toFixed(2);                        // columns: heading, values, their form, what fills a bar
   const columns = [["entropy", router.entropy, two, Math.log(E) || 1],
                    ["max / mean", router.max_over_mean, two, busiest], ["dead", router.dead, String, 0]];
-  if (saturation) columns.push(["saturation, top 1", saturation.top1, percent, 1]);
+  if (saturation) columns.push(["saturation top 1", saturation.top1, percent, 1]);
   if (saturation && K > 1) columns.push([`top ${K}`, saturation.topk, percent, 1]);
   const rows = Array.from({length: L}, (_, l) => {
     const button = make("button", "number", String(l));
@@ -653,7 +659,7 @@ function show_layers() {
   const active = document.activeElement, layer = active && active.dataset.layer;
   $("layer-table").replaceChildren(table(["layer", ...columns.map(column => column[0])], rows));
   if (layer) $("layer-table").querySelector(`[data-layer="${Number(layer)}"]`).focus();
-  const notes = [`entropy of the router in nats, at most ${Math.log(E).toFixed(2)}`,
+  const notes = [`Entropy of the router in nats, at most ${Math.log(E).toFixed(2)}`,
     "load of the busiest expert over the mean", "experts without a token"];
   if (saturation) notes.push("saturation: choices that the later checkpoint shares");
   $("layer-note").textContent = notes.join("; ") + ".";
@@ -710,6 +716,7 @@ function start() {
   else $("theme").textContent = dark.matches ? "Light" : "Dark";
   $("layer").max = L - 1;
   $("layer-last").textContent = L - 1;
+  $("text").style.setProperty("--room", E > 100 ? "0.6em" : E > 10 ? "0.25em" : "0");    // digits below a letter
   colours();
   layout_legend();
   layout_load();
