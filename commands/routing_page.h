@@ -79,7 +79,7 @@ main { grid-area: 1 / 1; max-width: 56rem; }
 .t { background: var(--c); padding-block: 0.19rem; border-radius: 2px; box-shadow: inset -1px 0 color-mix(in srgb,
   var(--paper) 60%, transparent); cursor: pointer;
   scroll-margin: calc(var(--bar) + 2rem) 0 5rem; -webkit-box-decoration-break: clone; box-decoration-break: clone; }
-.t.off { background: none; color: light-dark(#a7a39a, #6d6a65); }
+.t.off { background: none; color: light-dark(#8e8a82, #75726c); }
 .t.also { background: none; box-shadow: inset 0 -2px var(--chosen); }
 .t:hover, .t[data-at] { outline: 1.5px solid var(--ink); outline-offset: 0; position: relative; }
 .t:focus-visible { outline: 2.5px solid var(--focus); z-index: 1; }
@@ -184,6 +184,7 @@ kbd { font: 0.6875rem var(--mono); border: 1px solid var(--line); border-bottom-
   header, #bar, #page { padding-inline: 1rem; }
   #page { display: block; padding-top: 1rem; }
   aside { position: static; max-height: none; overflow: visible; }
+  html { scroll-padding-bottom: 5rem; }
   #filter { margin-left: 0; }
   #legend { grid-template-columns: repeat(auto-fill, minmax(2.6rem, 1fr)); max-height: 40vh; }
   #now { display: block; position: fixed; inset: auto 0 0; z-index: 2; padding: 0.55rem 1rem; background: var(--panel);
@@ -707,6 +708,8 @@ function start() {
     const x = wanted.get(name);
     return x !== null && /^\d{1,9}$/.test(x) && Number(x) < below ? Number(x) : -1;
   };
+  data.title = shown(data.title);
+  for (const d of data.domains) d.name = shown(d.name);
   document.title = data.title + ": what the experts learn";
   $("title").textContent = data.title;
   $("about").textContent = [`${L} ${L === 1 ? "layer" : "layers"}`, `${E} experts in each, ${K} for a token`,
