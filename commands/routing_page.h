@@ -530,7 +530,7 @@ function choose(e) {
   show_load();
   if (state.expert < 0) $("status").textContent = "all tokens";
   const side = document.querySelector("aside"), box = $("expert").getBoundingClientRect();
-  side.scrollTop += Math.max(0, box.bottom + 16 - side.getBoundingClientRect().bottom);     // where it scrolls by itself
+  side.scrollTop += Math.max(0, box.bottom + 16 - side.getBoundingClientRect().bottom);
   remember();
 }
 
@@ -719,7 +719,7 @@ function start() {
   else $("theme").textContent = dark.matches ? "Light" : "Dark";
   $("layer").max = L - 1;
   $("layer-last").textContent = L - 1;
-  $("text").style.setProperty("--room", E > 100 ? "0.6em" : E > 10 ? "0.25em" : "0");    // digits below a letter
+  $("text").style.setProperty("--room", E > 100 ? "0.6em" : E > 10 ? "0.25em" : "0");       // digits below a letter
   colours();
   layout_legend();
   layout_load();

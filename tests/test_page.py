@@ -467,6 +467,9 @@ def test_nasty_texts_and_names_do_no_harm(page):
     expected = [text for _ in p.data["domains"] for text in NASTY * 12]
     expected[0], expected[4] = data["shown"][0][1], "é"
     assert texts == [signs(text) for text in expected]
+    for token in (0, 4):                                # what takes the place of a text does so at the side, too
+        p.js("show_token(arguments[0])", token)
+        assert p.text("#glyph b") == expected[token] and expected[token] in p.text("#now")
     line = {"\n\t": "⏎⇥", " ": "␣", "": "·"}
     names = p.js("return [...document.querySelectorAll('.s h3 b')].map(b => b.textContent)")
     assert names == [line.get(name, signs(name)) for name in NASTY]
