@@ -344,7 +344,7 @@ function token_node(text) {
 // Sections: each is plain text until it comes near the window, then a span a token. What is far keeps its colours until
 // it comes near again: so a change of layer takes as long for a short text as for a long one.
 
-const views = [];                                       // of each section: box, begin, end, built, near, stale
+const views = [];                   // of each section: box, begin, end, where its piece begins, built, near, stale
 const nodes = new Map();                                // index in vocab -> a span to copy
 
 function build(view) {
@@ -393,22 +393,22 @@ const near = new IntersectionObserver(entries => {
 }, {rootMargin: "1000px 0px"});
 
 function layout_text() {
-  let before = -1;
   sections.forEach((section, s) => {
+    const before = s > 0 ? sections[s - 1] : {domain: -1}, goes_on = section.piece === before.piece;
     const end = s + 1 < sections.length ? sections[s + 1].begin : N;
     const box = make("div", "x"), heading = make("h3", "");
     box.dir = "auto";
-    if (section.domain !== before) heading.append(make("b", "", data.domains[section.domain].name));
+    if (section.domain !== before.domain) heading.append(make("b", "", data.domains[section.domain].name));
     heading.append(make("small", "", "piece " + count(section.piece)));
     const root = make("section", "s", heading, box);
     root.dataset.s = s;
-    root.classList.toggle("new", section.domain !== before);
-    before = section.domain;
+    root.classList.toggle("new", goes_on || section.domain !== before.domain);       // another document
     let text = "";
     for (let p = section.begin; p < end; p++) text += text_of(p).replace(EACH_INVISIBLE, c =>
       c === "\n" ? "⏎\n" : c === "\t" ? "⇥\t" : sign(c)) || "·";
     box.textContent = text;
-    views.push({root, box, begin: section.begin, end, built: false, near: false, stale: false});
+    const piece = goes_on ? views[s - 1].piece : section.begin;
+    views.push({root, box, begin: section.begin, end, piece, built: false, near: false, stale: false});
     $("text").append(root);
   });
   if (data.vocab.length && data.vocab.every(text => /^#\d+$/.test(text))) $("text").classList.add("ids");
@@ -454,7 +454,7 @@ function show_token(p) {
   $("glyph").replaceChildren(name, make("div", "",
     make("p", "number", loss_text(p)),
     make("p", "soft number", data.domains[section.domain].name, ", piece ", count(section.piece), ", token ",
-      count(p - view.begin), text === "" ? ": part of a character" : "")));
+      count(p - view.piece), text === "" ? ", without a text of its own" : "")));
   $("choices-of").textContent = `${K > 1 ? "Experts and their weights" : "Expert and its weight"} in layer ${l}`;
   $("choices").className = K > 4 ? "wide" : "";
   $("choices").replaceChildren(...Array.from({length: K}, (_, j) => {
@@ -798,7 +798,7 @@ start();
 //   layers, experts, k  L, E (at most 256), K
 //   tokens, of          n tokens are on the page, of so many that were analysed
 //   domains             of the whole analysis: {name, tokens, counts (L, E): tokens that have the expert among their K}
-//   vocab               text of each distinct token, "" where it is a part of a character, "#17" without a tokenizer
+//   vocab               text of each distinct token, "" where it has none of its own, "#17" without a tokenizer
 //   ids                 (n), base64 of uint16, little-endian: index into vocab
 //   shown               pairs {position, text}: what stands there in the place of vocab's text
 //   sections            {domain, begin, piece}: where a piece or a document begins

@@ -52,10 +52,8 @@ def made_up(pieces, layers=2, experts=4, k=2, seed=0, title="a model", of=None):
     taste = {}
     choices, weights, losses, sections = [], [], [], []
     counts = {name: [[0] * experts for _ in range(layers)] for name in names}
-    numbers = dict.fromkeys(names, 0)
-    for domain, texts in pieces:
-        sections.append({"domain": names.index(domain), "begin": len(losses), "piece": sum(numbers.values())})
-        numbers[domain] += 1
+    for piece, (domain, texts) in enumerate(pieces):
+        sections.append({"domain": names.index(domain), "begin": len(losses), "piece": piece})
         for t, text in enumerate(texts):
             losses.append(65535 if t == 0 else min(65534, round(1000 * rng.expovariate(0.8))))
             for layer in range(layers):

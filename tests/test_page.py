@@ -1,4 +1,4 @@
-"""The page of `olmoe routing --page` in a real browser: chromium by its chromium-driver and selenium (`make test-page`).
+"""The page of `olmoe routing --page` in a real browser: chromium, by its driver and selenium (`make test-page`).
 
 Made-up choices, so that what the page shows can be compared with what is in its data. After each test the browser's log
 has no error.
@@ -175,8 +175,22 @@ def test_loads_alone(page):
     assert "5,000" not in page(small()).text("#about")
 
 
+def test_pieces_and_documents(page):
+    """A token's number counts from where its piece begins, also where a document begins within the piece."""
+    data = made_up([("a", list("abcd")), ("a", list("efgh")), ("b", list("ij")), ("b", list("kl"))])
+    for section, piece in zip(data["sections"], (6, 7, 7, 8), strict=True):
+        section["piece"] = piece
+    p = page(data)
+    for token, words in {2: "a, piece 6, token 2", 5: "a, piece 7, token 1", 9: "b, piece 7, token 5",
+                         10: "b, piece 8, token 0"}.items():
+        p.js("show_token(arguments[0])", token)
+        assert p.text("#glyph p:last-child") == words
+    labels = p.js("return [...document.querySelectorAll('.s h3')].map(h => [...h.children].map(c => c.textContent))")
+    assert labels == [["a", "piece 6"], ["piece 7"], ["b", "piece 7"], ["piece 8"]]
+
+
 def test_slider_changes_colours(page):
-    """Tokens have the same colour where their first expert is the same, in one layer and over layers, and only there."""
+    """Tokens have the same colour where their first expert is the same, in one layer and over layers, and else not."""
     p = page(small())
     colour_of, slider = {}, p.find("#layer")
     for layer in range(3):
@@ -251,8 +265,8 @@ def test_load_by_domain(page):
     p = page(data)
     for layer in (0, 2):
         p.js("set_layer(arguments[0])", layer)
-        bars = p.js("return [...document.querySelectorAll('.bars')].map(bars => { const box = bars.clientHeight; return ["
-                    "bars.querySelector('b').getBoundingClientRect().bottom, bars.getBoundingClientRect().bottom, box,"
+        bars = p.js("return [...document.querySelectorAll('.bars')].map(bars => { const box = bars.clientHeight;"
+                    "return [bars.querySelector('b').getBoundingClientRect().bottom, bars.getBoundingClientRect().bottom, box,"
                     "...[...bars.querySelectorAll('a i')].map(i => i.getBoundingClientRect().height)]; })")
         shares = [[n / d["tokens"] for n in d["counts"][layer]] for d in data["domains"]]
         most = max(2 * p.K / p.E, *(x for row in shares for x in row))
@@ -408,8 +422,8 @@ def test_screenshot_is_not_blank(page):
         p.js("set_layer(arguments[0])", layer)
         p.js("document.activeElement.blur()")
         shots.append(p.screenshot())
-        places = p.js(PIXELS + "return [...document.querySelectorAll('.t')].slice(0, 40).filter(t => t.textContent === ' ')"
-                      ".map(t => { const r = t.getClientRects()[0]; return [r.left + r.width / 2, r.top + r.height / 2,"
+        places = p.js(PIXELS + "return [...document.querySelectorAll('.t')].slice(0, 40).filter("
+                      "t => t.textContent === ' ').map(t => { const r = t.getClientRects()[0]; return [r.left + r.width / 2, r.top + r.height / 2,"
                       " pixel(getComputedStyle(t).backgroundColor)]; })")
         assert len(places) > 5
         for x, y, colour in places:
@@ -478,9 +492,7 @@ def test_nasty_texts_and_names_do_no_harm(page):
     assert p.js("return typeof window.hacked") == "undefined"
     assert p.js("return document.querySelectorAll('script').length") == 2
     assert p.js("return document.querySelectorAll('img, iframe, object, embed, form, a[href]').length") == 0
-    overlong = p.js("return [...document.querySelectorAll('aside, main')].filter(n => n.scrollWidth > n.clientWidth + 1)"
-                    ".length")
-    assert overlong == 0
+    assert p.js("return [...document.querySelectorAll('aside, main')].every(n => n.scrollWidth <= n.clientWidth + 1)")
 
 
 def test_signs_are_beside_what_they_stand_for(page):
