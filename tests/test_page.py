@@ -265,9 +265,9 @@ def test_load_by_domain(page):
     p = page(data)
     for layer in (0, 2):
         p.js("set_layer(arguments[0])", layer)
-        bars = p.js("return [...document.querySelectorAll('.bars')].map(bars => { const box = bars.clientHeight;"
-                    "return [bars.querySelector('b').getBoundingClientRect().bottom, bars.getBoundingClientRect().bottom, box,"
-                    "...[...bars.querySelectorAll('a i')].map(i => i.getBoundingClientRect().height)]; })")
+        bars = p.js("""return [...document.querySelectorAll('.bars')].map(bars => [
+            bars.querySelector('b').getBoundingClientRect().bottom, bars.getBoundingClientRect().bottom,
+            bars.clientHeight, ...[...bars.querySelectorAll('a i')].map(i => i.getBoundingClientRect().height)]);""")
         shares = [[n / d["tokens"] for n in d["counts"][layer]] for d in data["domains"]]
         most = max(2 * p.K / p.E, *(x for row in shares for x in row))
         for (even, bottom, box, *heights), row in zip(bars, shares, strict=True):
@@ -422,9 +422,11 @@ def test_screenshot_is_not_blank(page):
         p.js("set_layer(arguments[0])", layer)
         p.js("document.activeElement.blur()")
         shots.append(p.screenshot())
-        places = p.js(PIXELS + "return [...document.querySelectorAll('.t')].slice(0, 40).filter("
-                      "t => t.textContent === ' ').map(t => { const r = t.getClientRects()[0]; return [r.left + r.width / 2, r.top + r.height / 2,"
-                      " pixel(getComputedStyle(t).backgroundColor)]; })")
+        places = p.js(PIXELS + """
+            return [...document.querySelectorAll('.t')].slice(0, 40).filter(t => t.textContent === ' ').map(t => {
+              const r = t.getClientRects()[0];
+              return [r.left + r.width / 2, r.top + r.height / 2, pixel(getComputedStyle(t).backgroundColor)];
+            });""")
         assert len(places) > 5
         for x, y, colour in places:
             assert max(abs(a - b) for a, b in zip(shots[-1].getpixel((int(x), int(y))), colour)) <= 2
