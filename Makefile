@@ -1,5 +1,6 @@
 # make                       the program for this machine: ./olmoe
 # make setup                 install what is missing
+# make setup-page            the browser of make test-page
 # make DEVICE=cpu|cuda PRECISION=FP32|BF16 [STRICT=1] [SANITIZE=address|undefined|thread] olmoe test_olmoe
 # make MARCH=haswell         for another processor than this one (the fast build of the CPU; g++ -march)
 # make DEVICE=cuda SM=90     for another GPU than this machine's: its compute capability (H100: 90), or several, "80 90"
@@ -20,12 +21,12 @@ override DATA := $(value DATA)
 
 # Where setup or clean is one of several goals, they run one after another, setup first, also with -j (which then holds
 # within each). Each has its own make, which sees what those before it have installed or removed.
-ifneq ($(and $(filter setup clean,$(MAKECMDGOALS)),$(word 2,$(MAKECMDGOALS))),)
+ifneq ($(and $(filter setup setup-page clean,$(MAKECMDGOALS)),$(word 2,$(MAKECMDGOALS))),)
 .NOTPARALLEL:
 .PHONY: $(sort $(MAKECMDGOALS))
 $(sort $(MAKECMDGOALS)):
 	+@$(MAKE) --no-print-directory $@
-$(sort $(filter-out setup,$(MAKECMDGOALS))): $(sort $(filter setup,$(MAKECMDGOALS)))
+$(sort $(filter-out setup setup-page,$(MAKECMDGOALS))): $(sort $(filter setup setup-page,$(MAKECMDGOALS)))
 else
 
 # ------------------------------------------------------------------------------------------------
@@ -106,7 +107,7 @@ ifneq ($(if $(MAKECMDGOALS),$(filter olmoe test_olmoe train finetune test bench,
   $(info Building for $(if $(filter cuda,$(DEVICE)),CUDA,the CPU) in $(PRECISION)$(if $(filter 1,$(STRICT)), (strict$(if $(SANITIZE),$(comma) $(SANITIZE) sanitizer)))$(WITHOUT): $(WHY).)
 endif
 
-.PHONY: olmoe test_olmoe setup cuda ptx clean
+.PHONY: olmoe test_olmoe setup setup-page cuda ptx clean
 
 # ./olmoe and ./test_olmoe are links to the build that was asked for last.
 olmoe test_olmoe: %: $(BUILD)/%
@@ -114,6 +115,9 @@ olmoe test_olmoe: %: $(BUILD)/%
 
 setup:
 	@scripts/setup.sh
+
+setup-page:
+	@scripts/setup.sh page
 
 clean:
 	rm -rf $(filter-out build/train% build/finetune build/venv build/llama.cpp,$(wildcard build/*)) olmoe test_olmoe
@@ -303,10 +307,10 @@ endif
 # Each test command ends with a table and a line: N passed, M failed. TALLY=FILE adds the counts to a file.
 RUN_TESTS = $(PYTHON) tests/run.py $(if $(TALLY),--tally $(TALLY))
 
-.PHONY: test test-peers test-full-size test-ptx test-mutants
+.PHONY: test test-peers test-page test-full-size test-ptx test-mutants
 test: olmoe
 	OLMOE=$(BUILD)/olmoe \
-	$(RUN_TESTS) $(filter-out tests/test_peers.py tests/test_tokenizer_peers.py tests/test_evaluate_peers.py tests/test_tensorboard.py tests/test_rows_parquet.py tests/test_tasks_arrow.py tests/test_full_size.py tests/test_ptxrun.py tests/test_mutants.py,$(sort $(wildcard tests/test_*.py))) tests/machine
+	$(RUN_TESTS) $(filter-out tests/test_peers.py tests/test_tokenizer_peers.py tests/test_evaluate_peers.py tests/test_tensorboard.py tests/test_rows_parquet.py tests/test_tasks_arrow.py tests/test_page.py tests/test_full_size.py tests/test_ptxrun.py tests/test_mutants.py,$(sort $(wildcard tests/test_*.py))) tests/machine
 
 # Every layout of 2 and 4 ranks against one rank
 .PHONY: test-parallel
@@ -326,6 +330,10 @@ test-peers: build/venv/made
 	$(MAKE) DEVICE=cpu PRECISION=BF16 olmoe
 	$(MAKE) DEVICE=cpu PRECISION=FP32 olmoe
 	OLMOE=build/cpu-fp32/olmoe OLMOE_BF16=build/cpu-bf16/olmoe build/venv/bin/python tests/run.py $(if $(TALLY),--tally $(TALLY)) tests/test_peers.py tests/test_tokenizer_peers.py tests/test_evaluate_peers.py tests/test_tensorboard.py tests/test_rows_parquet.py tests/test_tasks_arrow.py tests/test_finetune.py
+
+# The page of `olmoe routing` in chromium, where that and its driver are installed
+test-page: build/venv/made
+	build/venv/bin/python tests/run.py $(if $(TALLY),--tally $(TALLY)) tests/test_page.py
 
 # OLMoE-1B-7B at its full size with random weights: 14 GB of disk, 16 GB of memory
 test-full-size: build/venv/made

@@ -79,17 +79,20 @@ main { grid-area: 1 / 1; max-width: 56rem; }
 .t { background: var(--c); padding-block: 0.19rem; border-radius: 2px; box-shadow: inset -1px 0 color-mix(in srgb,
   var(--paper) 60%, transparent); cursor: pointer;
   scroll-margin: calc(var(--bar) + 2rem) 0 5rem; -webkit-box-decoration-break: clone; box-decoration-break: clone; }
-.t.off { background: none; color: light-dark(#a7a39a, #6d6a65); }
+.t.off { background: none; color: light-dark(#8e8a82, #75726c); }
 .t.also { background: none; box-shadow: inset 0 -2px var(--chosen); }
 .t:hover, .t[data-at] { outline: 1.5px solid var(--ink); outline-offset: 0; position: relative; }
 .t:focus-visible { outline: 2.5px solid var(--focus); z-index: 1; }
 .t i { font-style: normal; color: color-mix(in oklab, var(--ink) 55%, transparent); }
 .t i[data-c]::before { content: attr(data-c); }
 .ids .t { display: inline-block; padding-inline: 0.2em; margin-right: 0.25em; }
-.numbered .x { line-height: 2.5rem; letter-spacing: 0.25em; }
+.numbered .x { line-height: 2.4rem; letter-spacing: var(--room); }
 .numbered .t { position: relative; }
-.numbered .t::after { content: attr(data-n); position: absolute; left: 0; top: 1.5em; font: 0.5625rem/1 var(--sans);
+.numbered .t::after { content: attr(data-n); position: absolute; left: 0; top: 1.5rem; font: 0.5625rem/1.1 var(--sans);
   letter-spacing: 0; color: var(--soft); white-space: nowrap; pointer-events: none; }
+
+.s h3 small:first-child { line-height: 1.75rem; }
+.numbered .off::after { opacity: 0.5; }
 
 /* The side */
 aside { grid-area: 1 / 2; position: sticky; top: calc(var(--bar) + 1rem); align-self: start; overflow-y: auto;
@@ -126,8 +129,8 @@ summary h2 + span { margin-left: 0.5em; }
 .row i { font: 0.6875rem/1.05rem var(--sans); text-align: center; background: var(--c); overflow: hidden;
   box-shadow: inset -1px 0 var(--panel); font-variant-numeric: tabular-nums; }
 
-#legend { display: grid; grid-template-columns: repeat(auto-fill, minmax(2.1rem, 1fr)); gap: 0.3rem;
-  margin-top: 0.6rem; }
+#legend { display: grid; grid-template-columns: repeat(8, 1fr); gap: 0.3rem;
+  margin: 0.4rem -3px 0; padding: 3px; max-height: 13.5rem; overflow-y: auto; scrollbar-width: thin; }
 #expert { margin-top: 0.9rem; padding-top: 0.8rem; border-top: 1px solid var(--line); }
 #expert h3 { font-size: 0.875rem; font-weight: 600; display: flex; gap: 0.6rem; align-items: center; }
 #expert h4 { margin: 0.8rem 0 0.3rem; font-size: 0.75rem; font-weight: 400; color: var(--soft); }
@@ -155,7 +158,7 @@ summary h2 + span { margin-left: 0.5em; }
 table { border-collapse: collapse; width: 100%; font-size: 0.75rem; font-variant-numeric: tabular-nums;
   margin-top: 0.5rem; }
 th { font-weight: 400; color: var(--soft); text-align: right; padding: 0.1rem 0 0.3rem 0.6rem;
-  vertical-align: bottom; line-height: 1.2; }
+  vertical-align: bottom; line-height: 1.2; max-width: 5em; }
 td { text-align: right; padding: 0.12rem 0 0.12rem 0.6rem; }
 td .track { height: 3px; margin-top: 1px; }
 td .track > i { background: var(--soft); }
@@ -181,7 +184,9 @@ kbd { font: 0.6875rem var(--mono); border: 1px solid var(--line); border-bottom-
   header, #bar, #page { padding-inline: 1rem; }
   #page { display: block; padding-top: 1rem; }
   aside { position: static; max-height: none; overflow: visible; }
+  html { scroll-padding-bottom: 5rem; }
   #filter { margin-left: 0; }
+  #legend { grid-template-columns: repeat(auto-fill, minmax(2.6rem, 1fr)); max-height: 40vh; }
   #now { display: block; position: fixed; inset: auto 0 0; z-index: 2; padding: 0.55rem 1rem; background: var(--panel);
     border-top: 1px solid var(--line); font-size: 0.8125rem; }
 }
@@ -339,7 +344,7 @@ function token_node(text) {
 // Sections: each is plain text until it comes near the window, then a span a token. What is far keeps its colours until
 // it comes near again: so a change of layer takes as long for a short text as for a long one.
 
-const views = [];                                       // of each section: box, begin, end, built, near, stale
+const views = [];                   // of each section: box, begin, end, where its piece begins, built, near, stale
 const nodes = new Map();                                // index in vocab -> a span to copy
 
 function build(view) {
@@ -388,22 +393,22 @@ const near = new IntersectionObserver(entries => {
 }, {rootMargin: "1000px 0px"});
 
 function layout_text() {
-  let before = -1;
   sections.forEach((section, s) => {
+    const before = s > 0 ? sections[s - 1] : {domain: -1}, goes_on = section.piece === before.piece;
     const end = s + 1 < sections.length ? sections[s + 1].begin : N;
     const box = make("div", "x"), heading = make("h3", "");
     box.dir = "auto";
-    if (section.domain !== before) heading.append(make("b", "", data.domains[section.domain].name));
+    if (section.domain !== before.domain) heading.append(make("b", "", data.domains[section.domain].name));
     heading.append(make("small", "", "piece " + count(section.piece)));
     const root = make("section", "s", heading, box);
     root.dataset.s = s;
-    root.classList.toggle("new", section.domain !== before);
-    before = section.domain;
+    root.classList.toggle("new", goes_on || section.domain !== before.domain);       // another document
     let text = "";
     for (let p = section.begin; p < end; p++) text += text_of(p).replace(EACH_INVISIBLE, c =>
       c === "\n" ? "⏎\n" : c === "\t" ? "⇥\t" : sign(c)) || "·";
     box.textContent = text;
-    views.push({root, box, begin: section.begin, end, built: false, near: false, stale: false});
+    const piece = goes_on ? views[s - 1].piece : section.begin;
+    views.push({root, box, begin: section.begin, end, piece, built: false, near: false, stale: false});
     $("text").append(root);
   });
   if (data.vocab.length && data.vocab.every(text => /^#\d+$/.test(text))) $("text").classList.add("ids");
@@ -449,7 +454,7 @@ function show_token(p) {
   $("glyph").replaceChildren(name, make("div", "",
     make("p", "number", loss_text(p)),
     make("p", "soft number", data.domains[section.domain].name, ", piece ", count(section.piece), ", token ",
-      count(p - view.begin), text === "" ? ": part of a character" : "")));
+      count(p - view.piece), text === "" ? ", without a text of its own" : "")));
   $("choices-of").textContent = `${K > 1 ? "Experts and their weights" : "Expert and its weight"} in layer ${l}`;
   $("choices").className = K > 4 ? "wide" : "";
   $("choices").replaceChildren(...Array.from({length: K}, (_, j) => {
@@ -524,6 +529,8 @@ function choose(e) {
   show_expert();
   show_load();
   if (state.expert < 0) $("status").textContent = "all tokens";
+  const side = document.querySelector("aside"), box = $("expert").getBoundingClientRect();
+  side.scrollTop += Math.max(0, box.bottom + 16 - side.getBoundingClientRect().bottom);
   remember();
 }
 
@@ -631,7 +638,7 @@ function show_layers() {
   const two = x => x.toFixed(2);                        // columns: heading, values, their form, what fills a bar
   const columns = [["entropy", router.entropy, two, Math.log(E) || 1],
                    ["max / mean", router.max_over_mean, two, busiest], ["dead", router.dead, String, 0]];
-  if (saturation) columns.push(["saturation, top 1", saturation.top1, percent, 1]);
+  if (saturation) columns.push(["saturation top 1", saturation.top1, percent, 1]);
   if (saturation && K > 1) columns.push([`top ${K}`, saturation.topk, percent, 1]);
   const rows = Array.from({length: L}, (_, l) => {
     const button = make("button", "number", String(l));
@@ -653,7 +660,7 @@ function show_layers() {
   const active = document.activeElement, layer = active && active.dataset.layer;
   $("layer-table").replaceChildren(table(["layer", ...columns.map(column => column[0])], rows));
   if (layer) $("layer-table").querySelector(`[data-layer="${Number(layer)}"]`).focus();
-  const notes = [`entropy of the router in nats, at most ${Math.log(E).toFixed(2)}`,
+  const notes = [`Entropy of the router in nats, at most ${Math.log(E).toFixed(2)}`,
     "load of the busiest expert over the mean", "experts without a token"];
   if (saturation) notes.push("saturation: choices that the later checkpoint shares");
   $("layer-note").textContent = notes.join("; ") + ".";
@@ -701,6 +708,8 @@ function start() {
     const x = wanted.get(name);
     return x !== null && /^\d{1,9}$/.test(x) && Number(x) < below ? Number(x) : -1;
   };
+  data.title = shown(data.title);
+  for (const d of data.domains) d.name = shown(d.name);
   document.title = data.title + ": what the experts learn";
   $("title").textContent = data.title;
   $("about").textContent = [`${L} ${L === 1 ? "layer" : "layers"}`, `${E} experts in each, ${K} for a token`,
@@ -710,6 +719,7 @@ function start() {
   else $("theme").textContent = dark.matches ? "Light" : "Dark";
   $("layer").max = L - 1;
   $("layer-last").textContent = L - 1;
+  $("text").style.setProperty("--room", E > 100 ? "0.6em" : E > 10 ? "0.25em" : "0");       // digits below a letter
   colours();
   layout_legend();
   layout_load();
@@ -788,7 +798,7 @@ start();
 //   layers, experts, k  L, E (at most 256), K
 //   tokens, of          n tokens are on the page, of so many that were analysed
 //   domains             of the whole analysis: {name, tokens, counts (L, E): tokens that have the expert among their K}
-//   vocab               text of each distinct token, "" where it is a part of a character, "#17" without a tokenizer
+//   vocab               text of each distinct token, "" where it has none of its own, "#17" without a tokenizer
 //   ids                 (n), base64 of uint16, little-endian: index into vocab
 //   shown               pairs {position, text}: what stands there in the place of vocab's text
 //   sections            {domain, begin, piece}: where a piece or a document begins

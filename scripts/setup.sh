@@ -1,6 +1,7 @@
 #!/bin/sh
 # Installs what building, training and testing need, on a CPU and with CUDA: by apt-get, with sudo when not root. Where
 # there is dnf or pacman instead, it prints the command that installs what is missing, and stops; elsewhere the list.
+# `setup.sh page` instead installs the browser in which `make test-page` tests the page of `olmoe routing`.
 # Installs nothing when nothing is missing. Where nvcc is, or DEVICE=cuda is given, it also reports on what it never
 # installs: NVIDIA's driver, the CUDA toolkit and NCCL.
 set -eu
@@ -10,6 +11,12 @@ python3 python3-pytest python3-matplotlib python3-venv xz-utils libzstd-dev"
 dnf="gcc-c++ make perl-interpreter onednn-devel json-devel utf8proc-devel zlib-devel openmpi-devel \
 python3 python3-pytest python3-matplotlib xz libzstd-devel"
 pacman="gcc make perl onednn nlohmann-json libutf8proc zlib openmpi python python-pytest python-matplotlib xz zstd"
+if [ "${1:-}" = page ]; then                    # the fonts are those of the README's picture
+    apt="chromium chromium-driver fonts-inter fonts-jetbrains-mono"
+    dnf="chromium chromedriver"
+    pacman="chromium"
+    DEVICE=cpu
+fi
 
 has() { command -v "$1" >/dev/null 2>&1; }
 
@@ -99,6 +106,9 @@ elif has pacman; then
         echo "setup: as root, run: pacman -S --needed $(echo "$missing" | tr '\n' ' ')" >&2
         exit 1
     fi
+elif [ "${1:-}" = page ]; then
+    echo "setup: no apt-get, dnf or pacman here. Install chromium and its chromedriver" >&2
+    exit 1
 else
     cuda_report || true
     cat >&2 <<END

@@ -22,6 +22,12 @@ int main() {
 """
 
 
+# Texts of tokens, and names, that a careless page would take for markup, or that move the text around them
+NASTY = ["</script>", "<!--", "<script>", "-->", "]]>", "<img src=x onerror=hacked=1>", "&lt;&amp;", "\"'`${hacked=1}",
+         "\\u003c/script>", "\0\1\x07\x1b\x7f\x85", "\u2028\u2029\u202e\u200b\ufeff", "שלום", "مرحبا", "👩\u200d🚀",
+         "\r", "\n\t", " ", "", "@DATA@", "$&", "\\", "javascript:hacked=1"]
+
+
 def build(folder):
     """A program that reads the data as JSON and prints the page"""
     source, program = folder / "page.cpp", folder / "page"
@@ -36,8 +42,8 @@ def packed(values, kind):
 
 
 def made_up(pieces, layers=2, experts=4, k=2, seed=0, title="a model", of=None):
-    """Data of a page. pieces: (domain, texts of its tokens), a section each. Experts depend on the token, the domain and
-    the layer, with noise; each number can be told from the others."""
+    """Data of a page. pieces: (domain, texts of its tokens), a section each. Experts depend on the token, the domain
+    and the layer, with noise."""
     rng = random.Random(seed)
     names = list(dict.fromkeys(domain for domain, _ in pieces))
     tokens = [text for _, texts in pieces for text in texts]
@@ -46,10 +52,8 @@ def made_up(pieces, layers=2, experts=4, k=2, seed=0, title="a model", of=None):
     taste = {}
     choices, weights, losses, sections = [], [], [], []
     counts = {name: [[0] * experts for _ in range(layers)] for name in names}
-    numbers = dict.fromkeys(names, 0)
-    for domain, texts in pieces:
-        sections.append({"domain": names.index(domain), "begin": len(losses), "piece": sum(numbers.values())})
-        numbers[domain] += 1
+    for piece, (domain, texts) in enumerate(pieces):
+        sections.append({"domain": names.index(domain), "begin": len(losses), "piece": piece})
         for t, text in enumerate(texts):
             losses.append(65535 if t == 0 else min(65534, round(1000 * rng.expovariate(0.8))))
             for layer in range(layers):
@@ -86,3 +90,9 @@ def favourites(tokens, first, e):
     found = [{"text": text, "share": own[text] / n, "count": n} for text, n in all_of.items()
              if n >= 10 and 2 * own[text] > n]
     return sorted(found, key=lambda word: (-word["share"], -word["count"]))[:15]
+
+
+def nasty_data():
+    data = made_up([(name, NASTY * 12) for name in NASTY], title=" ".join(NASTY))
+    data["shown"] = [[i, text] for i, text in enumerate(NASTY)]
+    return data

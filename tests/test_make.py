@@ -335,6 +335,23 @@ def test_setup_of_other_distributions(bare, tool, query, has, command):
     assert set_up(bare) == (0, "setup: everything is installed\n", "")
 
 
+def test_setup_of_the_browser(bare):
+    """make setup-page installs what is missing of it alone, and nothing where nothing is missing."""
+    def set_up_page():
+        done = bare.run(bare.bin / "sh", "scripts/setup.sh", "page")
+        return done.returncode, done.stdout, done.stderr
+
+    code, out, errors = set_up_page()
+    assert code == 1 and "no apt-get, dnf or pacman here" in errors and "chromedriver" in errors and out == ""
+    bare.program("apt-get", "#!/bin/sh\necho apt-get $*\n")
+    bare.program("sudo", '#!/bin/sh\nexec "$@"\n')
+    bare.program("dpkg-query", '#!/bin/sh\ncase "$*" in *chromium-driver) echo "un ";; *) echo "ii ";; esac\n')
+    code, out, errors = set_up_page()
+    assert (code, errors) == (0, "") and "install -y -q --no-install-recommends chromium-driver\n" in out
+    installed(bare)
+    assert set_up_page() == (0, "setup: everything is installed\n", "")
+
+
 def test_setup_where_no_packages_are_known(bare):
     code, out, errors = set_up(bare)
     assert code == 1 and "no apt-get, dnf or pacman here" in errors and "oneDNN 2 or 3" in errors and out == ""
