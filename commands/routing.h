@@ -73,23 +73,13 @@ template <typename T> Json table_json(const double* x, size_t n, size_t columns)
     return rows;
 }
 
-// The load-balancing loss of the paper's Table 6, whose ideal is K: the mean over layers of
-// E sum_i counts_i / N mean_t p_i. domain: or -1, of all
-double balancing_loss(const Routing& r, int domain) {
-    const size_t E = r.config.E, domains = r.tokens.size();
-    double loss = 0, N = 0;
-    for (size_t d = 0; d < domains; d++) if (domain < 0 || d == (size_t)domain) N += r.tokens[d];
-    for (const LayerRouting& l : r.layers)
-        for (size_t e = 0; e < E; e++) {
-            double counts = 0, p = 0;
-            for (size_t d = 0; d < domains; d++) {
-                if (domain >= 0 && d != (size_t)domain) continue;
-                counts += l.counts[d * E + e];
-                p += l.probs[d * E + e];
-            }
-            loss += E * (counts / N) * (p / N);
-        }
-    return loss / r.config.L;
+// The load-balancing loss of the paper's Table 6, whose ideal is K: a mean over layers, and over pieces as in the paper's
+// script. Of a domain, over its parts of pieces, which count as their tokens.
+double balancing_loss(const Routing& r, size_t domain) {
+    const double all = std::accumulate(r.tokens.begin(), r.tokens.end(), 0.0);
+    double sum = 0;
+    for (const LayerRouting& l : r.layers) sum += l.balancing[domain];
+    return sum / r.config.L / (domain < r.tokens.size() ? r.tokens[domain] : all);
 }
 
 // Assignments over all domains
@@ -106,7 +96,7 @@ Json domains_json(const Routing& r, const RoutingInput& in) {
     Json all = Json::object();
     for (size_t d = 0; d < in.domains.size(); d++) {
         Json& j = all[in.domains[d]];
-        j = {{"tokens", (int64_t)r.tokens[d]}, {"load_balancing_loss", number_or_null(balancing_loss(r, (int)d))},
+        j = {{"tokens", (int64_t)r.tokens[d]}, {"load_balancing_loss", number_or_null(balancing_loss(r, d))},
              {"counts", Json::array()}, {"top1", Json::array()}};
         for (const LayerRouting& l : r.layers) {
             j["counts"].push_back(table_json<int64_t>(&l.counts[d * E], E, E)[0]);
@@ -180,7 +170,7 @@ Json routing_json(const Routing& r, const RoutingInput& in, const Tokenizer* tok
         j["vocabulary"][WORD_NAMES[word]] = vocabulary_json(r, word, tokenizer, &shown);
     if (tokenizer) j["texts"] = shown;
     j["router"] = routers_json(r, tokens);
-    j["load_balancing_loss"] = number_or_null(balancing_loss(r, -1));
+    j["load_balancing_loss"] = number_or_null(balancing_loss(r, r.tokens.size()));
     return j;
 }
 

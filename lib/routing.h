@@ -172,7 +172,9 @@ constexpr const char* WORD_NAMES[WORDS] = {"input", "target", "predicted"};
 
 // Tables of a layer, by expert
 struct LayerRouting {
-    std::vector<double> counts, top1, probs;        // (domains, E) assignments, first choices, sums of p
+    std::vector<double> counts, top1;               // (domains, E) assignments, first choices
+    std::vector<double> balancing;                  // (domains + 1) sums of load-balancing losses times tokens, of all
+                                                    // pieces, and of those parts of pieces that are of a domain
     std::vector<double> together, ranked;           // (E, E)
     double entropy = 0, logits = 0, max_logit = -INFINITY;      // sums over tokens, over tokens and experts; largest
     double same_top1 = 0, same = 0;                 // as the later model: first choices, and experts of the K
@@ -205,7 +207,8 @@ void routing_begin(Routing* r, const OlmoeConfig& c, const RoutingInput& in, siz
     r->tokens.assign(domains, 0);
     r->layers.assign(c.L, {});
     for (LayerRouting& l : r->layers) {
-        for (auto* of_domains : {&l.counts, &l.top1, &l.probs}) of_domains->assign(domains * E, 0);
+        for (auto* of_domains : {&l.counts, &l.top1}) of_domains->assign(domains * E, 0);
+        l.balancing.assign(domains + 1, 0);
         for (auto* pairs : {&l.together, &l.ranked}) pairs->assign(E * E, 0);
         for (IdTable& table : l.words) table.resize(c.V);
     }
@@ -299,6 +302,20 @@ std::vector<TokenPlace> token_places(const RoutingInput& in, size_t first, int B
     return places;
 }
 
+// Some tokens of a layer. Their load-balancing loss, on the scale of the paper's Table 6, is
+// E sum_i counts_i / N mean_t p_i, whose ideal is K.
+struct BalancedPart {
+    std::vector<double> counts, probs;              // (E) assignments, sums of p
+    double N = 0;
+
+    explicit BalancedPart(int E) : counts(E, 0.0), probs(E, 0.0) {}
+    // Adds the loss times N, and begins again.
+    void end(double* sum) {
+        for (size_t e = 0; N > 0 && e < counts.size(); e++) *sum += (double)counts.size() * counts[e] * probs[e] / N;
+        *this = BalancedPart((int)counts.size());
+    }
+};
+
 // p (E) from the logits, and the sum of -p log p
 double router_probabilities(const float* z, int E, std::vector<double>* p) {
     const double max = *std::max_element(z, z + E);
@@ -313,9 +330,10 @@ double router_probabilities(const float* z, int E, std::vector<double>* p) {
 void layer_add(Routing* r, int l, const MicroBatch& batch, const RouterOutput& out, int64_t position,
                const std::vector<TokenPlace>& places, const uint16_t* later) {
     const OlmoeConfig& c = r->config;
-    const int E = c.E, K = c.K, N = batch.N();
+    const int E = c.E, K = c.K, N = batch.N(), T = batch.length(0);
     LayerRouting& a = r->layers[l];
     std::vector<double> p(E);
+    BalancedPart piece(E), part(E);                 // part: of one domain
     for (int t = 0; t < N; t++) {
         const int* ids = &out.experts[((size_t)l * N + t) * K];
         const float* z = &out.logits[((size_t)l * N + t) * E];
@@ -324,10 +342,17 @@ void layer_add(Routing* r, int l, const MicroBatch& batch, const RouterOutput& o
         double chosen = 1;
         if (c.norm_topk_prob) { chosen = 0; for (int k = 0; k < K; k++) chosen += p[ids[k]]; }
         for (int e = 0; e < E; e++) {
-            a.probs[row + e] += p[e];
             a.logits += z[e];
             a.max_logit = std::max<double>(a.max_logit, z[e]);
         }
+        for (BalancedPart* b : {&piece, &part}) {
+            b->N++;
+            for (int e = 0; e < E; e++) b->probs[e] += p[e];
+            for (int k = 0; k < K; k++) b->counts[ids[k]]++;
+        }
+        const bool ends = (t + 1) % T == 0;
+        if (ends) piece.end(&a.balancing.back());
+        if (ends || places[t + 1].domain != places[t].domain) part.end(&a.balancing[places[t].domain]);
         a.top1[row + ids[0]]++;
         for (int k = 0; k < K; k++) {
             a.counts[row + ids[k]]++;
@@ -482,7 +507,7 @@ void routing_sum(Routing* r, RoutingInput* in) {
         for (int i : {0, 1}) r->hash[i] = fmod(hash[i], 0x1p32);
         sum_over_ranks(&r->tokens);
         for (LayerRouting& l : r->layers) {
-            for (auto* table : {&l.counts, &l.top1, &l.probs, &l.together, &l.ranked}) sum_over_ranks(table);
+            for (auto* table : {&l.counts, &l.top1, &l.balancing, &l.together, &l.ranked}) sum_over_ranks(table);
             std::vector<double> sums = {l.entropy, l.logits, l.same_top1, l.same}, largest(world.size, 0.0);
             host_sum(&sums);
             l.entropy = sums[0]; l.logits = sums[1]; l.same_top1 = sums[2]; l.same = sums[3];

@@ -144,7 +144,6 @@ def report(path, model):
     if missing:
         print(f"not in it: {', '.join(missing)}")
     if any(is_loss for *_, is_loss in rows):
-        print("Published losses are means over sequences of each one's loss; that of all tokens is usually lower.")
     same, layers = orders(domains, model)
     if layers:
         print(f"the four experts with the most tokens are the published ones, in order, in {same} of {layers} layers")
