@@ -2664,6 +2664,7 @@ struct TrainingRun {
     // olmoe batch --replay: the step that is looked into, 0 for a run that trains and writes. at_gradient is called
     // before its update, with the squares of the gradient's norm by tensor
     int64_t replayed = 0;
+    bool rows_of_out = false;               // and its rows are those that OUT has, whatever became of their files
     std::function<void(const std::vector<MicroBatch>&, const StepResult&, const std::vector<double>&)> at_gradient;
 };
 
@@ -2793,7 +2794,7 @@ void run_start(TrainingRun* run) {
     comm_open();
     if (writes) output_lock(o.out);
     if (run->objective->of_rows) run_open_rows(run);
-    run->from = writes ? checkpoint_to_resume(*run) : checkpoint_before(o.out, run->replayed);
+    run->from = writes ? checkpoint_to_resume(*run) : checkpoint_to_replay(*run);
     if (writes) output_check(o.out);
 
     run->peak = machine_peak(o.peak_tflops);

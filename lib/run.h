@@ -304,6 +304,7 @@ void run_open_files(TrainingRun* run) {
     evaluation_open(&run->eval, run->config, known ? &t : nullptr, o.token_type);
     if (!of_rows) return;
     chat_template_add(&files, t);
+    if (run->rows_of_out) return;
     for (const std::vector<std::string>* paths : {&o.data, &o.val})
         for (const std::string& path : *paths) json_lines_refuse(path, "rows", "scripts/rows.py");
 }
@@ -549,9 +550,11 @@ void log_open(TrainingRun* run) {
     for (const char* progress : {"step", "updates", "epoch", "position"}) recipe.erase(progress);
     first.update(recipe);
     first["steps"] = run->steps;
+    const Json how = command_json(*run);
+    Json line = {{"config", first}, {"command", how["command"]}, {"folder", how["folder"]}};
     std::error_code ignored;
-    Json line = {{"config", first}, {"command", run->o.command},
-                 {"folder", std::filesystem::current_path(ignored).string()}};
+    if (!run->from.empty())
+        line["from"] = {{"step", run->step}, {"checkpoint", std::filesystem::absolute(run->from, ignored).string()}};
     if (run->objective->of_rows) line["dropped_rows"] = run->rows.training.dropped;
     log_line(*run, line);
 }
@@ -631,14 +634,18 @@ void run_resume_skipped(TrainingRun* run, const Json& recorded) {
     run->data.skipped = batch_ranges_joined(all);
 }
 
-// The newest whole checkpoint of an earlier step, or "". Rank 0 looks for it.
-std::string checkpoint_before(const std::string& out, int64_t step) {
+// From where a step is replayed: the newest whole checkpoint of an earlier step, else the one of another directory that
+// the run went on from, or "". Rank 0 looks for it.
+std::string checkpoint_to_replay(const TrainingRun& run) {
+    const std::string& out = run.o.out;
     double found = 0;
     for (auto& [at, dir] : checkpoint_list(out))
-        if (world.rank == 0 && found == 0 && at < step && checkpoint_damage(dir, true, {}, ranks_alive).empty())
+        if (world.rank == 0 && found == 0 && at < run.replayed && checkpoint_damage(dir, true, {}, ranks_alive).empty())
             found = (double)at + 1;
     found = host_sum(found);
-    return found > 0 ? out + text("/step-%08ld", (int64_t)found - 1) : "";
+    if (found > 0) return out + text("/step-%08ld", (int64_t)found - 1);
+    if (!run.o.resume.empty() && world.rank == 0) checkpoint_check(run.o.resume, {}, ranks_alive);
+    return run.o.resume;
 }
 
 // Step and data position of the checkpoint `from`; refuses one of another run. What is different and may be, the

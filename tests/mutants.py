@@ -683,8 +683,8 @@ MUTANTS = [
      ": i * ranks_n + rank;",
      ": rank * (G / ranks_n) + i;", BATCH + "a_replayed_step_is_the_one_in_the_log[2, experts]"),
     ("rows_by_their_place", "commands/batch.h",
-     "j.update(row_of_step(r, numbers[i]));",
-     "j.update(row_of_step(r, i));", BATCH + "rows[sft-words]"),
+     "j.update(row_of_step(r, numbers[i], lines));",
+     "j.update(row_of_step(r, i, lines));", BATCH + "rows[sft-words]"),
 
     # ---- Evaluation: request files, and GSM8K
     ("ctx_b_keeps_its_large_letters", "scripts/render_tasks.py",
