@@ -250,7 +250,7 @@ def test_of_a_run_that_was_resumed(runs, tmp_path):
     shutil.rmtree(tmp_path / "out/step-00000014")
     lines, first = log(tmp_path / "out"), json.loads((tmp_path / "out/log.jsonl").read_text().splitlines()[0])
     assert [r["step"] for r in first["resumed"]] == [5, 10] and sorted(lines) == list(range(1, 15))
-    for step, number in (4, 4), (9, 11), (13, 15):
+    for step, number in (5, 5), (9, 11), (13, 15):
         found = batch(tmp_path / "out", step, "--replay")
         assert (found["loss"], found["grad_norm"]) == (lines[step]["loss"], lines[step]["grad_norm"])
         assert found["batch"] == number
