@@ -19,6 +19,7 @@ struct BatchCommand {
     Json logged;                            // the step's line in the log, or null
     Json config, begun;                     // of the log's first line; begun: the checkpoint that it goes on from
     int64_t micro_batch = 0;                // of all ranks together, when the step was trained; 0: not known
+    int64_t resumed = 0;                    // the step after which the options hold that it was trained by
     std::vector<BatchRange> skipped;        // that the log names
     Json found = Json::object();            // what is printed
     std::vector<double> losses, targets, norms;     // (G) of the step's sequences or rows, see replay_gradients
@@ -72,6 +73,7 @@ void batch_read_log(BatchCommand* b) {
         b->config = first.at("config");
         b->begun = first.value("from", Json());
         b->micro_batch = how.value("micro_batch", (int64_t)0);
+        b->resumed = how.value("step", (int64_t)0);
         const std::vector<std::string> words = how.at("command");
         std::vector<char*> argv;
         for (const std::string& word : words) argv.push_back((char*)word.c_str());
@@ -362,6 +364,9 @@ void batch_replay(BatchCommand* b) {
     if (b->step > r.steps) die("--step %ld: the run has %ld", b->step, r.steps);
     if (b->step <= r.step)
         die("--step %ld: the log of %s goes on from step %ld, of %s", b->step, b->run.c_str(), r.step, r.from.c_str());
+    if (r.step < b->resumed && world.rank == 0)
+        fprintf(stderr, "note: until step %ld the run had other options, and there is no checkpoint of that step\n",
+                b->resumed);
     if (!b->json) printf("from %s\n", r.from.empty() ? "the beginning" : r.from.c_str());
     while (r.step < b->step) {
         run_step(&r);
@@ -407,6 +412,7 @@ void batch_print_sequence(const BatchCommand& b, const Json& j) {
     else if (row) printf("      %s\n", shortened(line, 100).c_str());
     else batch_print_documents(b, j["documents"]);
     if (!j.contains("worst")) return;
+    if (j["worst"].empty()) return;
     printf("      worst:");
     for (const Json& w : j["worst"])
         printf(" %s at %ld%s (%.2f)", one_line(w["text"], 20).c_str(), (int64_t)w["token"],

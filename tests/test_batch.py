@@ -255,6 +255,9 @@ def test_of_a_run_that_was_resumed(runs, tmp_path):
         assert (found["loss"], found["grad_norm"]) == (lines[step]["loss"], lines[step]["grad_norm"])
         assert found["batch"] == number
     shutil.copytree(tmp_path / "out", tmp_path / "added")
+    shutil.rmtree(tmp_path / "out/step-00000005")
+    said = run("batch", "--run", tmp_path / "out", "--step", 9, "--replay").stderr
+    assert said == "note: until step 5 the run had other options, and there is no checkpoint of that step\n"
     run(*common[:5], "--out", tmp_path / "added", *common[7:], "--steps", 16, "--lr", 0.003, "--batch", 1,
         "--save-every", 0, "--skip-batches", "14-15", "--resume", cwd=runs)
     shutil.rmtree(tmp_path / "added/step-00000016")
