@@ -149,7 +149,8 @@ std::string tokens_shown(const TrainingRun& r, const int* ids, size_t n) {
     return numbers;
 }
 
-// The documents of the files of a step's sequences, as far as these have a part of them: a list may be long
+// The documents of the files of a step's sequences that have a part in one of these or end where it begins: whole lists
+// may be long
 using DocumentLists = std::map<std::string, std::vector<Document>>;
 DocumentLists documents_of_step(const DataLoader& d, const std::vector<size_t>& numbers) {
     std::map<std::string, std::vector<size_t>> starts;
@@ -168,7 +169,7 @@ DocumentLists documents_of_step(const DataLoader& d, const std::vector<size_t>& 
         auto elsewhere = [&, &at = at](const Document& document) {
             auto next = std::upper_bound(at.begin(), at.end(), document.start);     // the first that begins after it
             const bool within = next != at.begin() && document.start < *(next - 1) + d.T;
-            return !within && (next == at.end() || document.end <= *next);
+            return !within && (next == at.end() || document.end < *next);
         };
         all.erase(std::remove_if(all.begin(), all.end(), elsewhere), all.end());
         lists[path] = std::vector<Document>(all);               // without the room of the others
