@@ -268,6 +268,7 @@ def test_of_a_run_that_began_at_another_ones_checkpoint(runs, tmp_path):
     """Its log has where that is, and what had been skipped."""
     words = ["train", "--config", "config.json", "--tokenizer", "bytes", "--data", "data.npy:1.5", "--out",
              tmp_path / "out", "--steps", 14, "--batch", 2, "--global-batch", G, "--seq", T, "--peak-tflops", 1]
+    words += ["--val", "data.npy:0.1", "--routing-every", 14]   # which batch has no use for
     run(*words, "--resume", "out/step-00000010", cwd=runs)
     shutil.rmtree(tmp_path / "out/step-00000014")
     found = batch(tmp_path / "out", 13, "--replay", cwd=tmp_path)
