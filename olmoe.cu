@@ -2664,7 +2664,6 @@ struct TrainingRun {
     // olmoe batch --replay: the step that is looked into, 0 for a run that trains and writes. at_gradient is called
     // before its update, with the squares of the gradient's norm by tensor
     int64_t replayed = 0;
-    bool rows_of_out = false;               // and its rows are those that OUT has, whatever became of their files
     std::function<void(const std::vector<MicroBatch>&, const StepResult&, const std::vector<double>&)> at_gradient;
 };
 

@@ -103,7 +103,7 @@ void batch_parse(BatchCommand* b, int argc, char** argv) {
     if (given.replay && !given.model.empty()) die("--replay has the run's own weights; leave out --model");
     b->run = given.run;
     b->step = given.step;
-    b->r.rows_of_out = true;
+    b->r.rows.of_out = true;
     finetune_defaults(&o, argc, argv);
     if (!b->run.empty()) batch_read_log(b);
     for (auto list : {&TrainOptions::data, &TrainOptions::val, &TrainOptions::freeze, &TrainOptions::skip_batches})

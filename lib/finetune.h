@@ -279,7 +279,7 @@ RowFormat row_format(const TrainingRun& run) {
 void finetune_open_rows(TrainingRun* run) {
     const TrainOptions& o = run->o;
     DataLoader& d = run->data;
-    rows_open(&run->rows.training, o.out, "rows", o.data, row_format(*run), !run->rows_of_out);
+    rows_open(&run->rows.training, o.out, "rows", o.data, row_format(*run), !run->rows.of_out);
     d.instances = run->rows.training.count;
     d.order = o.order == "global" ? DataOrder::global : DataOrder::sequential;
     d.seed = o.seed;

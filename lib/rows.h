@@ -296,6 +296,7 @@ enum Measure { LOSS, CHOSEN, REJECTED, CHOSENS, REJECTEDS, REWARD_MARGIN, ACCURA
 // What a fine-tuning run has of its rows
 struct Finetuning {
     Rows training, validation;
+    bool of_out = false;                    // olmoe batch: rows as OUT has them, whatever became of their files
     ReferenceLogps reference, validation_reference;
     std::string reference_fingerprint;
     RowStep step;

@@ -304,7 +304,7 @@ void run_open_files(TrainingRun* run) {
     evaluation_open(&run->eval, run->config, known ? &t : nullptr, o.token_type);
     if (!of_rows) return;
     chat_template_add(&files, t);
-    if (run->rows_of_out) return;
+    if (run->rows.of_out) return;
     for (const std::vector<std::string>* paths : {&o.data, &o.val})
         for (const std::string& path : *paths) json_lines_refuse(path, "rows", "scripts/rows.py");
 }
