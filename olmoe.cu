@@ -2793,7 +2793,7 @@ void run_start(TrainingRun* run) {
     comm_open();
     if (writes) output_lock(o.out);
     if (run->objective->of_rows) run_open_rows(run);
-    run->from = writes ? checkpoint_to_resume(*run) : checkpoint_before(o.out, run->replayed);
+    run->from = writes ? checkpoint_to_resume(*run) : checkpoint_to_replay(*run);
     if (writes) output_check(o.out);
 
     run->peak = machine_peak(o.peak_tflops);

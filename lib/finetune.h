@@ -190,7 +190,7 @@ void reference_open(TrainingRun* run, ReferenceLogps* r, const Rows& rows, const
 }
 
 void reference_save(const TrainingRun& run, const ReferenceLogps& r, const Rows& rows, const std::string& name) {
-    if (world.rank > 0) return;
+    if (world.rank > 0 || run.replayed > 0) return;
     table_write(run.o.out, name, reference_key(run, rows),
                 {{"rows", "F64", {(int64_t)r.rows.size()}, r.rows.data()},
                  {"mismatched", "F64", {(int64_t)r.mismatched.size()}, r.mismatched.data()}});
@@ -229,6 +229,7 @@ void reference_add(TrainingRun* run, ReferenceLogps* r, const Rows& rows, const 
 void reference_alive(const TrainingRun& run, const ReferenceLogps& r, const Rows& rows, const std::string& name) {
     if (host_sum((double)stop_requested) == 0) return;
     reference_save(run, r, rows, name);
+    if (world.rank == 0 && run.replayed > 0) die("stopped while the reference's log-probabilities were computed");
     if (world.rank == 0)
         die("stopped while the reference's log-probabilities were computed; those that are known are in %s, "
             "and the same command goes on", run.o.out.c_str());
@@ -240,18 +241,20 @@ void reference_fill(TrainingRun* run, ReferenceLogps* r, const Rows& rows, const
                     const std::vector<std::vector<size_t>>& blocks, bool* loaded) {
     reference_open(run, r, rows, name);
     stopping_saves = true;
+    const bool writes = run->replayed == 0;
     double saved = seconds_now(), begun = saved;
     size_t first = 0, done = 0, all = 0;
     for (const std::vector<size_t>& block : blocks) all += block.size();
     for (const std::vector<size_t>& block : blocks) {
         if (reference_lacks(*r, rows, block, first)) {
-            if (done == 0) printf("%s: log-probabilities of the rows by %s\n", name.c_str(), run->o.reference.c_str());
+            if (done == 0 && writes)
+                printf("%s: log-probabilities of the rows by %s\n", name.c_str(), run->o.reference.c_str());
             if (!*loaded) olmoe_load(&run->model, run->o.reference);
             *loaded = true;
             reference_add(run, r, rows, block, first);
             reference_alive(*run, *r, rows, name);
             done += block.size();
-            if (seconds_now() - saved > 20) {
+            if (writes && seconds_now() - saved > 20) {
                 reference_save(*run, *r, rows, name);
                 saved = seconds_now();
                 printf("%s: %zu of the run's %zu rows\n", name.c_str(), first + block.size(), all);
@@ -259,7 +262,7 @@ void reference_fill(TrainingRun* run, ReferenceLogps* r, const Rows& rows, const
         }
         first += block.size();
     }
-    if (done == 0) return;
+    if (done == 0 || !writes) return;
     reference_save(*run, *r, rows, name);
     printf("%s: %zu rows through the reference in %s\n", name.c_str(), done,
            human_time(seconds_now() - begun).c_str());
@@ -272,11 +275,11 @@ RowFormat row_format(const TrainingRun& run) {
     return {run.objective->rows, run.o.label_mask == "olmoe", (int)run.o.T, &run.tokenizer};
 }
 
-// The rows to train on, and the order of their steps; `make`: as rows_open says
-void finetune_open_rows(TrainingRun* run, bool make) {
+// The rows to train on, and the order of their steps
+void finetune_open_rows(TrainingRun* run) {
     const TrainOptions& o = run->o;
     DataLoader& d = run->data;
-    rows_open(&run->rows.training, o.out, "rows", o.data, row_format(*run), make);
+    rows_open(&run->rows.training, o.out, "rows", o.data, row_format(*run), !run->rows.of_out);
     d.instances = run->rows.training.count;
     d.order = o.order == "global" ? DataOrder::global : DataOrder::sequential;
     d.seed = o.seed;
@@ -287,7 +290,7 @@ void finetune_open_rows(TrainingRun* run, bool make) {
 // After the ranks have met in OUT
 void finetune_open(TrainingRun* run) {
     const TrainOptions& o = run->o;
-    finetune_open_rows(run, run->replayed == 0);
+    finetune_open_rows(run);
     if (!o.val.empty()) rows_open(&run->rows.validation, o.out, "val-rows", o.val, row_format(*run));
     if (run->objective->rows != RowKind::sft)
         run->rows.reference_fingerprint = text("%016lx", weights_fingerprint(o.reference, run->config));

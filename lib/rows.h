@@ -189,11 +189,25 @@ const char* name_of(RowKind kind) {
     return kind == RowKind::sft ? "sft" : kind == RowKind::dpo ? "dpo" : "kto";
 }
 
+// Ends the program where the rows that are there are of other options than `from`, or of another number of files.
+inline void rows_check(const Safetensors& f, nlohmann::json from) {
+    auto made_from = f.metadata.find("made_from");
+    nlohmann::json theirs = json_parse(made_from == f.metadata.end() ? "" : made_from->second);
+    const nlohmann::json files = theirs.is_object() ? theirs.value("files", nlohmann::json()) : nlohmann::json();
+    if (!files.is_array()) die("%s: not rows of a run", f.path.c_str());
+    if (files.size() != from["files"].size())
+        die("%s: the run had %zu files of rows, and %zu are given", f.path.c_str(), files.size(), from["files"].size());
+    theirs["files"] = from["files"];
+    for (auto& [name, value] : from.items())
+        if (theirs.value(name, nlohmann::json()) != value)
+            die("%s: the run's rows are of another %s: %s, not %s", f.path.c_str(), name.c_str(),
+                theirs.value(name, nlohmann::json()).dump().c_str(), value.dump().c_str());
+}
+
 // The rows of the files, from OUT/NAME.safetensors where it is of these files, of this tokenizer and format. Without
 // `make` the rows that are there, whatever their files are now. All ranks call it.
 inline void rows_open(Rows* rows, const std::string& out, const std::string& name,
-                      const std::vector<std::string>& paths, const RowFormat& format,
-                      bool make = true) {
+                      const std::vector<std::string>& paths, const RowFormat& format, bool make = true) {
     const Tokenizer& t = *format.tokenizer;
     std::string vocabulary;
     if (!t.bytes && !file_contents(&vocabulary, t.path)) die("cannot read %s: %s", t.path.c_str(), strerror(errno));
@@ -205,7 +219,9 @@ inline void rows_open(Rows* rows, const std::string& out, const std::string& nam
     const std::string key = make ? from.dump() : "";
     Safetensors& f = rows->file;
     if (world.rank == 0 && !table_open(&f, out, name, key)) {
-        if (!make) die("%s/%s.safetensors is not there", out.c_str(), name.c_str());
+        if (!make)
+            die("%s/%s.safetensors, the rows as the run read them, is not there; --run or --out names the run",
+                out.c_str(), name.c_str());
         const RowTable r = rows_read(paths, format);
         const int64_t R = (int64_t)r.labels.size(), S = (int64_t)r.prompts.size(), n = (int64_t)r.ids.size();
         const int64_t counts[] = {r.dropped, r.left_out};
@@ -219,6 +235,7 @@ inline void rows_open(Rows* rows, const std::string& out, const std::string& nam
     if (!f.map && !table_open(&f, out, name, key))
         die("%s/%s.safetensors is not what rank 0 wrote: the files of rows changed, or the ranks see different ones",
             out.c_str(), name.c_str());
+    if (!make) rows_check(f, from);
     rows->format = format;
     rows->count = f.find("labels") ? f.find("labels")->bytes : 0;
     const size_t S = rows->count * rows->sides();
@@ -279,6 +296,7 @@ enum Measure { LOSS, CHOSEN, REJECTED, CHOSENS, REJECTEDS, REWARD_MARGIN, ACCURA
 // What a fine-tuning run has of its rows
 struct Finetuning {
     Rows training, validation;
+    bool of_out = false;                    // olmoe batch: rows as OUT has them, whatever became of their files
     ReferenceLogps reference, validation_reference;
     std::string reference_fingerprint;
     RowStep step;

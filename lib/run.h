@@ -304,6 +304,7 @@ void run_open_files(TrainingRun* run) {
     evaluation_open(&run->eval, run->config, known ? &t : nullptr, o.token_type);
     if (!of_rows) return;
     chat_template_add(&files, t);
+    if (run->rows.of_out) return;
     for (const std::vector<std::string>* paths : {&o.data, &o.val})
         for (const std::string& path : *paths) json_lines_refuse(path, "rows", "scripts/rows.py");
 }
@@ -433,9 +434,10 @@ std::string trace_path(const TrainOptions& o) {
     return world.rank > 0 ? o.trace + "." + std::to_string(world.rank) : o.trace;
 }
 
+std::string log_dump(const Json& line) { return line.dump(-1, ' ', false, Json::error_handler_t::replace) + "\n"; }
+
 void log_line(const TrainingRun& run, const Json& line) {
-    const std::string dumped = line.dump(-1, ' ', false, Json::error_handler_t::replace);
-    const bool written = fprintf(run.log, "%s\n", dumped.c_str()) > 0 && fflush(run.log) == 0;
+    const bool written = fprintf(run.log, "%s", log_dump(line).c_str()) > 0 && fflush(run.log) == 0;
     if (!written) die("cannot write %s: %s", log_path(run.o).c_str(), strerror(errno));
 }
 
@@ -486,10 +488,60 @@ Json trainer_state(const TrainingRun& run) {
     return s;
 }
 
+// The words of a command but its program, --out and --resume, which do not change what a step computes
+std::vector<std::string> recipe_words(const Json& command) {
+    const std::vector<std::string> all = command;
+    std::vector<std::string> words;
+    for (size_t i = 1; i < all.size(); i++) {
+        const std::string name = all[i].substr(0, all[i].find('='));
+        if (name != "--out" && name != "--resume") words.push_back(all[i]);
+        else if (name == all[i] && i + 1 < all.size() && all[i + 1].compare(0, 2, "--") != 0) i++;
+    }
+    return words;
+}
+
+// By which command, from where, a run is started or resumed, and which batches it skips. Names that are not UTF-8 are
+// as the log has them.
+Json command_json(const TrainingRun& run) {
+    std::error_code ignored;
+    Json j = {{"command", run.o.command}, {"folder", std::filesystem::current_path(ignored).string()},
+              {"micro_batch", run.o.B * world.size}, {"skip_batches", batch_ranges_json(run.data.skipped)}};
+    return json_parse(log_dump(j));
+}
+
+// Adds to the first line of a log, where the run is resumed by another command than before, that and the step after
+// which it holds: what olmoe batch needs to find a step's options. The lines of steps are as if it had never stopped.
+void log_resumed(const TrainingRun& run, const std::string& path) {
+    std::string log;
+    if (!file_contents(&log, path)) return;
+    const size_t end = log.find('\n');
+    Json first = json_parse(log.substr(0, end)), now = command_json(run);
+    if (end == std::string::npos || !first.is_object() || !first.contains("config")) return;
+    try {
+        const Json said = first.value("resumed", Json::array());
+        Json list = Json::array(), last = first;
+        for (const Json& r : said)
+            if (r.at("step") < run.step) list.push_back(last = r);
+        if (list.empty()) last.update(first.at("config"));
+        bool other = !last.contains("command") || recipe_words(last["command"]) != recipe_words(now["command"]);
+        for (const char* what : {"folder", "micro_batch"}) other |= last.value(what, Json()) != now[what];
+        if (other) {
+            list.push_back({{"step", run.step}});
+            list.back().update(now);
+        }
+        if (list == said) return;
+        first["resumed"] = list;
+    } catch (const Json::exception&) { return; }                // a line that no run of this program wrote
+    file_replace(path, log_dump(first) + log.substr(end + 1));
+}
+
 // The log of this run, after its last line that is still true; a new one begins with the configuration.
 void log_open(TrainingRun* run) {
     const std::string path = run->replayed > 0 ? "/dev/null" : log_path(run->o);
-    if (!run->from.empty() && world.rank == 0) log_truncate(path, run->step);
+    if (!run->from.empty() && world.rank == 0) {
+        log_truncate(path, run->step);
+        log_resumed(*run, path);
+    }
     if (run->replayed == 0 && world.rank == 0) routing_truncate(run->o.out, run->step);
     run->log = fopen(world.rank == 0 ? path.c_str() : "/dev/null", run->from.empty() ? "w" : "a");
     if (!run->log) die("cannot write %s: %s", path.c_str(), strerror(errno));
@@ -498,9 +550,11 @@ void log_open(TrainingRun* run) {
     for (const char* progress : {"step", "updates", "epoch", "position"}) recipe.erase(progress);
     first.update(recipe);
     first["steps"] = run->steps;
+    const Json how = command_json(*run);
+    Json line = {{"config", first}, {"command", how["command"]}, {"folder", how["folder"]}};
     std::error_code ignored;
-    Json line = {{"config", first}, {"command", run->o.command},
-                 {"folder", std::filesystem::current_path(ignored).string()}};
+    if (!run->from.empty())
+        line["from"] = {{"step", run->step}, {"checkpoint", std::filesystem::absolute(run->from, ignored).string()}};
     if (run->objective->of_rows) line["dropped_rows"] = run->rows.training.dropped;
     log_line(*run, line);
 }
@@ -580,14 +634,18 @@ void run_resume_skipped(TrainingRun* run, const Json& recorded) {
     run->data.skipped = batch_ranges_joined(all);
 }
 
-// The newest whole checkpoint of an earlier step, or "". Rank 0 looks for it.
-std::string checkpoint_before(const std::string& out, int64_t step) {
+// From where a step is replayed: the newest whole checkpoint of an earlier step, else the one of another directory that
+// the run went on from, or "". Rank 0 looks for it.
+std::string checkpoint_to_replay(const TrainingRun& run) {
+    const std::string& out = run.o.out;
     double found = 0;
     for (auto& [at, dir] : checkpoint_list(out))
-        if (world.rank == 0 && found == 0 && at < step && checkpoint_damage(dir, true, {}, ranks_alive).empty())
+        if (world.rank == 0 && found == 0 && at < run.replayed && checkpoint_damage(dir, true, {}, ranks_alive).empty())
             found = (double)at + 1;
     found = host_sum(found);
-    return found > 0 ? out + text("/step-%08ld", (int64_t)found - 1) : "";
+    if (found > 0) return out + text("/step-%08ld", (int64_t)found - 1);
+    if (!run.o.resume.empty() && world.rank == 0) checkpoint_check(run.o.resume, {}, ranks_alive);
+    return run.o.resume;
 }
 
 // Step and data position of the checkpoint `from`; refuses one of another run. What is different and may be, the

@@ -146,6 +146,11 @@ def test_several_documents_and_repetitions(runs, tmp_path):
     bare = json.loads(run(*words).stdout)["sequences"]
     assert [[d["tokens"] for d in j["documents"]] for j in bare] == [
         [d["tokens"] for d in j["documents"]] for j in (first, second)]
+    at = words.index("--tokenizer")             # without one the config has EOS, and the text is numbers
+    numbers = json.loads(run(*words[:at], *words[at + 2:]).stdout)["sequences"]
+    assert [[d["tokens"] for d in j["documents"]] for j in numbers] == [
+        [d["tokens"] for d in j["documents"]] for j in bare]
+    assert numbers[0]["documents"][0]["text"] == " ".join(map(str, [*b"one", 256]))
     assert not any(j["masked"] for j in json.loads(run(*words, "--no-filter").stdout)["sequences"])
 
 
@@ -169,6 +174,8 @@ def test_a_replayed_step_is_the_one_in_the_log(runs, tmp_path, ranks, more):
         assert mean == pytest.approx(lines[step]["ce_loss"], rel=ROUNDING)
     if ranks > 1:                   # one rank finds the same, but for what rounding has done to the weights by now
         alone = batch(tmp_path / "out", 6, "--replay", "--ep", 1, "--zero", 0)
+        listed = batch(tmp_path / "out", 6)["sequences"]        # that takes no ranks
+        assert [j["instance"] for j in listed] == [j["instance"] for j in found["sequences"]]
         for a, b in zip(alone["sequences"], found["sequences"], strict=True):
             assert (a["loss"], a["grad_norm"]) == pytest.approx((b["loss"], b["grad_norm"]), rel=1e-3)
     assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
@@ -195,7 +202,15 @@ def test_rows(tmp_path, case):
             assert json.loads(j["text"]) == json.loads(f.read().split("\n")[j["line"] - 1])
         assert j["file"] in map(str, data) and j["grad_norm"] > 0 and j["targets"] > 0
     assert sum(j["targets"] for j in found["sequences"]) == lines[at]["targets"]
+    if e["reference"]:                                          # of DPO and KTO the mean of the rows' is the step's
+        mean = sum(j["loss"] for j in found["sequences"]) / len(found["sequences"])
+        assert mean == pytest.approx(lines[at]["loss"], rel=ROUNDING)
+        (out / "reference.safetensors").unlink()                # computed again, and kept nowhere
+        assert batch(out, at, "--replay") == found and not (out / "reference.safetensors").exists()
     shown = batch(out, at, "--model", FINETUNE / case / e["model"])
+    for j in shown["sequences"]:
+        sides = dict(zip(["chosen", "rejected"] if "dpo" in case else [None], j["lengths"], strict=True))
+        assert all(0 < w["token"] < sides[w.get("side")] for w in j["worst"])
     assert [(j["file"], j["line"]) for j in shown["sequences"]] == [(j["file"], j["line"]) for j in found["sequences"]]
     assert len({(j["file"], j["line"]) for j in found["sequences"]}) == len(found["sequences"])
 
@@ -221,6 +236,78 @@ def test_options_of_the_log_and_own_ones(runs, tmp_path):
     assert again["loss"] == log(tmp_path / "out")[STEPS + 2]["loss"]
 
 
+def test_of_a_run_that_was_resumed(runs, tmp_path):
+    """By other options, once and again: each step has those that it was trained by, and the stretches that were skipped
+    by then, before there is a checkpoint that knows them. The lines of the log's steps are those of any run."""
+    shutil.copy(runs / "data.npy", runs / "bytes")              # a file has the name of a tokenizer
+    common = ["train", "--config", "config.json", "--data", "bytes", "--out", tmp_path / "out", "--batch", 2,
+              "--global-batch", G, "--seq", T, "--peak-tflops", 1, "--save-every", 5]
+    run(*common, "--steps", 5, "--lr", 0.02, cwd=runs)
+    run(*common, "--steps", 10, "--lr", 0.01, "--skip-batches", "7-8", "--resume", cwd=runs)
+    run(*common, "--steps", 10, "--lr", 0.01, "--skip-batches", "7-8", "--resume", cwd=runs)        # nothing to do
+    run(*common[:2], runs / "config.json", "--data", Path("..") / runs.name / "bytes", *common[5:], "--steps", 14,
+        "--lr", 0.003, "--batch", 1, "--resume", cwd=tmp_path)
+    shutil.rmtree(tmp_path / "out/step-00000014")
+    lines, first = log(tmp_path / "out"), json.loads((tmp_path / "out/log.jsonl").read_text().splitlines()[0])
+    assert [r["step"] for r in first["resumed"]] == [5, 10] and sorted(lines) == list(range(1, 15))
+    for step, number in (5, 5), (9, 11), (13, 15):
+        found = batch(tmp_path / "out", step, "--replay")
+        assert (found["loss"], found["grad_norm"]) == (lines[step]["loss"], lines[step]["grad_norm"])
+        assert found["batch"] == number
+    shutil.copytree(tmp_path / "out", tmp_path / "added")
+    shutil.rmtree(tmp_path / "out/step-00000005")
+    said = run("batch", "--run", tmp_path / "out", "--step", 9, "--replay").stderr
+    assert said == "note: until step 5 the run had other options, and there is no checkpoint of that step\n"
+    run(*common[:5], "--out", tmp_path / "added", *common[7:], "--steps", 16, "--lr", 0.003, "--batch", 1,
+        "--save-every", 0, "--skip-batches", "14-15", "--resume", cwd=runs)
+    shutil.rmtree(tmp_path / "added/step-00000016")
+    assert [batch(tmp_path / "added", step)["batch"] for step in (10, 11, 12)] == [12, 13, 16]
+
+
+def test_of_a_run_that_began_at_another_ones_checkpoint(runs, tmp_path):
+    """Its log has where that is, and what had been skipped."""
+    words = ["train", "--config", "config.json", "--tokenizer", "bytes", "--data", "data.npy:1.5", "--out",
+             tmp_path / "out", "--steps", 14, "--batch", 2, "--global-batch", G, "--seq", T, "--peak-tflops", 1]
+    words += ["--val", "data.npy:0.1", "--routing-every", 14]   # which batch has no use for
+    run(*words, "--resume", "out/step-00000010", cwd=runs)
+    shutil.rmtree(tmp_path / "out/step-00000014")
+    found = batch(tmp_path / "out", 13, "--replay", cwd=tmp_path)
+    assert found["batch"] == 15 and found["loss"] == log(tmp_path / "out")[13]["loss"]
+    assert batch(tmp_path / "out", 13)["batch"] == 15
+    refused(["batch", "--run", tmp_path / "out", "--step", 9, "--replay"],
+            f"--step 9: the log of {tmp_path / 'out'} goes on from step 10, of {runs / 'out/step-00000010'}")
+
+
+def test_data_that_changed(runs, tmp_path):
+    """Token files are refused; of rows, which OUT has, the text is left out."""
+    values = (runs / "data.npy").read_bytes()
+    (tmp_path / "data.npy").write_bytes(values[2 * T:] + values[:2 * T])
+    for more in [], ["--replay"]:
+        refused(["batch", "--run", runs / "out", "--step", 3, "--data", f"{tmp_path / 'data.npy'}:1.5", *more],
+                f"data.npy:1.5: not the data of {runs / 'out'}, or changed since")
+    rows = [{"prompt": f"{i}?", "completion": "abc"[:i % 3] + "."} for i in range(12)]
+    path, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--objective", "sft", "--model", runs / "out/step-00000010", "--tokenizer", "bytes", "--data", path,
+             "--out", out, "--batch", 2, "--global-batch", G, "--seq", T]
+    run("train", *words, "--steps", 3, "--peak-tflops", 1)
+    step = batch(out, 2, "--replay")
+    assert [json.loads(j["text"]) for j in step["sequences"]] == [rows[j["line"] - 1] for j in step["sequences"]]
+    own = json.loads(run("batch", "--step", 2, "--json", *words).stdout)
+    assert [j["line"] for j in own["sequences"]] == [j["line"] for j in step["sequences"]]
+    kept = step["sequences"][0]["line"] - 1                     # the others are another text now
+    path.write_text("".join(json.dumps(row if i == kept else {**row, "completion": "x"}) + "\n"
+                            for i, row in enumerate(rows)))
+    texts = [j["text"] for j in batch(out, 2)["sequences"]]
+    assert json.loads(texts[0]) == rows[kept] and texts[1:] == [None] * (G - 1)
+    path.unlink()
+    again = batch(out, 2, "--replay")
+    assert again["loss"] == step["loss"] and [j["text"] for j in again["sequences"]] == [None] * G
+    assert "the file has another row there now, or none" in run("batch", "--run", out, "--step", 2).stdout
+    refused(["batch", "--run", out, "--step", 2, "--data", path, path], "the run had 1 files of rows, and 2 are given")
+    refused(["batch", "--run", out, "--step", 2, "--seq", 30], "the run's rows are of another seq: 64, not 30")
+
+
 def refused(words, reason, **how):
     done = run(*words, code=1, **how)
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("olmoe: ") and reason in done.stderr, done.stderr
@@ -237,6 +324,11 @@ def test_bad_input(runs, tmp_path):
     refused(["batch", "--run", tmp_path, "--step", 1], "log.jsonl: cannot be read")
     (tmp_path / "log.jsonl").write_text('{"config": {}}\n')
     refused(["batch", "--run", tmp_path, "--step", 1], "does not name the run's options")
+    first = (out / "log.jsonl").read_text().splitlines()[0]
+    (tmp_path / "log.jsonl").write_text(first.replace('"--seq"', '"--rendezvous","host:1","--seq"')
+                                        + '\n{"step":12,"x":0}\n')
+    assert run("batch", "--run", tmp_path, "--step", 12, "--skip-batches", "3-4", "--replay").stdout.count(
+        "(not in the log)") == 2
     refused(["batch", "--step", 1], "--config FILE")
     refused([*of_run, "--step", 1, "--data", tmp_path / "none.npy"], "none.npy: cannot be read")
     refused([*of_run, "--step", 1, "--colour", "red"], "unknown option '--colour'")
