@@ -143,7 +143,6 @@ def report(path, model):
     missing = [name for name in top8(model) if name not in domains]
     if missing:
         print(f"not in it: {', '.join(missing)}")
-    if any(is_loss for *_, is_loss in rows):
     same, layers = orders(domains, model)
     if layers:
         print(f"the four experts with the most tokens are the published ones, in order, in {same} of {layers} layers")
