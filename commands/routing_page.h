@@ -182,6 +182,7 @@ kbd { font: 0.6875rem var(--mono); border: 1px solid var(--line); border-bottom-
   header { padding-block: 1.25rem 0.9rem; align-items: start; }
   h1 { font-size: 1.5rem; }
   header, #bar, #page { padding-inline: 1rem; }
+  #title { display: block; margin-bottom: 0.3rem; }
   #page { display: block; padding-top: 1rem; }
   aside { position: static; max-height: none; overflow: visible; }
   html { scroll-padding-bottom: 5rem; }
@@ -239,12 +240,10 @@ kbd { font: 0.6875rem var(--mono); border: 1px solid var(--line); border-bottom-
     </details>
     <details>
       <summary><h2>Keys</h2></summary>
-      <p class="note"><kbd>Tab</kbd> into the text, then <kbd>←</kbd> <kbd>→</kbd> <kbd>↑</kbd> <kbd>↓</kbd>
-        from token to
-      token, <kbd>Home</kbd> and <kbd>End</kbd> within a piece, <kbd>Enter</kbd> for the tokens of its first expert.
-      <kbd>N</kbd> and <kbd>P</kbd> are the next and the previous of these, <kbd>[</kbd> and <kbd>]</kbd>
-        the layer below and
-      above, <kbd>Esc</kbd> shows all tokens again.</p>
+      <p class="note"><kbd>Tab</kbd> leads into the text, <kbd>←</kbd> <kbd>→</kbd> <kbd>↑</kbd> <kbd>↓</kbd> from token
+        to token, <kbd>Home</kbd> and <kbd>End</kbd> to the ends of a section. <kbd>Enter</kbd> shows the tokens of its
+        first expert, <kbd>n</kbd> and <kbd>p</kbd> lead to the next and the previous of them, <kbd>Esc</kbd> shows all
+        again. <kbd>-</kbd> and <kbd>+</kbd>, or <kbd>[</kbd> and <kbd>]</kbd>: the layer below and above.</p>
     </details>
   </aside>
   <main id="text" aria-label="Text. Arrow keys walk through its tokens."></main>
@@ -766,8 +765,9 @@ $("legend").addEventListener("keydown", event => {
 document.addEventListener("keydown", event => {
   if (event.ctrlKey || event.altKey || event.metaKey) return;
   if (event.key === "Escape" && state.expert >= 0) choose(-1);
-  else if (event.key === "[" || event.key === "]") set_layer(state.layer + (event.key === "]" ? 1 : -1));
-  else if (event.key === "n" || event.key === "p") next_of_expert(event.key === "n" ? 1 : -1);
+  const layers = {"[": -1, "]": 1, "-": -1, "+": 1}, tokens = {n: 1, p: -1};
+  if (event.key in layers) set_layer(state.layer + layers[event.key]);
+  else if (event.key in tokens) next_of_expert(tokens[event.key]);
 });
 document.addEventListener("click", event => {
   const marked = event.target.closest("[data-e], [data-layer]");

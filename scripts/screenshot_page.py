@@ -13,13 +13,18 @@ import shutil
 import sys
 from pathlib import Path
 
+try:
+    from PIL import Image
+    from selenium import webdriver
+except ImportError:
+    Image = None
+
 MISSING = "needs chromium and chromium-driver (make setup-page), selenium and Pillow (make venv)"
 
 
 def start():
     """A browser without a window, or None where chromium or its driver is missing. selenium must look for no other:
     that would download one."""
-    from selenium import webdriver
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not chromium or not driver:
         return None
@@ -40,6 +45,20 @@ def set_window(browser, width, height, scheme):
                             {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
 
 
+def reduced(picture, n):
+    """The picture in its n most frequent colours, each other one as the nearest of them. Pillow's own methods choose a
+    palette that gives up the paper's tint or the frame of a token, and map colours coarsely."""
+    colours = [colour for _, colour in sorted(picture.getcolors(1 << 24), reverse=True)]
+    number = {colour: i for i, colour in enumerate(colours[:n])}
+    for colour in colours[n:]:
+        nearest = min(colours[:n], key=lambda other: sum((a - b) ** 2 for a, b in zip(colour, other)))
+        number[colour] = number[nearest]
+    pixels = picture.tobytes()
+    out = Image.frombytes("P", picture.size, bytes(map(number.get, zip(*[iter(pixels)] * 3))))
+    out.putpalette([part for colour in colours[:n] for part in colour])
+    return out
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("page", type=Path)
@@ -51,11 +70,7 @@ def main():
     options = parser.parse_args()
     if not options.page.is_file():
         sys.exit(f"screenshot_page.py: {options.page}: there is no such file")
-    try:
-        from PIL import Image
-        browser = start()
-    except ImportError:
-        browser = None
+    browser = start() if Image else None
     if browser is None:
         sys.exit(f"screenshot_page.py: {MISSING}")
     try:
@@ -65,7 +80,7 @@ def main():
         picture = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
     finally:
         browser.quit()
-    picture.quantize(256, dither=Image.Dither.NONE).save(options.out, optimize=True)
+    reduced(picture, 256).save(options.out, optimize=True)
 
 
 if __name__ == "__main__":

@@ -337,7 +337,7 @@ def test_keys(page):
     assert p.at() == len(LINES)                         # the next piece
     p.press(Keys.END, Keys.HOME)
     assert p.at() == len(LINES)
-    p.press("]", "]", "]", "[")
+    p.press("]", "]", "]", "[", "-", "+")
     assert p.text("#layer-out") == "1" and p.shows(len(LINES), 1) and "layer 1" in p.text("#status")
     p.press(Keys.ENTER, "n")
     expert = p.firsts(1)[len(LINES)]
@@ -443,7 +443,9 @@ def test_picture_of_a_page(page, theme, tmp_path):
     picture = Image.open(out).convert("RGB")
     assert picture.size == (900, 600) and out.stat().st_size < 200_000
     assert len(picture.getcolors()) > 50
-    assert (luminance(picture.getpixel((2, 2))) < 0.05) == (theme == "dark")
+    p.js("set_theme(arguments[0])", theme)
+    paper = p.js(PIXELS + "return pixel(getComputedStyle(document.body).backgroundColor)")
+    assert list(picture.getpixel((2, 2))) == paper and (luminance(paper) < 0.05) == (theme == "dark")
 
 
 def test_picture_of_nothing(tmp_path):
