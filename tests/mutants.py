@@ -14,7 +14,7 @@ MIXING, ANNEAL = "tests/test_mixing.py::test_", "tests/test_anneal_script.py::te
 INSTRUCT, TASKS = "tests/test_instruct_script.py::test_", "tests/test_tasks_script.py::test_"
 EVALUATE, IN_RUNS = "tests/test_evaluate.py::test_", "tests/test_evaluate_runs.py::test_"
 BATCH = "tests/test_batch.py::test_"
-ROUTING_SCRIPTS = "tests/test_routing_scripts.py::test_"
+ROUTING_SCRIPTS, PAGE = "tests/test_routing_scripts.py::test_", "tests/test_routing_page.py::test_"
 
 MUTANTS = [
     # ---- Embedding, norms, rotation
@@ -902,6 +902,20 @@ MUTANTS = [
     ("links_are_replaced", "lib/output.h",
      "return none ? path : file;",
      "return none || !file.empty() ? path : file;", IN_RUNS + "where_links_lead"),
+
+    # ---- The page of routing
+    ("page_ends_where_a_text_says_so", "commands/routing_page.h",
+     "if (c == '<') json +=",
+     "if (c == '\\0') json +=", PAGE + "texts_and_names_are_data"),
+    ("page_begins_each_text_with_piece_0", "commands/routing.h",
+     '{"piece", f.first + i / T}',
+     '{"piece", i / T}', PAGE + "page_of_two_texts"),
+    ("page_without_characters_of_several_tokens", "commands/routing.h",
+     "page->shown.push_back({page->words.size(), shown});",
+     "{ }", PAGE + "page_of_two_texts"),
+    ("page_has_a_loss_where_there_is_none", "commands/routing.h",
+     "std::isnan(loss) ? 65535",
+     "std::isnan(loss) ? 0", PAGE + "page_of_two_texts"),
 
     # ---- Scripts about routing
     ("saturation_of_all_by_the_first", "scripts/routing_files.py",

@@ -100,7 +100,7 @@ def unpacked(text, kind):
     return struct.unpack(f"<{len(data) // struct.calcsize(kind)}{kind}", data)
 
 
-def test_page_of_two_texts(tmp_path):
+def test_page_of_two_texts(page, tmp_path):
     """All tokens of both texts are on the page: so its choices add up to the counts, and its texts to the files. No
     piece ends within a character."""
     seq = 50
@@ -114,6 +114,7 @@ def test_page_of_two_texts(tmp_path):
                     "--page", html], check=True, capture_output=True)
     analysis, read = json.loads(out.read_text()), Reader(html.read_text())
     assert read.comments == [] and len(read.scripts) == 2
+    assert read.scripts[""] == Reader(page(made_up([("d", ["a"])]))).scripts[""]
     data = json.loads(read.scripts["application/json"])
     layers, experts, k, n = (data[name] for name in ("layers", "experts", "k", "tokens"))
     assert [layers, experts, k, n] == [analysis[name] for name in ("layers", "experts", "k", "tokens")]
@@ -129,6 +130,7 @@ def test_page_of_two_texts(tmp_path):
     assert n == sum(lengths) and all(length % seq == 0 for length in lengths)
     assert [section["begin"] for section in data["sections"]] == list(range(0, n, seq))
     assert [section["piece"] for section in data["sections"]] == list(range(n // seq))
+    assert [section["domain"] for section in data["sections"]] == [0] * (lengths[0] // seq) + [1] * (lengths[1] // seq)
     assert [p for p, loss in enumerate(losses) if loss == 65535] == list(range(0, n, seq))
     shown = dict(map(tuple, data["shown"]))
     begin = 0
