@@ -597,24 +597,31 @@ function layout_load() {
   for (let e = 0; e < E; e++) $("axis").append(make("span", "", e % step === 0 ? String(e) : ""));
 }
 
+// Beside each domain's name: the share of one expert, or with -1 of the busiest
+function name_bars(expert) {
+  data.domains.forEach((d, i) => {
+    const row = $("charts").children[i], counts = d.counts[state.layer];
+    const e = expert >= 0 ? expert : counts.indexOf(Math.max(...counts));
+    const share = percent(d.tokens ? counts[e] / d.tokens : 0);
+    row.firstChild.lastChild.textContent = expert >= 0 ? `expert ${e}: ${share}` : `most: expert ${e}, ${share}`;
+    row.lastChild.setAttribute("aria-label", `load of ${E} experts; ${row.firstChild.lastChild.textContent}`);
+  });
+}
+
 function show_load() {
   const {layer: l, expert} = state, even = K / E;
   let most = 2 * even;
   for (const d of data.domains) if (d.tokens) for (const n of d.counts[l]) most = Math.max(most, n / d.tokens);
   data.domains.forEach((d, i) => {
     const row = $("charts").children[i], bars = row.lastChild;
-    let best = 0;
     for (let e = 0; e < E; e++) {
-      if (d.counts[l][e] > d.counts[l][best]) best = e;
       const bar = bars.children[e + 1];
       bar.firstChild.style.height = width(d.tokens ? d.counts[l][e] / d.tokens / most : 0);
       bar.classList.toggle("on", e === expert);
     }
     bars.firstChild.style.bottom = width(even / most);
-    const at = expert >= 0 ? expert : best, share = percent(d.tokens ? d.counts[l][at] / d.tokens : 0);
-    row.firstChild.lastChild.textContent = expert >= 0 ? `expert ${at}: ${share}` : `most: expert ${at}, ${share}`;
-    bars.setAttribute("aria-label", `load of ${E} experts; ${row.firstChild.lastChild.textContent}`);
   });
+  name_bars(expert);
   $("load-of").textContent = "in layer " + l;
   $("load-note").textContent = `% of a domain’s tokens that have the expert among their ${K}. Dashed: an even ` +
     `share, ${K}/${E} = ${percent(even)}.`;
@@ -741,7 +748,9 @@ $("text").addEventListener("mouseover", event => { if (token_at(event) >= 0) sho
 $("text").addEventListener("mouseleave", () => { if (N) show_token(state.at); });
 $("text").addEventListener("click", event => { if (token_at(event) >= 0) go(token_at(event), true); });
 $("text").addEventListener("focusin", event => {
-  if (token_at(event) >= 0 && !$("status").textContent) $("status").textContent = sentence(state.at);
+  if (token_at(event) < 0 || $("text").contains(event.relatedTarget)) return;
+  show_token(state.at);                                 // by the tab key
+  $("status").textContent = sentence(state.at);
 });
 $("text").addEventListener("keydown", event => {
   if (token_at(event) < 0 || event.ctrlKey || event.altKey || event.metaKey) return;
@@ -753,6 +762,11 @@ $("text").addEventListener("keydown", event => {
   else return;
   event.preventDefault();
 });
+$("charts").addEventListener("mouseover", event => {
+  const bar = event.target.closest("a");
+  name_bars(bar ? Number(bar.dataset.e) : state.expert);
+});
+$("charts").addEventListener("mouseleave", () => name_bars(state.expert));
 $("legend").addEventListener("keydown", event => {
   const step = {ArrowLeft: -1, ArrowRight: 1, ArrowUp: -1, ArrowDown: 1}[event.key];
   if (!step) return;

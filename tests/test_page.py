@@ -124,7 +124,7 @@ def page(browser, program, tmp_path):
         browser.get_log("browser")
         return Page(browser, path, data).open(address, whole)
     yield make
-    assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 
 LINES = "It was a day.\nAnd then 1 + 2 = 3, said\n\tthe wolf.\n"
@@ -274,6 +274,15 @@ def test_load_by_domain(page):
             assert heights == pytest.approx([box * x / most for x in row], abs=0.6)
             assert bottom - even == pytest.approx(box * p.K / p.E / most, abs=2)        # its border, the line's width
         assert f"{p.K}/{p.E} = {100 * p.K / p.E:.1f} %" in p.text("#load-note")
+        said = "return [...document.querySelectorAll('.load p > span:last-child')].map(span => span.textContent)"
+        for row, words in zip(shares, p.js(said), strict=True):
+            most_of = row.index(max(row))
+            assert words.startswith(f"most: expert {most_of}, ") and percent(words.split(", ")[1]) == \
+                pytest.approx(100 * row[most_of], abs=ROUNDED)
+        ActionChains(p.browser).move_to_element(p.find('.bars [data-e="3"]')).perform()
+        for row, words in zip(shares, p.js(said), strict=True):
+            assert words.startswith("expert 3: ") and percent(words[10:]) == pytest.approx(100 * row[3], abs=ROUNDED)
+        ActionChains(p.browser).move_to_element(p.find("h1")).perform()
     p.find("#load-numbers summary").click()
     p.wait(lambda: p.find("#load-table table").is_displayed())
     table = p.js("return [...document.querySelectorAll('#load-table tbody tr')].map(r => [...r.cells].map("
@@ -344,9 +353,12 @@ def test_keys(page):
     assert p.at() == p.firsts(1).index(expert, len(LINES) + 1)
     p.press(Keys.ESCAPE)
     assert not p.find("#filter").is_displayed()
-    # One stop for all tokens
+    # One stop for all tokens, whose experts are read when it is reached
     p.press(Keys.TAB)
     assert p.at() is None
+    p.js("document.querySelector('#status').textContent = ''; document.activeElement.blur()")
+    p.press(Keys.SHIFT + Keys.TAB)
+    assert p.at() == p.js("return state.at") and p.text("#status") == p.js("return sentence(state.at)")
     p.js("document.querySelector('#legend button').focus()")
     p.press(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ENTER)
     assert p.js("return document.activeElement.dataset.e") == "2" and "Expert 2" in p.text("#filter-text")
