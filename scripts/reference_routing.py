@@ -114,7 +114,7 @@ def vocabulary(ids, chosen, E):
         owned[owner].append({"id": token, "share": most / len(experts), "count": len(experts)})
     top = [sorted((one for one in all_of if one["count"] >= FEWEST),
                   key=lambda one: (-one["share"], -one["count"], one["id"]))[:LONGEST] for all_of in owned]
-    return (mean([one["share"] for all_of in owned for one in all_of]),
+    return (mean([one["share"] for all_of in owned for one in all_of]) if first else None,
             [mean([one["share"] for one in all_of]) if all_of else None for all_of in owned], top)
 
 
