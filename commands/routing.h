@@ -73,8 +73,8 @@ template <typename T> Json table_json(const double* x, size_t n, size_t columns)
     return rows;
 }
 
-// The load-balancing loss of the paper's Table 6, whose ideal is K: a mean over layers, and over pieces as in the paper's
-// script. Of a domain, over its parts of pieces, which count as their tokens.
+// The load-balancing loss of the paper's Table 6, whose ideal is K: a mean over layers, and over pieces as in the
+// paper's script. Of a domain, over its parts of pieces, which count as their tokens.
 double balancing_loss(const Routing& r, size_t domain) {
     const double all = std::accumulate(r.tokens.begin(), r.tokens.end(), 0.0);
     double sum = 0;

@@ -11,9 +11,10 @@ For each shape of configs/ and each precision, on this machine's CPU:
   - peak resident memory over what `olmoe info` planned;
   - tokens/s of transformers on PyTorch, in the same run (scripts/bench_transformers.py, in build/venv).
 Then what rows of different lengths cost in a micro-batch (scripts/bench_rows.py), and what `olmoe routing` costs beside
-its forward pass (scripts/bench_routing.py, with build/venv). Then, where OLMOE_DATA has texts and OLMoE's tokenizer, MB/s of reading conversations and of encoding texts, also by other tokenizers
-(scripts/bench_tokenizers.py), tokens/s of `olmoe generate` and of llama.cpp (scripts/bench_generate.py), and
-documents/s of `olmoe evaluate` and of lm-evaluation-harness (scripts/bench_evaluate.py).
+its forward pass (scripts/bench_routing.py, with build/venv). Then, where OLMOE_DATA has texts and OLMoE's tokenizer,
+MB/s of reading conversations and of encoding texts, also by other tokenizers (scripts/bench_tokenizers.py), tokens/s of
+`olmoe generate` and of llama.cpp (scripts/bench_generate.py), and documents/s of `olmoe evaluate` and of
+lm-evaluation-harness (scripts/bench_evaluate.py).
 Prints tables and writes build/bench.json. Run it on an idle machine. Standard library only.
 """
 import argparse

@@ -65,15 +65,16 @@ def mean(values):
     return math.fsum(values) / len(values)
 
 
-def load_balancing_loss(logits, choices):
-    """Of layers[n][e], the mean over the layers of E * sum over e of (its tokens / tokens) * (mean of its p)."""
-    losses = []
+def load_balancing_loss(logits, choices, parts):
+    """Of layers[n][e] in parts, each a range of positions: the mean over layers, and over parts by their tokens, of
+    E * sum over e of (its tokens / tokens) * (mean of its p)."""
+    losses, E = [], len(logits[0][0])
     for rows, chosen in zip(logits, choices):
-        N, E = len(rows), len(rows[0])
-        counts = collections.Counter(e for experts in chosen for e in experts)
-        p = list(zip(*map(softmax, rows)))
-        losses.append(E * math.fsum(counts[e] / N * mean(p[e]) for e in range(E)))
-    return mean(losses)
+        for part in parts:
+            counts = collections.Counter(e for n in part for e in chosen[n])
+            p = list(zip(*(softmax(rows[n]) for n in part)))
+            losses.append(len(part) * E * math.fsum(counts[e] / len(part) * mean(p[e]) for e in range(E)))
+    return math.fsum(losses) / len(logits) / sum(map(len, parts))
 
 
 def numbers_of(chosen, E):
@@ -118,9 +119,16 @@ def vocabulary(ids, chosen, E):
             [mean([one["share"] for one in all_of]) if all_of else None for all_of in owned], top)
 
 
+def parts_of(begins, N):
+    """Ranges of positions, which begin at these and have no others between."""
+    return [range(*pair) for pair in zip(begins, [*begins[1:], N])]
+
+
 def analyse(x, K):
     """What OUT.json should hold of Positions, without the names of the model, its text and the texts of ids."""
     L, E, N = len(x.layers), len(x.layers[0][0]), len(x.ids)
+    pieces = [n for n in range(N) if x.losses[n] is None]
+    runs = [n for n in range(N) if x.losses[n] is None or x.domains[n] != x.domains[n - 1]]
     choices = [[choose(z, K) for z in rows] for rows in x.layers]
     result = {"tokens": N, "layers": L, "experts": E, "k": K, "domains": {}}
     for name in dict.fromkeys(x.domains):
@@ -129,7 +137,8 @@ def analyse(x, K):
         counts, top1 = zip(*(numbers_of(layer, E) for layer in chosen))
         result["domains"][name] = {
             "tokens": len(mine), "counts": list(counts), "top1": list(top1),
-            "load_balancing_loss": load_balancing_loss([[layer[n] for n in mine] for layer in x.layers], chosen)}
+            "load_balancing_loss": load_balancing_loss(
+                x.layers, choices, [part for part in parts_of(runs, N) if x.domains[part[0]] == name])}
     result["coactivation"], result["coactivation_ranked"] = map(list, zip(*(pairs(layer, E) for layer in choices)))
     if x.later:
         both = zip(choices, ([choose(z, K) for z in rows] for rows in x.later))
@@ -145,7 +154,7 @@ def analyse(x, K):
         "dead": [counts.count(0) for counts in loads],
         "mean_logit": [mean([logit for z in rows for logit in z]) for rows in x.layers],
         "max_logit": [max(logit for z in rows for logit in z) for rows in x.layers]}
-    result["load_balancing_loss"] = load_balancing_loss(x.layers, choices)
+    result["load_balancing_loss"] = load_balancing_loss(x.layers, choices, parts_of(pieces, N))
     return result
 
 

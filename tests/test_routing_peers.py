@@ -115,8 +115,8 @@ def texts(peers, tmp_path_factory):
     import torch
     folder = tmp_path_factory.mktemp("routing")
     tokenizer = tokenizers.Tokenizer.from_file(str(DATA / "tokenizer" / "tokenizer.json"))
-    peers.draw_models(dict(vocab=50304, hidden=32, heads=2, width=24, experts=16, topk=3, layers=2, seq=2048, eos=50279),
-                      TEXT_SEED, folder)
+    shape = dict(vocab=50304, hidden=32, heads=2, width=24, experts=16, topk=3, layers=2, seq=2048, eos=50279)
+    peers.draw_models(shape, TEXT_SEED, folder)
     runners = [peers.Runner(folder / which, torch.float64) for which in ("model", "later")]
     domains, ids, targets, predicted, experts = [], [], [], [], [[], []]
     for number, name in enumerate(TEXTS):
@@ -142,8 +142,8 @@ def texts(peers, tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(texts):
     folder = texts[0]
-    return routing(folder, "--model", folder / "model", "--later", folder / "later", "--tokenizer",
-                   DATA / "tokenizer" / "tokenizer.json", "--seq", PIECE, "--max-tokens", TOKENS, "--batch", 3, "--data",
+    return routing(folder, "--model", folder / "model", "--later", folder / "later", "--seq", PIECE, "--batch", 3,
+                   "--max-tokens", TOKENS, "--tokenizer", DATA / "tokenizer" / "tokenizer.json", "--data",
                    *(folder / f"{name}.v1.txt" for name in TEXTS))
 
 

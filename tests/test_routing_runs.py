@@ -168,8 +168,8 @@ def test_nothing_of_the_training_changes(files, tmp_path, more):
 
 
 def test_resuming(files, watched, tmp_path):
-    """The files of a run that was stopped and went on are those of one that never stopped. What later steps of the first
-    part wrote is replaced."""
+    """The files of a run that was stopped and went on are those of one that never stopped. What later steps of the
+    first part wrote is gone."""
     out = tmp_path / "run"
     run(*train_words(files, out, "--routing-every", 2, "--steps", 3))
     assert written(out) == [f"routing-{step:08}.{kind}" for step in (2, 3) for kind in ("json", "npy")]
