@@ -310,7 +310,7 @@ RUN_TESTS = $(PYTHON) tests/run.py $(if $(TALLY),--tally $(TALLY))
 .PHONY: test test-peers test-page test-full-size test-ptx test-mutants
 test: olmoe
 	OLMOE=$(BUILD)/olmoe \
-	$(RUN_TESTS) $(filter-out tests/test_peers.py tests/test_tokenizer_peers.py tests/test_evaluate_peers.py tests/test_tensorboard.py tests/test_rows_parquet.py tests/test_tasks_arrow.py tests/test_page.py tests/test_full_size.py tests/test_ptxrun.py tests/test_mutants.py,$(sort $(wildcard tests/test_*.py))) tests/machine
+	$(RUN_TESTS) $(filter-out tests/test_peers.py tests/test_tokenizer_peers.py tests/test_evaluate_peers.py tests/test_routing_peers.py tests/test_tensorboard.py tests/test_rows_parquet.py tests/test_tasks_arrow.py tests/test_page.py tests/test_full_size.py tests/test_ptxrun.py tests/test_mutants.py,$(sort $(wildcard tests/test_*.py))) tests/machine
 
 # Every layout of 2 and 4 ranks against one rank
 .PHONY: test-parallel
@@ -329,7 +329,7 @@ venv: build/venv/made
 test-peers: build/venv/made
 	$(MAKE) DEVICE=cpu PRECISION=BF16 olmoe
 	$(MAKE) DEVICE=cpu PRECISION=FP32 olmoe
-	OLMOE=build/cpu-fp32/olmoe OLMOE_BF16=build/cpu-bf16/olmoe build/venv/bin/python tests/run.py $(if $(TALLY),--tally $(TALLY)) tests/test_peers.py tests/test_tokenizer_peers.py tests/test_evaluate_peers.py tests/test_tensorboard.py tests/test_rows_parquet.py tests/test_tasks_arrow.py tests/test_finetune.py
+	OLMOE=build/cpu-fp32/olmoe OLMOE_BF16=build/cpu-bf16/olmoe build/venv/bin/python tests/run.py $(if $(TALLY),--tally $(TALLY)) tests/test_peers.py tests/test_tokenizer_peers.py tests/test_evaluate_peers.py tests/test_routing_peers.py tests/test_tensorboard.py tests/test_rows_parquet.py tests/test_tasks_arrow.py tests/test_finetune.py
 
 # The page of `olmoe routing` in chromium, where that and its driver are installed
 test-page: build/venv/made

@@ -426,7 +426,11 @@ void routing_parse(RoutingCommand* v, int argc, char** argv) {
     if (v->model.empty()) die("routing needs --model DIR");
     if (v->data.empty()) die("routing needs --data FILES");
     if (v->out.empty()) die("routing needs --out OUT.json");
-    if (v->out == v->page) die("--out and --page are the same file; name two");
+    std::error_code none;
+    auto whole = [&](const std::string& path) {
+        return std::filesystem::weakly_canonical(std::filesystem::absolute(path, none), none);
+    };
+    if (!v->page.empty() && whole(v->out) == whole(v->page)) die("--out and --page are the same file; name two");
 }
 
 // Files and shapes; nothing of the device

@@ -234,6 +234,8 @@ void routing_forward(Olmoe* m, RouterOutput* out) {
         copy_to_host(&out->logits[l * N * c.E], a.router_logits, N * c.E);
         copy_to_host(&out->experts[l * N * c.K], a.experts, N * c.K);
     }
+    for (float z : out->logits)
+        if (!std::isfinite(z)) die("a router's logit is not finite; are the model's weights damaged?");
 }
 
 // The likeliest id of each token, of equal ones the lowest, in the place of its target. One warp per token.

@@ -10,10 +10,11 @@ For each shape of configs/ and each precision, on this machine's CPU:
   - time, calls and GB/s of each kernel (bytes by the formulas below: what has to be moved, not what is);
   - peak resident memory over what `olmoe info` planned;
   - tokens/s of transformers on PyTorch, in the same run (scripts/bench_transformers.py, in build/venv).
-Then what rows of different lengths cost in a micro-batch (scripts/bench_rows.py). Then, where OLMOE_DATA has texts and
-OLMoE's tokenizer, MB/s of reading conversations and of encoding texts, also by other tokenizers
-(scripts/bench_tokenizers.py), tokens/s of `olmoe generate` and of llama.cpp (scripts/bench_generate.py), and
-documents/s of `olmoe evaluate` and of lm-evaluation-harness (scripts/bench_evaluate.py).
+Then what rows of different lengths cost in a micro-batch (scripts/bench_rows.py), and what `olmoe routing` costs beside
+its forward pass (scripts/bench_routing.py, with build/venv). Then, where OLMOE_DATA has texts and OLMoE's tokenizer,
+MB/s of reading conversations and of encoding texts, also by other tokenizers (scripts/bench_tokenizers.py), tokens/s of
+`olmoe generate` and of llama.cpp (scripts/bench_generate.py), and documents/s of `olmoe evaluate` and of
+lm-evaluation-harness (scripts/bench_evaluate.py).
 Prints tables and writes build/bench.json. Run it on an idle machine. Standard library only.
 """
 import argparse
@@ -166,6 +167,10 @@ def main():
     out.update(json.loads(path.read_text()))
 
     python = ROOT / "build/venv/bin/python"
+    if python.exists():
+        path = ROOT / "build/bench/routing.json"
+        print("\n" + run([python, "scripts/bench_routing.py", "--json", path]).rstrip())
+        out.update(json.loads(path.read_text()))
     if not data or not python.exists():
         missing = "no OLMOE_DATA=FOLDER" if python.exists() else "no build/venv; make venv"
         print(f"(the tokenizer, generation and evaluation are not timed: {missing})")
