@@ -68,6 +68,8 @@ TokenFile text_tokens(const std::string& path, const Tokenizer& t, size_t most) 
         lines_piece(&lines, &part, BATCH_BYTES, &last);
         if (lines.failed) die("%s: cannot be read to its end; the file is damaged or cut short", path.c_str());
         if (f.tokens == 0 && utf16_mark(part)) die("%s: UTF-16, and not UTF-8", path.c_str());
+        if (f.tokens == 0 && part.size() >= 32 && !looks_like_text({std::string_view(part).substr(0, BLOCK_BYTES)}))
+            die("%s: not text in UTF-8; name tokens .npy or .bin", path.c_str());
         tokenizer_encode(t, part, &ids);
         temporary_write(file, ids);
         f.tokens += ids.size();
