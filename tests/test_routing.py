@@ -175,9 +175,13 @@ class Designed:
         (folder / "config.json").write_text(json.dumps(config))
         return folder
 
+    def logits(self, ids):
+        scale = 1 / math.sqrt(1 / self.C + EPS)
+        return [[[row[v % self.C] * scale for row in scores] for v in ids] for scores in self.scores]
+
     def expected(self, files, T, later=None):
         """What `olmoe routing` finds in (domain, ids), a piece of T at a time."""
-        x, scale = reference.Positions(), 1 / math.sqrt(1 / self.C + EPS)
+        x = reference.Positions()
         for domain, ids in files:
             ids = ids[:len(ids) // T * T]
             x.ids += ids
@@ -185,8 +189,8 @@ class Designed:
             x.domains += [domain] * len(ids)
             x.losses += [None if n % T == 0 else 0 for n in range(len(ids))]
         x.predicted = [self.follows[v % self.C] for v in x.ids]
-        x.layers, x.later = ([[[row[v % self.C] * scale for row in scores] for v in x.ids] for scores in model.scores]
-                             if model else None for model in (self, later))
+        x.layers = self.logits(x.ids)
+        x.later = later.logits(x.ids) if later else None
         return reference.analyse(x, self.K)
 
 
@@ -259,10 +263,11 @@ def test_lists_of_ids(tmp_path):
     assert_same(x, found)
 
 
-@pytest.mark.parametrize("batch, ranks", [(1, 1), (5, 1), (64, 1), (2, 2), (1, 4)])
-def test_equally_frequent_experts(batch, ranks, tmp_path):
+@pytest.mark.parametrize("batch, ranks, ep", [(1, 1, 1), (5, 1, 1), (64, 1, 1), (2, 2, 1), (1, 4, 2), (64, 2, 2)])
+def test_equally_frequent_experts(batch, ranks, ep, tmp_path):
     """The one that was met first owns the id: in the order of reading, also where ranks and micro-batches meet another
-    one earlier. Many ids occur as the targets of a few classes, as often of each."""
+    one earlier. Many ids occur as the targets of a few classes, as often of each. There are 49 pieces: of a micro-batch
+    of 64 a second rank gets none."""
     r = random.Random(5)
     model = Designed(drawn(r), 2, [100, 100, 101, 101, 101, 102, 103, 100])
     ids = [[r.randrange(60) for _ in range(n)] for n in (5 * 37 + 3, 5 * 12)]
@@ -272,8 +277,9 @@ def test_equally_frequent_experts(batch, ranks, tmp_path):
         met.setdefault(target, []).append(firsts[before % 8])
     best = [[e for e in experts if experts.count(e) == max(map(experts.count, experts))] for experts in met.values()]
     assert min(sum(of[0] > min(of) for of in best), sum(of[0] < max(of) for of in best)) > 3
-    found = routing(tmp_path, "--model", model.write(tmp_path / "m"), "--seq", 5, "--batch", batch, "--data",
-                    *(tokens(tmp_path / f"{name}.npy", of) for name, of in zip("ab", ids)), ranks=ranks)
+    paths = [tokens(tmp_path / f"{name}.npy", of) for name, of in zip("ab", ids)]
+    found = routing(tmp_path, "--model", model.write(tmp_path / "m"), "--data", *paths, "--seq", 5, "--batch", batch,
+                    "--ep", ep, ranks=ranks)
     assert_same(x, found)
 
 
@@ -302,6 +308,18 @@ def test_saturation(tmp_path):
         assert found["later"] == str(pair[1])
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_later_model_of_another_width(tmp_path, ranks):
+    """Whose classes are other ones; in micro-batches, over two files."""
+    r = random.Random(8)
+    models = [Designed(drawn(r, C=C), 2, [9] * C) for C in (8, 4)]
+    ids = [[r.randrange(60) for _ in range(n)] for n in (100, 45)]
+    paths = [tokens(tmp_path / f"{name}.npy", of) for name, of in zip("ab", ids)]
+    found = routing(tmp_path, "--model", models[0].write(tmp_path / "m"), "--later", models[1].write(tmp_path / "n"),
+                    "--data", *paths, "--seq", 6, "--batch", 3, ranks=ranks)
+    assert_same(models[0].expected(list(zip("ab", ids)), 6, models[1]), found)
+
+
 # ------------------------------------------------------------------------------------------------
 # Files
 
@@ -321,14 +339,15 @@ TEXT = "\n\t\r\n\u3000 A line\r\nthat ends as on Windows, \ttabs, \x0b\x0c caf\u
 TEXT += " \n\u2003 "
 
 
-@pytest.mark.parametrize("name", ["x.txt", "x.txt.gz", "a name.with.dots.txt", "\u6c34\u0440.v2.txt.gz"])
+@pytest.mark.parametrize("name", ["x.txt", "x.txt.gz", "a name.with.dots.txt", "\u6c34\u0440.v2.txt.gz",
+                                  os.fsdecode(b"caf\xe9.txt")])
 def test_text_is_kept_as_it_is(model, tmp_path, name):
     """All bytes of a text are its tokens, from the first to the last: white space at both ends, and ends of lines."""
     raw = TEXT.encode()
     (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
     found = routing(tmp_path, *words(model, tmp_path / name, seq=7), "--tokenizer", "bytes", "--batch", 3)
-    assert_same(model.expected([(name.split(".")[0], list(raw))], 7), found)
-    assert list(found["domains"]) == [name.split(".")[0]]
+    domain = os.fsencode(name).split(b".")[0].decode(errors="replace")
+    assert_same(model.expected([(domain, list(raw))], 7), found)
     listed = {str(one["id"]) for kind in KINDS for layer in found["vocabulary"][kind]["top"] for top in layer
               for one in top}
     assert found["texts"].keys() == listed and len(listed) > 10
@@ -407,6 +426,23 @@ def test_most_tokens_of_each_file(model, tmp_path):
         assert_same(model.expected([(name, of[:(most or 10**9) // T * T]) for name, of in ids.items()], T), found)
 
 
+def test_page_of_a_large_shape(tmp_path):
+    """As many of the first tokens of each file as fit, which it says."""
+    r = random.Random(2)
+    model = Designed(drawn(r, L=40, E=24), 20, [9] * 8)
+    paths = [tokens(tmp_path / f"{name}.npy", [r.randrange(300) for _ in range(4000)]) for name in "ab"]
+    said = run("--model", model.write(tmp_path / "m"), "--data", *paths, "--seq", 64, "--out", tmp_path / "o.json",
+               "--page", tmp_path / "o.html", "--batch", 16).stdout
+    text = (tmp_path / "o.html").read_text()
+    data = json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', text, re.S)[1])
+    n = data["tokens"]
+    assert 7_000_000 < len(text) <= 8_000_000
+    assert data["of"] == 2 * 62 * 64 and f"{n} of the {data['of']} tokens" in said
+    assert len(base64.b64decode(data["choices"])) == n * 40 * 20 and len(base64.b64decode(data["ids"])) == 2 * n
+    halves = [section["begin"] for section in data["sections"] if section["domain"] == 1]
+    assert abs(halves[0] - n / 2) <= 64
+
+
 # ------------------------------------------------------------------------------------------------
 # What is refused, and what stays on the disk
 
@@ -429,6 +465,7 @@ NAMED = {                   # contents of a file, options, and what the line has
     ".txt": (b"text" * 20, BYTES, "no name is left"), "x.txt": (b"text" * 20, [], ["x.txt", "--tokenizer"]),
     "packed.txt": (b"PK\3\4" + bytes(range(99)), BYTES, ["packed.txt", "zip"]),
     "array.txt": (b"\x93NUMPY" + bytes(range(99)), BYTES, ["array.txt"]),
+    "binary.txt": (random.Random(1).randbytes(300), BYTES, ["binary.txt", "not text"]),
     "wide.txt": ("\ufefftext of UTF-16".encode("utf-16-le"), BYTES, ["wide.txt", "UTF-16"]),
     "wide.txt.gz": (gzip.compress("\ufefftext of UTF-16".encode("utf-16-be")), BYTES, ["wide.txt.gz", "UTF-16"]),
     "cut.txt.gz": (gzip.compress(os.urandom(400))[:200], BYTES, ["cut.txt.gz", "damaged"]),
