@@ -40,7 +40,6 @@ FLAGS = "CXXFLAGS=-O0 -g0 -w"
 # Which program a test of the command line runs
 PROGRAMS = {f"tests/test_{name}.py": "build/cpu-fp32/olmoe"
             for name in ("cli", "generate", "rows", "objectives", "evaluate", "evaluate_runs", "batch", "mixing",
-            for name in ("cli", "generate", "rows", "objectives", "evaluate", "evaluate_runs", "batch", "mixing",
                          "routing", "routing_page", "routing_runs")}
 
 # The options of a make that called this one are not meant for the copies.
