@@ -480,6 +480,7 @@ int command_routing(int argc, char** argv) {
     routing_open(&v);
     device_open();
     comm_open();
+    input_agree(v.in);
     FILE* later = nullptr;
     if (!v.later.empty()) {                 // one model at a time
         routing_load(&v, v.later_config, v.later);

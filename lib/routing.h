@@ -150,6 +150,17 @@ void input_open(RoutingInput* in, const std::vector<std::string>& paths, const T
     dataloader_check(&d, d.instances, ranks_alive);
 }
 
+// Ends the program where a rank reads other tokens than rank 0, or of other domains. All ranks together
+void input_agree(const RoutingInput& in) {
+    uint64_t hash = dataloader_fingerprint(&in.data);
+    auto add = [&](const void* bytes, size_t n) { hash = fnv1a(hash, (const unsigned char*)bytes, n); };
+    for (const std::string& name : in.domains) add(name.c_str(), name.size() + 1);
+    for (const RoutingFile& f : in.files)
+        for (const DomainRun& run : f.runs) { add(&run.end, sizeof run.end); add(&run.domain, sizeof run.domain); }
+    const double seen = (double)(hash >> 11);                   // as many bits as a double has
+    if (host_sum(world.rank == 0 ? seen : 0) != seen) die("the files of --data are not those that rank 0 sees");
+}
+
 // The first tokens of each file as a sample of at most `most`. Returns how many there are.
 size_t input_sample(RoutingInput* in, size_t most) {
     size_t sampled = 0;
