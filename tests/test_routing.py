@@ -526,6 +526,20 @@ def test_bad_options(model, tmp_path):
         refused(tmp_path, *given, part=part)
 
 
+def test_ranks_that_see_other_files(model, tmp_path):
+    """As where a disk is not shared"""
+    folders = [tmp_path / name for name in "ab"]
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        tokens(folder / "f.npy", [*range(50), number, *range(50)])
+    given = list(map(str, [OLMOE, "routing", *words(model, "f.npy", seq=20), "--out", "o.json", "--timeout", 20]))
+    done = subprocess.run(["mpirun", "--allow-run-as-root", "--oversubscribe", "-wdir", folders[0], "-np", "1", *given,
+                           ":", "-wdir", folders[1], "-np", "1", *given], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 1 and done.stdout == ""
+    assert "olmoe: rank 1: the files of --data are not those that rank 0 sees" in done.stderr
+
+
 @pytest.mark.parametrize("which", ["--model", "--later"])
 @pytest.mark.parametrize("tensor", ["lm_head", "model.layers.1.mlp.gate"])
 def test_damaged_weights(model, tmp_path, which, tensor):
