@@ -68,8 +68,8 @@ def check(data, parts):
     if not isinstance(domains, dict) or not domains:
         raise Unreadable("it has no domains")
     for name, domain in domains.items():
-        if not isinstance(domain, dict) or not is_count(domain.get("tokens")) or domain["tokens"] == 0:
-            raise Unreadable(f"domain {json.dumps(name)} has no tokens")
+        if not isinstance(domain, dict) or not is_count(domain.get("tokens")):
+            raise Unreadable(f"domain {json.dumps(name)} has no number of tokens")
         if not is_number(domain.get("load_balancing_loss")):
             raise Unreadable(f"domain {json.dumps(name)}: load_balancing_loss is no number")
         for of in ("counts", "top1"):
@@ -92,11 +92,15 @@ def no_constant(name):
 
 def read(path, parts=()):
     """OUT.json, or routing-STEP.json of a run. parts: which of "coactivation", "vocabulary" and "saturation" it has to
-    have, whole; domains it always has."""
+    have, whole; domains it always has. Those of which no token was analysed, as --max-tokens leaves them, are left
+    out."""
     try:
         with open(path, encoding="utf-8") as f:
             data = json.load(f, parse_constant=no_constant)
         check(data, parts)
+        data["domains"] = {name: domain for name, domain in data["domains"].items() if domain["tokens"]}
+        if not data["domains"]:
+            raise Unreadable("no domain has a token")
     except (OSError, ValueError, RecursionError, Unreadable) as error:
         reason = getattr(error, "strerror", None) or (error if isinstance(error, Unreadable) else "no JSON")
         raise Unreadable(f"{path}: {reason}" + ("" if isinstance(error, OSError) else "; is it from olmoe routing?"))

@@ -49,8 +49,9 @@ def changed(*keys, to):
     ("", "no JSON"), ("[1", "no JSON"), ("[" * 100000, "no JSON"), ('{"layers": NaN}', "no JSON"), ("[]", "no object"),
     ("{}", "layers is no number"), (changed("layers", to=True), "layers"), (changed("experts", to=0), "experts"),
     (changed("k", to=5), "k is 5, more than the 4 experts"), (changed("layers", to=3), "counts is not 3 x 4"),
-    (changed("domains", to={}), "no domains"), (changed("domains", "a", to=7), 'domain "a" has no tokens'),
-    (changed("domains", "b", "tokens", to=0), 'domain "b" has no tokens'),
+    (changed("domains", to={}), "no domains"), (changed("domains", "a", to=7), 'domain "a" has no number'),
+    (changed("domains", "b", "tokens", to=-1), 'domain "b" has no number of tokens'),
+    (changed("domains", to={"b": {**good()["domains"]["b"], "tokens": 0}}), "no domain has a token"),
     (changed("domains", "b", "load_balancing_loss", to="8"), "load_balancing_loss"),
     (changed("domains", "b", "top1", 1, 3, to=-1), 'domain "b": top1 is not 2 x 4 counts'),
     (changed("coactivation", 1, 3, to=[0, 0, 0]), "coactivation is not 2 x 4 x 4"),
@@ -72,6 +73,9 @@ def test_what_is_read(tmp_path):
     assert routing_files.read(path, ("coactivation", "vocabulary", "saturation")) == data
     less = {name: data[name] for name in ("layers", "experts", "k", "domains")}
     assert routing_files.read(str(write(tmp_path / "a.json", less))) == less
+    empty = {"tokens": 0, "load_balancing_loss": None, "counts": [[0] * 4] * 2, "top1": [[0] * 4] * 2}
+    path = str(write(tmp_path / "a.json", {**less, "domains": {"empty": empty, **less["domains"]}}))
+    assert routing_files.read(path) == less             # as --max-tokens leaves a domain of documents
     is_refused(tmp_path / "none.json", "No such file")
     is_refused(tmp_path, "Is a directory")
     (tmp_path / "latin").write_bytes(b'{"a": "\xff"}')
