@@ -192,14 +192,14 @@ void routing_print(const Json& j) {
     printf("  layer  max/mean  dead  entropy  vocabulary: input target predicted%s\n",
            compared ? "  saturation: first all" : "");
     for (size_t l = 0; l < (size_t)j["layers"]; l++) {
-        auto share = [&](const Json& x) { return x.is_null() ? NAN : 100 * (double)x; };
+        auto share = [&](const Json& x) { return x.is_null() ? std::string("-") : text("%.1f%%", 100 * (double)x); };
         const Json &router = j["router"], &words = j["vocabulary"];
-        printf("  %5zu  %8.2f  %4ld  %7.3f  %17.1f%% %5.1f%% %8.1f%%", l, (double)router["max_over_mean"][l],
+        printf("  %5zu  %8.2f  %4ld  %7.3f  %18s %6s %9s", l, (double)router["max_over_mean"][l],
                (int64_t)router["dead"][l], router["entropy"][l].is_null() ? NAN : (double)router["entropy"][l],
-               share(words["input"]["by_layer"][l]), share(words["target"]["by_layer"][l]),
-               share(words["predicted"]["by_layer"][l]));
+               share(words["input"]["by_layer"][l]).c_str(), share(words["target"]["by_layer"][l]).c_str(),
+               share(words["predicted"]["by_layer"][l]).c_str());
         if (compared)
-            printf("  %16.1f%% %5.1f%%", share(j["saturation"]["top1"][l]), share(j["saturation"]["topk"][l]));
+            printf("  %17s %6s", share(j["saturation"]["top1"][l]).c_str(), share(j["saturation"]["topk"][l]).c_str());
         printf("\n");
     }
 }
@@ -431,6 +431,10 @@ void routing_parse(RoutingCommand* v, int argc, char** argv) {
         return std::filesystem::weakly_canonical(std::filesystem::absolute(path, none), none);
     };
     if (!v->page.empty() && whole(v->out) == whole(v->page)) die("--out and --page are the same file; name two");
+    for (const auto& [option, path] : {std::pair{"out", &v->out}, std::pair{"page", &v->page}})
+        for (const std::string& file : v->data)
+            if (!path->empty() && whole(*path) == whole(file))
+                die("--%s %s is a file of --data; name another", option, path->c_str());
 }
 
 // Files and shapes; nothing of the device

@@ -131,8 +131,10 @@ void input_open(RoutingInput* in, const std::vector<std::string>& paths, const T
     d.order = DataOrder::sequential;
     const size_t most = max_tokens > 0 ? (size_t)max_tokens : SIZE_MAX;
     if (most < (size_t)T) die("--max-tokens %ld is less than one piece of --seq %d", max_tokens, T);
+    std::set<std::string> names;            // also of files that are split: one that is given twice would count twice
     for (const std::string& path : paths) {
         TokenFile f;
+        evaluation_name(path, &names);
         if (ends_with(path, ".txt") || ends_with(path, ".txt.gz")) {
             if (!tokenizer) die("%s: text needs a tokenizer: give --tokenizer NAME", path.c_str());
             f = text_tokens(path, *tokenizer, most);
@@ -161,15 +163,22 @@ void input_agree(const RoutingInput& in) {
     if (host_sum(world.rank == 0 ? seen : 0) != seen) die("the files of --data are not those that rank 0 sees");
 }
 
-// The first tokens of each file as a sample of at most `most`. Returns how many there are.
+// The first tokens of each file as a sample of at most `most`: as many of each, or all where it has fewer, which leaves
+// more to the others. Returns how many there are.
 size_t input_sample(RoutingInput* in, size_t most) {
-    size_t sampled = 0;
-    for (size_t i = 0; i < in->files.size(); i++) {
-        const size_t all = in->data.files[i].instances * in->data.T, left = in->files.size() - i;
-        in->files[i].sample = sampled;
-        in->files[i].sampled = std::min(all, (most - sampled) / left);
+    std::vector<size_t> shortest_first(in->files.size());
+    std::iota(shortest_first.begin(), shortest_first.end(), 0);
+    std::stable_sort(shortest_first.begin(), shortest_first.end(), [&](size_t a, size_t b) {
+        return in->data.files[a].instances < in->data.files[b].instances;
+    });
+    size_t sampled = 0, left = in->files.size();
+    for (size_t i : shortest_first) {
+        const size_t all = in->data.files[i].instances * in->data.T;
+        in->files[i].sampled = std::min(all, (most - sampled) / left--);
         sampled += in->files[i].sampled;
     }
+    size_t begin = 0;
+    for (RoutingFile& file : in->files) { file.sample = begin; begin += file.sampled; }
     return sampled;
 }
 

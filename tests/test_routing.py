@@ -443,6 +443,25 @@ def test_page_of_a_large_shape(tmp_path):
     assert abs(halves[0] - n / 2) <= 64
 
 
+def test_pieces_of_one_token(model, tmp_path):
+    """None has a target: null in the file, and a dash in the table."""
+    data = tokens(tmp_path / "x.npy", range(40))
+    done = run(*words(model, data, seq=1), "--out", tmp_path / "o.json")
+    assert_same(model.expected([("x", list(range(40)))], 1), json.loads((tmp_path / "o.json").read_text()))
+    rows = [line.split() for line in done.stdout.splitlines()[-model.L:]]
+    assert [row[5] for row in rows] == ["-"] * model.L and "nan" not in done.stdout
+
+
+@pytest.mark.parametrize("pieces, of_each", [((200, 3, 12), (200, 3, 12)), ((400, 3, 400), (155, 3, 155))])
+def test_page_of_long_and_short_files(model, tmp_path, pieces, of_each):
+    """Where files together have more than 20,000 tokens, each has as many on the page, or all that it has."""
+    paths = [tokens(tmp_path / f"{name}.npy", [7] * (64 * n)) for name, n in zip("abc", pieces)]
+    run(*words(model, *paths, seq=64), "--out", tmp_path / "o.json", "--page", tmp_path / "o.html", "--batch", 64)
+    data = json.loads(re.search(r'type="application/json">(.*?)</script>', (tmp_path / "o.html").read_text(), re.S)[1])
+    found = [sum(section["domain"] == i for section in data["sections"]) for i in range(3)]
+    assert found == [*of_each] and data["tokens"] == min(20_000, 64 * sum(pieces)), found
+
+
 # ------------------------------------------------------------------------------------------------
 # What is refused, and what stays on the disk
 
@@ -516,6 +535,9 @@ def test_bad_options(model, tmp_path):
             ([*whole, "--later", "none"], "none"), ([*whole, "--model", "none"], "none"),
             ([*words(model, "x.npy", "x.txt"), *BYTES, "--out", "o.json"], "another file is named x"),
             ([*words(model, "x.npy", tmp_path / "x.npy"), "--out", "o.json"], "another file is named x"),
+            ([*words(model, "docs.npy", "./docs.npy"), "--out", "o.json"], "another file is named docs"),
+            ([*words(model, "x.npy", "docs.npy"), "--out", "x.npy"], "--out x.npy is a file of --data"),
+            ([*whole, "--page", "./x.npy"], "--page ./x.npy is a file of --data"),
             ([*words(model, "x.npy", "docs.npy"), "--out", "o.json"], "domain"),
             ([*words(model, "docs.npy", "x.npy"), "--out", "o.json"], "domain"),
             ([*words(model, "none.txt"), *BYTES, "--out", "o.json"], "none.txt: cannot be read: No such file"),
