@@ -2639,6 +2639,7 @@ struct TrainingRun {
     bool has_tokenizer = false;
     ModelFiles came_with;                   // for the checkpoints
     DomainTable domains;                    // of the validation file, where its documents have few
+    RoutingInput routing;                   // of --routing-every
     Evaluation eval;
     Finetuning rows;                        // in the place of token files; `data` has their order
     int micro_batch = 0;                    // of the step, at work
@@ -2778,7 +2779,7 @@ void run_open(TrainingRun* run) {
         dataloader_open(&run->val, o.val, (int)o.T, c.V, DataOrder::sequential, 0, false, o.token_type);
         dataloader_check(&run->val, validated_instances(*run), ranks_alive);
     }
-    if (o.routing_every > 0) routing_check(c, run->val);
+    if (o.routing_every > 0) routing_of_run_open(&run->routing, c, run->val, validated_instances(*run));
     if (run->val.files.size() == 1) domains_open(&run->domains, run->val.files[0], c);
     run_set_steps(run);
 }
@@ -2961,10 +2962,9 @@ void run_validate(TrainingRun* run, Json* line) {
 
 // What the experts do with a part of the validation data, in files beside the checkpoints
 void run_routing(TrainingRun* run) {
-    const TrainOptions& o = run->o;
+    const Tokenizer* tokenizer = run->has_tokenizer ? &run->tokenizer : nullptr;
     output_follow(&run->o.out);
-    routing_in_run(&run->model, run->val, validated_instances(*run), (int)o.B,
-                   run->has_tokenizer ? &run->tokenizer : nullptr, o.out, run->step);
+    routing_in_run(&run->model, &run->routing, (int)run->o.B, tokenizer, run->o.out, run->step);
 }
 
 // A text that the model continues

@@ -313,7 +313,8 @@ std::string routing_file(const std::string& out, int64_t step, const char* suffi
     return out + text("/routing-%08ld", step) + suffix;
 }
 
-// Pieces of the first `pieces` of the validation data, spread evenly: ROUTING_SAMPLE tokens at most
+// Pieces of the first `pieces` of the validation data, spread evenly: ROUTING_SAMPLE tokens at most. The lists of
+// documents are read only now: later, in the middle of a run, they may be gone.
 void input_spread(RoutingInput* in, const DataLoader& val, size_t pieces) {
     const size_t T = val.T, n = std::min(pieces, std::max<size_t>(1, ROUTING_SAMPLE / T));
     std::map<std::string, std::vector<DomainRun>> known;
@@ -329,6 +330,7 @@ void input_spread(RoutingInput* in, const DataLoader& val, size_t pieces) {
         f.tokens -= begin;
         input_add(in, f, 1, {known[f.path], begin});
     }
+    input_sample(in, ROUTING_SAMPLE);
 }
 
 // A .npy of bytes, (tokens, L, K)
@@ -341,29 +343,25 @@ std::string choices_npy(const Routing& r) {
     return std::string("\x93NUMPY\x01\x00", 8) + length + dict + std::string(r.choices.begin(), r.choices.end());
 }
 
-// Ends the run before its first step where there is nothing to write of, or no way to.
-void routing_check(const OlmoeConfig& c, const DataLoader& val) {
+// Before the first step: what of the validation data is looked at. Ends the run where there is no way to.
+void routing_of_run_open(RoutingInput* in, const OlmoeConfig& c, const DataLoader& val, size_t pieces) {
     if (c.E > SAMPLE_EXPERTS) die("--routing-every keeps a byte for each expert: there may be %d", SAMPLE_EXPERTS);
-    RoutingInput in;
-    std::set<std::string> paths;
-    for (const TokenFile& f : val.files) if (paths.insert(f.path).second) domain_runs(&in, f);
+    input_spread(in, val, pieces);
 }
 
-// All ranks together. pieces: of the validation data
-void routing_in_run(Olmoe* m, const DataLoader& val, size_t pieces, int B, const Tokenizer* tokenizer,
-                    const std::string& out, int64_t step) {
+// All ranks together
+void routing_in_run(Olmoe* m, RoutingInput* in, int B, const Tokenizer* tokenizer, const std::string& out,
+                    int64_t step) {
     at_step("routing");
-    RoutingInput in;
     Routing r;
-    input_spread(&in, val, pieces);
-    routing_begin(&r, m->config, in, input_sample(&in, ROUTING_SAMPLE));
-    routing_add(&r, m, &in, B, nullptr);
-    routing_sum(&r, &in);
+    routing_begin(&r, m->config, *in);
+    routing_add(&r, m, in, B, nullptr);
+    routing_sum(&r, in);
     if (world.rank == 0) {
         const std::string choices = routing_file(out, step, ".npy");
         const Json head = {{"step", step}, {"choices", choices.substr(choices.rfind('/') + 1)}};
         file_replace(choices, choices_npy(r));
-        file_replace(routing_file(out, step, ".json"), compact_json(routing_json(r, in, tokenizer, false, head)));
+        file_replace(routing_file(out, step, ".json"), compact_json(routing_json(r, *in, tokenizer, false, head)));
     }
     at_step("");
 }
@@ -493,7 +491,8 @@ int command_routing(int argc, char** argv) {
         v.olmoe = Olmoe();
     }
     routing_load(&v, v.config, v.model);
-    routing_begin(&v.routing, v.config, v.in, v.page.empty() ? 0 : input_sample(&v.in, ROUTING_SAMPLE));
+    if (!v.page.empty()) input_sample(&v.in, ROUTING_SAMPLE);
+    routing_begin(&v.routing, v.config, v.in);
     routing_add(&v.routing, &v.olmoe, &v.in, (int)v.B, later);
     routing_sum(&v.routing, &v.in);
     if (world.rank == 0) {

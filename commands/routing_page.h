@@ -718,7 +718,8 @@ function start() {
   for (const d of data.domains) d.name = shown(d.name);
   document.title = data.title + ": what the experts learn";
   $("title").textContent = data.title;
-  $("about").textContent = [`${L} ${L === 1 ? "layer" : "layers"}`, `${E} experts in each, ${K} for a token`,
+  $("about").textContent = [`${L} ${L === 1 ? "layer" : "layers"}`,
+    `${E} ${E === 1 ? "expert" : "experts"} in each, ${K} for a token`,
     N < data.of ? `${count(N)} of ${count(data.of)} tokens are shown` : `${count(N)} tokens`].join(" · ");
   const theme = wanted.get("theme"), dark = matchMedia("(prefers-color-scheme: dark)");
   if (theme === "dark" || theme === "light") set_theme(theme);

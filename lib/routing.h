@@ -29,6 +29,7 @@ struct RoutingInput {
     std::vector<RoutingFile> files;         // as those of data
     std::vector<std::string> domains;
     std::set<std::string> names;            // of files that are a domain
+    size_t sampled = 0;                     // tokens of the sample
     std::string hash;                       // of all tokens, once they are read
 };
 
@@ -164,8 +165,8 @@ void input_agree(const RoutingInput& in) {
 }
 
 // The first tokens of each file as a sample of at most `most`: as many of each, or all where it has fewer, which leaves
-// more to the others. Returns how many there are.
-size_t input_sample(RoutingInput* in, size_t most) {
+// more to the others.
+void input_sample(RoutingInput* in, size_t most) {
     std::vector<size_t> shortest_first(in->files.size());
     std::iota(shortest_first.begin(), shortest_first.end(), 0);
     std::stable_sort(shortest_first.begin(), shortest_first.end(), [&](size_t a, size_t b) {
@@ -177,9 +178,7 @@ size_t input_sample(RoutingInput* in, size_t most) {
         in->files[i].sampled = std::min(all, (most - sampled) / left--);
         sampled += in->files[i].sampled;
     }
-    size_t begin = 0;
-    for (RoutingFile& file : in->files) { file.sample = begin; begin += file.sampled; }
-    return sampled;
+    for (RoutingFile& file : in->files) { file.sample = in->sampled; in->sampled += file.sampled; }
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -223,8 +222,8 @@ struct RouterOutput {
     std::vector<int> predicted;             // (N)
 };
 
-void routing_begin(Routing* r, const OlmoeConfig& c, const RoutingInput& in, size_t sampled) {
-    const size_t domains = in.domains.size(), E = c.E;
+void routing_begin(Routing* r, const OlmoeConfig& c, const RoutingInput& in) {
+    const size_t domains = in.domains.size(), E = c.E, sampled = in.sampled;
     r->config = c;
     r->tokens.assign(domains, 0);
     r->layers.assign(c.L, {});

@@ -223,6 +223,14 @@ def test_domains_of_documents(files, tmp_path):
     close(without(figures(tmp_path / "run", 1), "step", "choices", "model"), without(found, "model"))
 
 
+def test_documents_are_read_once(files, tmp_path):
+    """What is wrong with a list of documents is said once, and a list that is gone later changes nothing."""
+    val = tokens(tmp_path / "both.npy", [97 + i % 26 for i in range(2 * SEQ)])
+    (tmp_path / "both.csv.gz").write_bytes(gzip.compress(b"0,7,plays-1,x.jsonl,1\n"))
+    done = run(*train_words(files, tmp_path / "run", "--routing-every", 1, val=[val]))
+    assert len(written(tmp_path / "run")) == 10 and done.stderr.count("the file is one domain") == 1, done.stderr
+
+
 def refused(words, part):
     done = run(*words, code=1)
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("olmoe: ") and done.stdout == "", done.stderr
