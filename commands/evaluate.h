@@ -659,7 +659,8 @@ int command_evaluate(int argc, char** argv) {
     if (v.model.empty()) die("evaluate needs --model DIR");
     if (!e.o.any()) die("evaluate needs --tasks FILES or --perplexity FILES");
     if (!v.samples.empty() && e.o.tasks.empty()) die("--samples needs --tasks");
-    if (!v.json.empty() && v.json == v.samples) die("--json and --samples are the same file; name two");
+    outputs_check({{"json", {v.json}}, {"samples", {v.samples}}},
+                  {{"tasks", e.o.tasks}, {"perplexity", e.o.perplexity}});
     for (const std::string* path : {&v.json, &v.samples}) if (!path->empty()) file_check_writable(*path);
     config_read(&v.config, v.model);
     const bool own = access((v.model + "/tokenizer.json").c_str(), F_OK) == 0;

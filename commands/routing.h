@@ -424,15 +424,7 @@ void routing_parse(RoutingCommand* v, int argc, char** argv) {
     if (v->model.empty()) die("routing needs --model DIR");
     if (v->data.empty()) die("routing needs --data FILES");
     if (v->out.empty()) die("routing needs --out OUT.json");
-    std::error_code none;
-    auto whole = [&](const std::string& path) {
-        return std::filesystem::weakly_canonical(std::filesystem::absolute(path, none), none);
-    };
-    if (!v->page.empty() && whole(v->out) == whole(v->page)) die("--out and --page are the same file; name two");
-    for (const auto& [option, path] : {std::pair{"out", &v->out}, std::pair{"page", &v->page}})
-        for (const std::string& file : v->data)
-            if (!path->empty() && whole(*path) == whole(file))
-                die("--%s %s is a file of --data; name another", option, path->c_str());
+    outputs_check({{"out", {v->out}}, {"page", {v->page}}}, {{"data", v->data}});
 }
 
 // Files and shapes; nothing of the device

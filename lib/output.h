@@ -171,6 +171,31 @@ void file_replace(const std::string& path, const std::string& contents) {
     die("cannot write %s: %s", path.c_str(), strerror(error));
 }
 
+// The files of an option
+struct FilesOf { const char* option; std::vector<std::string> paths; };
+
+// Ends the program where a file to write, "" for none, is also another one to write, or one to read: by its place, not
+// by how it is spelled.
+void outputs_check(const std::vector<FilesOf>& outputs, const std::vector<FilesOf>& inputs) {
+    std::error_code none;
+    auto same = [&](const std::string& a, const std::string& b) {
+        auto place = [&](const std::string& path) {
+            return std::filesystem::weakly_canonical(std::filesystem::absolute(path, none), none);
+        };
+        return !a.empty() && !b.empty() && place(a) == place(b);
+    };
+    for (const FilesOf& out : outputs) {
+        const std::string& path = out.paths[0];
+        for (const FilesOf& other : outputs)
+            if (&other > &out && same(path, other.paths[0]))
+                die("--%s and --%s are the same file; name two", out.option, other.option);
+        for (const FilesOf& in : inputs)
+            for (const std::string& read : in.paths)
+                if (same(path, read))
+                    die("--%s %s is a file of --%s; name another", out.option, path.c_str(), in.option);
+    }
+}
+
 // Ends the program where file_replace could not write, before much work is done for it.
 void file_check_writable(const std::string& path) {
     struct stat info;

@@ -293,6 +293,11 @@ def test_other_bad_input(files, watched, tmp_path):
     refused([*evaluate, *tasks, "--json", tmp_path / "no" / "o.json"], "o.json: No such file")
     refused([*evaluate, "--perplexity", files.sets[0], "--samples", tmp_path / "s"], "--samples needs --tasks")
     refused([*evaluate, *tasks, "--samples", tmp_path / "s", "--json", tmp_path / "s"], "are the same file")
+    refused([*evaluate, *tasks, "--samples", tmp_path / "s", "--json", f"{tmp_path}/./s"], "are the same file")
+    before = (tmp_path / "short.npy").read_bytes()
+    refused([*evaluate, "--perplexity", tmp_path / "short.npy", "--json", f"{tmp_path}/./short.npy"],
+            "short.npy is a file of --perplexity; name another")
+    assert (tmp_path / "short.npy").read_bytes() == before
     refused([*evaluate, *tasks, "--json", tmp_path / ("x" * 252)], "File name too long")
     # In a training run: before its directory is there
     for words, reason in (([*eval_words(files, "--eval-tasks", task)], "another file is named arc_easy"),
