@@ -62,7 +62,7 @@ def write_tokens(path, count, vocabulary):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=200_000)
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--json", type=Path)
     o = parser.parse_args()
     config = json.loads(CONFIG.read_text())
