@@ -300,9 +300,10 @@ void batch_pass(Olmoe* m, const Cache& cache, const EvalBatch& b, const std::vec
 }
 
 // How far it is, on the terminal; nothing where standard error is none.
-void show_progress(size_t done, size_t all) {
+void show_progress(const char* what, size_t done, size_t all) {
     if (ranks.rank > 0 || !isatty(2)) return;
-    fprintf(stderr, "\revaluating: %.0f %%%s", 100.0 * done / all, done < all ? "" : "\r                 \r");
+    fprintf(stderr, "\r%s: %.0f %%", what, 100.0 * done / all);
+    if (done == all) fprintf(stderr, "\r%*s\r", (int)strlen(what) + 7, "");
 }
 
 // Was a training run asked to stop? It may not have long, and its last steps are to be saved. All ranks together
@@ -329,7 +330,7 @@ bool tasks_score(Olmoe* m, const Cache& cache, std::vector<Task>* tasks, const s
             else batch_pass(m, cache, idle, idle.passes[0], {0, 1});
         }
         ranks_alive();
-        show_progress(end, n);
+        show_progress("evaluating", end, n);
     }
     std::vector<double> logps;
     for (Task& t : *tasks)

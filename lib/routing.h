@@ -419,11 +419,6 @@ void tokens_add(Routing* r, const Olmoe& m, int64_t position, const std::vector<
     }
 }
 
-void routing_progress(size_t done, size_t all, const char* what) {
-    if (ranks.rank > 0 || !isatty(2)) return;
-    fprintf(stderr, "\r%s: %.0f %%%s", what, 100.0 * done / all, done < all ? "" : "\r                    \r");
-}
-
 // The experts that a model chooses, (N, L, K) of each of this rank's micro-batches in turn, into a temporary file
 FILE* routing_choices(Olmoe* m, RoutingInput* in, int B) {
     FILE* file = file_temporary();
@@ -438,7 +433,7 @@ FILE* routing_choices(Olmoe* m, RoutingInput* in, int B) {
                 for (size_t k = 0; k < K; k++)
                     choices[(t * L + l) * K + k] = (uint16_t)out.experts[(l * N + t) * K + k];
         temporary_write(file, choices);
-        routing_progress(std::min(pieces, first + B * world.size), pieces, "the later model");
+        show_progress("the later model", std::min(pieces, first + B * world.size), pieces);
     });
     rewind(file);
     return file;
@@ -467,7 +462,7 @@ void routing_add(Routing* r, Olmoe* m, RoutingInput* in, int B, FILE* later) {
         for_layers(m->config.L, [&](int l) {
             layer_add(r, l, m->batch, out, position, places, later ? theirs.data() : nullptr);
         });
-        routing_progress(std::min(pieces, first + B * world.size), pieces, "routing");
+        show_progress("routing", std::min(pieces, first + B * world.size), pieces);
     });
 }
 
